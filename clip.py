@@ -1,0 +1,496 @@
+"""CLIP: Learning Transferable Visual Models From Natural Language Supervision (Radford et al. 2021, arXiv 2103.00020).
+
+An image encoder and a text encoder are trained so that, among the B x B pairings of a batch, the B true pairs have the
+highest cosine similarity. The text encoder then turns class names into a classifier for any set of classes.
+
+Loss (Fig. 3), with image embeddings I and text embeddings T of unit length and logit scale s = exp(t):
+    L = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1),  chance level ln B
+B global batch, b = B / processes, N tokens, D width of a transformer, E joint embedding, L layers.
+
+Laptop        torchrun clip.py
+1 GPU         torchrun clip.py --data flickr8k
+8 GPUs        torchrun --nproc_per_node=8 clip.py --data yfcc15m
+Own data      torchrun clip.py --data path/to/captions.csv --recipe flickr8k
+
+Models and parameter names are OpenAI's, so its checkpoints load strictly (evaluate.load_released). OpenAI published no training
+code; what the paper leaves open follows open_clip. Differences:
+ - Gathered features carry gradient: every process count trains with the gradient of the global batch (open_clip:
+   --local-loss --gather-with-grad). --no-gather-grad lets it flow through the local side of each logit only.
+ - The loss is computed in float32, whatever --dtype is; weights are float32 (the paper keeps some in half precision).
+ - The crop is open_clip's RandomResizedCrop of 90 to 100% of the area; the paper says "a random square crop".
+ - --accum-steps is exact, see replay_backward.
+
+Diff against: nothing, this is where the language-image files start.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import (Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision, parse_args,
+                    sync_batchnorm, user_errors, warmup_cosine, world_size)  # fmt: skip
+from data import EvalView, Loader, Tokenizer, normalize, open_dataset, random_resized_crop, to_float
+from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
+
+
+# ------------------------------------------------ arguments ------------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "vit_base_patch32"  # vit_{tiny,small,base,large}_patchP, resnet{50,101,50x4,50x16,50x64} (Tables 19, 20)
+    embed_dim: int = 0  # joint embedding E (0: what the architecture has in Tables 19, 20)
+    text_width: int = 0  # width of the text transformer, 64 per head (0: what the architecture has)
+    text_layers: int = 12  # blocks of the text transformer (Sec. 2.4)
+    context_length: int = 77  # tokens of a caption, start and end included (the paper says 76, its code 77)
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a bpe_simple_vocab_16e6.txt.gz or a hub name
+    vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
+    image_size: int = 224  # pixels
+    epochs: int = 32  # Table 18
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 32768  # global: all processes and accumulation steps together (Table 18)
+    accum_steps: int = 1  # encode the batch in this many pieces, exactly (ViT only)
+    lr: float = 5e-4  # peak, for ViT-B (Table 20)
+    min_lr: float = 0.0  # end of the cosine (Sec. 2.5)
+    warmup_epochs: float = 0.16  # 2,000 steps of 32,768 in 400M (Table 18)
+    weight_decay: float = 0.2  # on everything but gains and biases (Table 18)
+    beta2: float = 0.98  # ViT; 0.999 for ResNets (Table 18)
+    eps: float = 1e-6  # ViT; 1e-8 for ResNets (Table 18)
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    gather_grad: bool = True  # gradient through gathered features, exact for any number of processes
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order, crops and captions
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, fp32 elsewhere
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log there
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+SMALL = dict(tokenizer="train", embed_dim=128, text_width=128, text_layers=3)
+RECIPES = {
+    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, context_length=32, vocab_size=1024, epochs=2,
+                   batch_size=128, lr=1e-3, warmup_epochs=0.2, weight_decay=0.1, workers=2),  # fmt: skip
+    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, context_length=32, vocab_size=4096, epochs=30,
+                     batch_size=128, lr=1e-3, warmup_epochs=1.0, weight_decay=0.2),  # fmt: skip
+    # the CLIP baseline of the SLIP paper (arXiv 2112.12750, Sec. 4): 37.6% zero-shot on ImageNet with its ViT-B/16
+    "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096, lr=5e-4, warmup_epochs=1.0,
+                    weight_decay=0.5, eps=1e-8, min_lr=1e-5),  # fmt: skip
+}
+
+
+# ------------------------------------------------ augmentation ------------------------------------------------
+class LanguageView:
+    """The picture that goes with a caption: a random crop, nothing else (Sec. 2.3). Not flipped: captions say left."""
+
+    def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic", mean=(0.48145466, 0.4578275, 0.40821073),
+                 std=(0.26862954, 0.26130258, 0.27577711)):  # fmt: skip
+        self.size, self.scale, self.interpolation, self.mean, self.std = size, scale, interpolation, mean, std
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample."""
+        return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {}
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float (b, 3, size, size)."""
+        return normalize(to_float(x), self.mean, self.std)
+
+
+def eval_view(args) -> EvalView:
+    return EvalView(args.image_size, interpolation="bicubic", mean=LanguageView(1).mean, std=LanguageView(1).std)
+
+
+# ------------------------------------------------ backbone ------------------------------------------------
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, mask=None):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """`layers` blocks; causal: a token sees itself and the ones before it. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, layers, heads, causal=False):
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.causal = causal
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype) if self.causal else None
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """OpenAI's ViT: no bias in the patch embedding, a norm before the first block. (B, 3, S, S) -> (B, E)."""
+
+    def __init__(self, image_size, patch_size, width, layers, heads, embed_dim):
+        super().__init__()
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn((image_size // patch_size) ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def pool(self, x):
+        """-> the class token after the last norm, (B, D): the features of linear probes (Sec. 3.2)."""
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1) + self.positional_embedding.to(x)
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
+
+    def forward(self, x):
+        return self.pool(x) @ self.proj
+
+
+class Bottleneck(nn.Module):
+    """ResNet-D block whose stride is an average pooling before the last 1x1 convolution (Sec. 2.4)."""
+
+    def __init__(self, inplanes, planes, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = None
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))  # OpenAI's names: the pooling has no parameters
+            self.downsample.add_module("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(self.avgpool(x))) + shortcut)
+
+
+class AttentionPool2d(nn.Module):
+    """Attention pooling (Sec. 2.4): the mean token is the only query. (B, D, H, W) -> (B, E)."""
+
+    def __init__(self, grid, width, heads, embed_dim):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+        self.heads = heads
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding.to(x)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, 1 or N, D/heads)
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet with a stem of three convolutions, blur-free pooling and attention pooling (Sec. 2.4). (B,3,S,S) -> (B,E)."""
+
+    def __init__(self, image_size, layers, width, heads, embed_dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        inplanes = width
+        for i, depth in enumerate(layers):
+            planes, blocks = width * 2**i, []
+            for j in range(depth):
+                blocks.append(Bottleneck(inplanes, planes, stride=2 if i and not j else 1))
+                inplanes = 4 * planes
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.attnpool = AttentionPool2d(image_size // 32, 32 * width, heads, embed_dim)
+        for name, p in self.named_parameters():
+            if name.endswith("_proj.weight"):
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif name.startswith("layer") and name.endswith("bn3.weight"):
+                nn.init.zeros_(p)  # every residual branch starts at zero
+
+    def pool(self, x):
+        for i in (1, 2, 3):
+            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))
+        return self.attnpool(x)
+
+    forward = pool
+
+
+# ------------------------------------------------ model ------------------------------------------------
+class CLIP(nn.Module):
+    """vision_layers: an int for a ViT, four of them for a ResNet (then vision_patch_size is None)."""
+
+    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length,
+                 vocab_size, transformer_width, transformer_heads, transformer_layers):  # fmt: skip
+        super().__init__()
+        if vision_patch_size is None:
+            heads = vision_width * 32 // 64
+            self.visual = ModifiedResNet(image_resolution, vision_layers, vision_width, heads, embed_dim)
+        else:
+            heads = vision_width // 64
+            self.visual = VisionTransformer(
+                image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim
+            )
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # t; Sec. 2.5
+        init_text(self)
+
+    def encode_image(self, image):
+        """(B, 3, S, S) -> (B, E), not normalised."""
+        return self.visual(image)
+
+    def encode_text(self, text):
+        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        x = self.ln_final(self.transformer(x))
+        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token has the largest id
+        return x @ self.text_projection
+
+    def forward(self, image, text):
+        return self.encode_image(image), self.encode_text(text)
+
+
+def init_text(model):
+    """Initialisation of the text side; the image transformer keeps torch's own, as in OpenAI's code. In place."""
+    width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
+    nn.init.normal_(model.token_embedding.weight, std=0.02)
+    nn.init.normal_(model.positional_embedding, std=0.01)
+    nn.init.normal_(model.text_projection, std=width**-0.5)
+    for block in model.transformer.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+
+ARCHS = {  # Tables 19 and 20: embed_dim, layers, width, text_width (below base: our own, for small machines)
+    "vit_micro": (128, 4, 128, 128),
+    "vit_tiny": (256, 12, 192, 256),
+    "vit_small": (384, 12, 384, 384),
+    "vit_base": (512, 12, 768, 512),
+    "vit_large": (768, 24, 1024, 768),
+    "resnet50": (1024, (3, 4, 6, 3), 64, 512),
+    "resnet101": (512, (3, 4, 23, 3), 64, 512),
+    "resnet50x4": (640, (4, 6, 10, 6), 80, 640),
+    "resnet50x16": (768, (6, 8, 18, 8), 96, 768),
+    "resnet50x64": (1024, (3, 15, 36, 10), 128, 1024),
+}
+
+
+def build_model(args) -> CLIP:
+    """Raises UserError for an unknown --arch and for sizes that do not fit together."""
+    name, _, patch = args.arch.partition("_patch")
+    if name not in ARCHS or name.startswith("vit") != patch.isdigit():
+        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {', '.join(ARCHS)}")
+    if args.image_size % (int(patch or 32)):
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch or 32)}, as {args.arch} needs")
+    embed_dim, layers, width, text_width = ARCHS[name]
+    text_width = args.text_width or text_width
+    if text_width % 64:
+        raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
+    return CLIP(args.embed_dim or embed_dim, args.image_size, layers, width, int(patch) if patch else None,
+                args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers)  # fmt: skip
+
+
+def image_encoder(model: CLIP) -> nn.Module:
+    """Module from images to pooled features: before the projection for a ViT, the attention pooling for a ResNet."""
+
+    class Pooled(nn.Module):
+        def __init__(self, visual):
+            super().__init__()
+            self.visual = visual
+
+        def forward(self, x):
+            return self.visual.pool(x)
+
+    return Pooled(model.visual)
+
+
+def from_state_dict(state: dict) -> CLIP:
+    """A released state dict -> CLIP in float32, its sizes read off the tensors. Raises KeyError, ValueError or
+    RuntimeError when the names or shapes are not OpenAI's."""
+    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+
+    def depth(prefix):
+        return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        layers, tokens = depth("visual.transformer.resblocks."), len(state["visual.positional_embedding"])
+    else:
+        width, patch, tokens = len(state["visual.conv3.weight"]), None, len(state["visual.attnpool.positional_embedding"])
+        layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+    text_width, embed_dim = state["text_projection"].shape
+    model = CLIP(embed_dim, (patch or 32) * math.isqrt(tokens - 1), layers, width, patch,
+                 *state["positional_embedding"].shape[:1], *state["token_embedding.weight"].shape[:1],
+                 text_width, text_width // 64, depth("transformer.resblocks."))  # fmt: skip
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=True)
+    return model
+
+
+# ------------------------------------------------ loss ------------------------------------------------
+def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
+    """Symmetric cross-entropy of Fig. 3 over the global batch, in nats; chance level ln B.
+
+    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim tensor.
+    Returns the mean over this process's rows: the mean over processes is the loss of the global batch. Memory grows with
+    b x B. gather_grad=False: gathered features are constants (official SLIP), so that with several processes each
+    feature learns as an anchor only, never as a candidate."""
+    image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
+    all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
+    b, first = len(image), 0
+    if len(all_image) > b:
+        first = b * torch.distributed.get_rank()
+        if not gather_grad:
+            all_image, all_text = all_image.detach(), all_text.detach()
+    labels = torch.arange(first, first + b, device=image.device)
+    loss_image = F.cross_entropy(logit_scale * image @ all_text.T, labels)
+    loss_text = F.cross_entropy(logit_scale * text @ all_image.T, labels)
+    return (loss_image + loss_text) / 2
+
+
+# ------------------------------------------------ training ------------------------------------------------
+def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
+    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv 2101.06983).
+
+    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient; then each
+    piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b, ...) tensors;
+    loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or dropout, and a `model` that is
+    not wrapped in DDP: gradients are averaged over the processes here."""
+    with torch.no_grad():
+        encoded = [encode(piece) for piece in pieces]
+    features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded)]
+    loss, terms = loss_of(*features)
+    scaler.scale(loss).backward()
+    grads = [f.grad.split([len(part) for part in parts]) for f, parts in zip(features, zip(*encoded))]
+    for piece, *piece_grads in zip(pieces, *grads):
+        torch.autograd.backward(encode(piece), piece_grads)
+    for p in model.parameters() if world_size() > 1 else []:
+        if p.grad is not None:
+            p.grad = all_reduce_mean(p.grad)
+    return loss, terms
+
+
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+
+    # data
+    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, captions(dataset), args.vocab_size, data_dir=args.data_dir)
+    views = {"image": LanguageView(args.image_size)}
+    loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
+    b = args.batch_size // world_size()
+
+    # model and optimizer
+    model = sync_batchnorm(build_model(args), device).to(device)
+    if args.accum_steps > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.visual.modules()):
+        raise UserError(f"--accum-steps cannot be exact for {args.arch}, whose batch norm must see the whole batch: use 1")
+    if b % args.accum_steps:
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
+    if args.compile:
+        model.compile()
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, class_embedding, logit_scale
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=device.type == "cuda")
+
+    # run directory; continues from its checkpoint if it has one
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("clip", args, loader, state, {"tokenizer": tokenizer.to_json()})
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
+
+    def encode(piece):
+        with autocast:
+            return ddp(image[piece], text[piece])
+
+    def loss_of(image_embed, text_embed):
+        loss = clip_loss(image_embed, text_embed, model.logit_scale.exp(), args.gather_grad)
+        return loss, {"loss": (loss, math.log(args.batch_size))}
+
+    for step, batch in loader.batches(run.step, run.last):
+        image, text = views["image"](*batch["image"]), batch["text"]
+        if step == 0:
+            save_views(run.dir, {"image": image}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, end=args.min_lr)
+
+        if args.accum_steps == 1:
+            loss, terms = loss_of(*encode(slice(None)))
+            scaler.scale(loss).backward()
+        else:
+            pieces = torch.arange(b, device=device).chunk(args.accum_steps)
+            loss, terms = replay_backward(model, encode, loss_of, pieces, scaler)
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # s <= 100 (Sec. 2.5); s >= 1 as in open_clip
+
+        run.log(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
+        if val is not None and run.due(args.eval_every):
+            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    return run.finish(f"python evaluate.py retrieval {run.dir} --data {args.data}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

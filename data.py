@@ -1,0 +1,437 @@
+"""Data: decoding, the evaluation view, the loader, batched image operations, the tokenizer.
+
+A method file opens a dataset (sources.py says from where), names its views and texts, and takes batches:
+
+    dataset = open_dataset("yfcc15m")                       # dataset[7] -> Sample(image, captions, label, key)
+    loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096, workers=8)
+    for step, batch in loader.batches(0, 10 * loader.steps_per_epoch):
+        pixels, draw = batch["view1"]                       # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
+        x, ids = view(pixels, draw), batch["text"]          # float (b, 3, S, S), int64 (b, L)
+"""
+
+import gzip
+import html
+import importlib.util
+import io
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from common import UserError, rank, world_size
+from sources import NAMES, Sample, open_dataset  # noqa: F401
+
+try:
+    from ftfy import fix_text  # mends wrongly decoded text: the first thing that CLIP's own tokenizer does
+except ImportError:
+    fix_text = str
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+# ------------------------------------------------ decoding and loading ------------------------------------------------
+def decode(image):
+    """Bytes of an image file, uint8 array (H, W, 3) or PIL image -> uint8 (3, H, W), in memory H x W x 3: crops of that
+    are fast. Raises ValueError when it is broken or has more than 179 million pixels."""
+    try:
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))  # reads the header and checks the number of pixels
+        if isinstance(image, Image.Image):
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            image = np.array((image.convert("RGBA") if "transparency" in image.info else image).convert("RGB"))
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"array of {image.dtype} {image.shape}")
+        return torch.from_numpy(image).permute(2, 0, 1)
+    except Exception as error:  # Pillow raises anything on hostile bytes
+        raise ValueError(f"broken image ({str(error).split(', ')[-1]})") from error
+
+
+class EvalView:
+    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP and torchvision do with PIL images."""
+
+    def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
+        self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
+        self.filter = Image.Resampling[interpolation.upper()]
+
+    def crop(self, image, rng=None):
+        """In a worker: uint8 (3, H, W) -> uint8 (3, size, size)."""
+        h, w = image.shape[1:]
+        long = 20 * min(h, w)  # resized in full, a line of 1 x 60,000 pixels would take gigabytes
+        if max(h, w) > long:
+            image = image[:, max(0, (h - long) // 2) :, max(0, (w - long) // 2) :][:, :long, :long]
+            h, w = image.shape[1:]
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        if min(h, w) != self.resize:
+            picture = picture.resize((self.resize * w // min(h, w), self.resize * h // min(h, w)), self.filter)
+        left, top = (round((side - self.size) / 2) for side in picture.size)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def draw(self, rng=None):
+        return {}
+
+    def __call__(self, x, draw=None):
+        """On the device: uint8 (B, 3, size, size) -> float."""
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+        return (x.float() / 255 - mean) / std
+
+
+class Loader:
+    """Batches are a function of (seed, step): the same for any number of workers and after a restart, and together the
+    same for any number of processes.
+
+    views: {name: object with crop(image, rng) and draw(rng)}; texts: {name: function(caption, rng) -> token ids};
+    batch_size: of all processes together. Every view and text of a sample has a random.Random of its own.
+    bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, set it to 0 at will."""
+
+    def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
+        if batch_size % world_size():
+            raise UserError(f"batch size {batch_size} cannot be divided among {world_size()} processes")
+        if len(dataset) < batch_size:
+            raise UserError(f"{dataset.name} has {len(dataset)} samples, fewer than the batch size of {batch_size}")
+        if texts and not dataset.captioned:
+            raise UserError(f"{dataset.name} has no captions, docs/data.md says where they are looked for")
+        self.dataset, self.views, self.texts, self.batch_size, self.seed = dataset, views, texts, batch_size, seed
+        self.workers, self.device, self.pin = workers, torch.device(device), torch.device(device).type == "cuda"
+        self.steps_per_epoch = len(dataset) // batch_size  # what is left over is another part in every epoch
+        self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
+
+    def batches(self, start, stop):
+        """Yields (step, batch) for steps start to stop - 1. batch: "index", "label" (b,); per view (uint8 (b, 3, S, S)
+        channels last, {name: stacked draws}); per text int64 (b, L), padded with 0. All on the device."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every forked worker warns about it
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
+            pin_memory=self.pin, worker_init_fn=ignore_signals, generator=torch.Generator(),  # not the global one
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None)  # fmt: skip
+        batches = iter(loader)
+        for step in range(start, stop):
+            begin = time.perf_counter()
+            batch = next(batches)
+            self.wait += time.perf_counter() - begin
+            if isinstance(batch, UserError):
+                raise batch
+            if step // self.steps_per_epoch != self.epoch:
+                self.epoch, self.bad_before, self.bad = step // self.steps_per_epoch, self.bad, 0
+            for skipped in batch.pop("skipped"):
+                self.bad += bool(skipped)
+                for where, reason in skipped.items():
+                    if where not in self.named and len(self.named) < 100:
+                        print(f"{self.dataset.name}: sample {where} is replaced by the next, {reason}", file=sys.stderr)
+                        self.named[where] = reason
+            yield step, self.to_device(batch)
+
+    def check_bad(self):
+        """Called by all processes together. UserError when over 1% of this or the previous epoch was replaced."""
+        bad = torch.tensor([self.bad, self.bad_before], device=self.device)
+        if world_size() > 1:
+            torch.distributed.all_reduce(bad)
+        if (worst := int(bad.max())) > max(1, 0.01 * self.steps_per_epoch * self.batch_size):
+            example = next(iter(self.named.values()), "other processes name them")
+            raise UserError(f"{worst} samples of {self.dataset.name} are bad, over 1% of an epoch, such as {example}")
+
+    def order(self, start, stop):
+        """The (epoch, index) pairs of this process, a list per step."""
+        size, epoch = self.batch_size // world_size(), None
+        for step in range(start, stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            first = step % self.steps_per_epoch * self.batch_size + rank() * size
+            yield [(epoch, int(index)) for index in order[first : first + size]]
+
+    def __getitem__(self, item):
+        """In a worker: (epoch, index) -> views and token ids of that sample or, if it is bad, of the next good one."""
+        (epoch, index), skipped = item, {}
+        for where in (i % len(self.dataset) for i in range(index, index + 100)):
+            name = f"{self.dataset.name}[{where}]"
+            try:
+                sample = self.dataset[where]
+                name = sample.key
+                image = decode(sample.image)
+                if self.texts and not any(caption.strip() for caption in sample.captions):
+                    raise ValueError("no caption")
+                break
+            except (OSError, ValueError) as error:
+                skipped[where] = f"{name}: {error}"
+        else:  # returned, since what a worker raises arrives as a page of traceback
+            return UserError(f"a hundred samples of {self.dataset.name} in a row are bad, such as {skipped[index]}")
+
+        def rng(use):
+            return random.Random(f"{self.seed} {epoch} {index} {use}")
+
+        out = {"index": where, "label": sample.label, "skipped": skipped}
+        for name, view in self.views.items():
+            view_rng = rng(name)
+            out[name] = view.crop(image, view_rng), view.draw(view_rng)
+        if self.texts:
+            caption = rng("caption").choice(sample.captions)
+            out |= {name: text(caption, rng(name)) for name, text in self.texts.items()}
+        return out
+
+    def collate(self, samples):
+        """In a worker: list of samples -> batch."""
+        if errors := [s for s in samples if isinstance(s, UserError)]:
+            return errors[0]
+        batch = {"skipped": [s["skipped"] for s in samples]}
+        batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
+        for name in self.views:
+            crops, draws = zip(*(s[name] for s in samples))
+            draws = {key: [draw[key] for draw in draws] for key in draws[0]}
+            draws = {key: torch.stack(v) if torch.is_tensor(v[0]) else torch.tensor(v) for key, v in draws.items()}
+            batch[name] = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2), draws
+        for name, text in self.texts.items():
+            longest = max(len(s[name]) for s in samples)
+            length = min(-(-longest // 8) * 8, getattr(text, "context_length", 2**31))  # few different lengths
+            batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
+        return batch
+
+    def to_device(self, x):
+        if isinstance(x, dict):
+            return {key: self.to_device(value) for key, value in x.items()}
+        if isinstance(x, tuple | list):  # pinning makes lists of tuples
+            return tuple(map(self.to_device, x))
+        return x.to(self.device, non_blocking=self.pin)
+
+
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM reach the workers too; only the main process is to react, and it ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# -------------------------------------------- image operations --------------------------------------------
+# The first two serve one sample in a loader worker. The others take a batch on any device, floats in [0, 1],
+# (B, 3, H, W), with parameters (B,), and equal torchvision.transforms.v2.functional on each sample by itself.
+# mask (B,) bool: the samples to change.
+def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
+    """torchvision's RandomResizedCrop, antialiased: uint8 (3, H, W) -> uint8 (3, size, size). Fastest on an
+    image stored as (H, W, 3), as decode() returns it; the crop is then stored so too. rng: random.Random."""
+    height, width = image.shape[1:]
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** rng.random()  # log-uniform
+        h, w = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if 0 < h <= height and 0 < w <= width:
+            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+            break
+    else:  # nothing fitted: the largest central crop of an allowed aspect
+        h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+        top, left = (height - h) // 2, (width - w) // 2
+    crop = image.permute(1, 2, 0)[top : top + h, left : left + w]
+    return F.interpolate(crop[None].permute(0, 3, 1, 2), (size, size), mode=interpolation, antialias=True)[0]
+
+
+def draw_jitter(rng, brightness, contrast, saturation, hue):
+    """color_jitter's arguments for one sample, drawn as torchvision's ColorJitter draws them."""
+    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    factors = {name: rng.uniform(max(0, 1 - s), 1 + s) for name, s in strengths.items()}
+    return {**factors, "hue": rng.uniform(-hue, hue), "order": rng.sample(range(4), 4)}
+
+
+def to_float(x):
+    """uint8 -> float32 in [0, 1], stored channel by channel, as suits the operations below."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def normalize(x, mean, std):
+    """(x - mean) / std by channel. They stay numbers: tensors would be copied to the device in every step."""
+    return torch.stack([(channel - m).div_(s) for channel, m, s in zip(x.unbind(1), mean, std)], 1)
+
+
+def on_masked(operation, x, mask, *params):
+    """operation(x, *params) where mask is set, x elsewhere; params (B, ...). A GPU computes all samples, as
+    picking would make it wait for the host. The CPU picks, and takes eight at a time for its cache's sake."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(mask.view(-1, 1, 1, 1), operation(x, *params), x)
+    x, rows = x.clone(), mask.nonzero().squeeze(1)
+    for some in rows.split(8) if len(rows) else ():
+        x[some] = operation(x[some], *(p[some] for p in params))
+    return x
+
+
+def hflip(x, mask):
+    return on_masked(lambda x: x.flip(3), x, mask)
+
+
+def luma(x):
+    """Grey level (B, 1, H, W), by torchvision's weights."""
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(1)
+
+
+def grayscale(x, mask):
+    return on_masked(lambda x: luma(x).expand_as(x), x, mask)
+
+
+def solarize(x, mask, threshold=0.5):
+    return on_masked(lambda x: torch.where(x >= threshold, 1 - x, x), x, mask)
+
+
+def shift_hue(x, hue):
+    """Turns the hue of every pixel by hue (B,), -0.5 to 0.5 of a circle. No HSV is needed: a pixel's smallest
+    and largest value stay, and its place on the colour hexagon (0 red, 2 green, 4 blue, 6 red) says where
+    between these two each channel lies."""
+    red, green, blue = x.unbind(1)
+    low, high = x.amin(1), x.amax(1)
+    chroma = high - low
+    place = (high - 2 * low).sub_(red).add_(green).add_(blue).div_(chroma.clamp_min(1e-12))  # distance to red
+    place = place.copysign_(green - blue).add_(6 * hue.view(-1, 1, 1)).remainder_(6)
+    share = torch.stack(((place - 3).abs_() - 1, 2 - (place - 2).abs_(), 2 - (place - 4).abs_()), 1)
+    return share.clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order, mask):
+    """adjust_brightness, _contrast, _saturation (factors from 0) and _hue (-0.5 to 0.5), in each sample's own
+    order (B, 4), a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue. Hue costs most, so it is
+    computed once, between three steps and three steps of the others; idle ones have factor 1."""
+    slot, hue_slot = torch.arange(4, device=x.device), order.argmax(1, keepdim=True)
+    before, after = order.where(slot < hue_slot, 3), order.where(slot > hue_slot, 3)  # kind 3: nothing
+    kind = torch.cat((before[:, :3], after[:, 1:]), 1)  # (B, 6)
+    factor = torch.stack((brightness, contrast, saturation, torch.ones_like(hue)), 1).gather(1, kind)
+    # A step mixes x with black, its mean grey level or its grey image. (B, 6, 3): weights of x, mean, grey.
+    steps = torch.stack((factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)), 2).to(x.dtype)
+
+    def jitter(x, steps, hue):
+        for i in range(6):
+            x = shift_hue(x, hue) if i == 3 else x
+            of_x, of_mean, of_grey = steps[:, i, :, None, None, None].unbind(1)
+            grey = luma(x)
+            mean = grey.mean((2, 3), keepdim=True)
+            x = (x * of_x).add_(grey.mul_(of_grey).add_(mean * of_mean)).clamp_(0, 1)
+        return x
+
+    return on_masked(jitter, x, mask, steps, hue.to(x.dtype))
+
+
+def gaussian_blur(x, sigma, mask, kernel_size):
+    """Gaussian of standard deviation sigma pixels on kernel_size (odd) pixels, borders reflected. Images too
+    small for that get the largest kernel that can be reflected, 2 * min(H, W) - 1."""
+    radius = min(kernel_size // 2, x.shape[2] - 1, x.shape[3] - 1)
+    pixels = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+
+    def blur(x, sigma):
+        b, c, h, w = x.shape
+        kernel = (pixels / sigma.view(-1, 1)).square().mul(-0.5).softmax(1)  # (B, K)
+        kernel = kernel.repeat_interleave(c, 0)
+        x = F.pad(x, [radius] * 4, mode="reflect").view(1, b * c, h + 2 * radius, w + 2 * radius)
+        x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)  # one group for each channel of each sample
+        return F.conv2d(x, kernel[:, None, :, None], groups=b * c).view(b, c, h, w)
+
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would keep 8 bits at most
+        return on_masked(blur, x, mask, sigma.to(x.dtype))
+
+
+# ------------------------------------------------ tokenizer ------------------------------------------------
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+SOT_EOT = ("<|startoftext|>", "<|endoftext|>"), ("<start_of_text>", "<end_of_text>"), ("[CLS]", "[SEP]")
+
+
+def clip_bpe(merges=(), captions=None, vocab_size=49408):
+    """Byte-pair encoding of CLIP's form with these merges, (left, right) each, or those learnt from captions.
+    Ids: 256 bytes, 256 bytes that end a word (so any text can be encoded), the merges, sot, eot."""
+    start = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end = [character + "</w>" for character in start]
+    tokens = dict.fromkeys([*start, *end, *map("".join, merges), *SOT_EOT[0]])
+    ids = {token: i for i, token in enumerate(tokens)}
+    bpe = tokenizers.Tokenizer(models.BPE(ids, [tuple(pair) for pair in merges], end_of_word_suffix="</w>"))
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    bpe.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])
+    bpe.add_special_tokens(list(SOT_EOT[0]))
+    if captions is None:
+        return bpe
+    # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given
+    # here.
+    given = {"initial_alphabet": start, "special_tokens": end, "end_of_word_suffix": "</w>"}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, show_progress=False, **given)
+    bpe.train_from_iterator(captions, trainer)
+    return clip_bpe(json.loads(bpe.to_str())["model"]["merges"])
+
+
+class Tokenizer:
+    """Captions to token ids [sot, ..., eot]. spec: "clip" (its published merges, from data_dir, an installed
+    open_clip or the Hugging Face hub), "train" (CLIP's form learnt from captions, at most vocab_size tokens),
+    the path of a tokenizer.json or bpe_simple_vocab_16e6.txt.gz, the text of a tokenizer.json, or a hub name.
+    A long caption is cut to context_length ids, the last one eot if restore_eot. Raises UserError."""
+
+    def __init__(self, spec, context_length=77, captions=(), vocab_size=None, data_dir=None, restore_eot=True):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns when loader workers are forked
+        self.context_length, self.restore_eot = context_length, restore_eot
+        try:
+            self.bpe = self.open(spec, captions, vocab_size or 49408, data_dir)
+            self.vocab_size = self.bpe.get_vocab_size()
+            if self.vocab_size > (vocab_size or self.vocab_size):
+                raise ValueError(f"its {self.vocab_size} tokens are more than --vocab-size {vocab_size}")
+            ends = [[self.bpe.token_to_id(token) for token in pair] for pair in SOT_EOT]
+            self.sot, self.eot = next((pair for pair in ends if None not in pair), (None, None))
+            if self.eot is None:
+                raise ValueError("it has no start and end token")
+        except Exception as error:  # tokenizers raises nothing narrower
+            name = spec if len(spec) < 200 else "of the checkpoint"
+            raise UserError(f"tokenizer {name}: {error}; use train or a tokenizer.json's path") from error
+        self.bpe.no_truncation()
+        self.clip_form = getattr(self.bpe.model, "end_of_word_suffix", None) == "</w>"
+        if self.clip_form:
+            self.bpe.normalizer = None  # clean() does that, exactly as CLIP's own
+
+    def open(self, spec, captions, vocab_size, data_dir):
+        if spec == "train":
+            return clip_bpe(captions=map(self.clean, captions), vocab_size=vocab_size)
+        if spec == "clip":
+            open_clip = importlib.util.find_spec("open_clip")  # located, not imported
+            folders = [data_dir or os.environ.get("DATA_DIR", "data")]
+            folders += open_clip.submodule_search_locations if open_clip else []
+            files = [Path(folder, "bpe_simple_vocab_16e6.txt.gz") for folder in folders]
+            spec = next((str(file) for file in files if file.is_file()), "openai/clip-vit-base-patch32")
+        if spec.endswith(".gz"):  # a title, then merges, of which CLIP has the first 48,894
+            lines = gzip.decompress(Path(spec).read_bytes()).decode().splitlines()[1 : 49408 - 514 + 1]
+            return clip_bpe([line.split() for line in lines])
+        if spec.startswith("{"):
+            return tokenizers.Tokenizer.from_str(spec)
+        if spec.endswith(".json") or Path(spec).is_file():
+            return tokenizers.Tokenizer.from_str(Path(spec).read_text(encoding="utf-8"))
+        url = f"https://huggingface.co/{spec}/resolve/main/tokenizer.json"
+        with urllib.request.urlopen(url, timeout=10) as reply:  # the hub's own client tries for 20 s
+            return tokenizers.Tokenizer.from_str(reply.read().decode())
+
+    @staticmethod
+    def clean(text):
+        text = html.unescape(html.unescape(fix_text(text)))
+        return re.sub(r"\s+", " ", text).strip().lower().encode(errors="replace").decode()
+
+    def encode(self, caption):
+        """Ids without sot and eot, not cut."""
+        text = self.clean(caption) if self.clip_form else caption
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, caption, rng=None):
+        ids = [self.sot, *self.encode(caption), self.eot][: self.context_length]
+        return [*ids[:-1], self.eot] if self.restore_eot else ids
+
+    def batch(self, captions):
+        """-> int64 (n, context_length), padded with 0."""
+        rows = [self(caption) for caption in captions]
+        rows = [row + [0] * (self.context_length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, self.context_length)
+
+    def decode(self, ids):
+        return self.bpe.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self):
+        return self.bpe.to_str()

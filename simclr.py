@@ -1,0 +1,318 @@
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al. 2020, arXiv 2002.05709).
+
+Two random augmentations of an image are pulled together, all other images of the batch are pushed away. What makes it
+work: strong colour augmentation, a non-linear head that is thrown away afterwards, large batches, a low temperature.
+
+Loss NT-Xent (Eq. 1), with z of unit length, tau the temperature, i and j the two views of one image:
+    l(i, j) = -log( exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau) ),  L = mean over the 2B views,
+    chance level ln(2B - 1)
+B global batch, b = B / processes, D features of the backbone, S image size in pixels, w width multiplier.
+
+Laptop        torchrun simclr.py
+1 GPU         torchrun simclr.py --data cifar10
+8 GPUs        torchrun --nproc_per_node=8 simclr.py --data imagenet
+SimCLR v2     torchrun --nproc_per_node=8 simclr.py --data imagenet --recipe imagenet-v2   (then simclrv2.py)
+
+Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the head; its selective kernels and memory are
+not here. Differences from the official code:
+ - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, twice that. LARS absorbs
+   the factor except for biases and norms.
+ - One blur sigma per image; official: one per device and view. Crop and colour sampling are torchvision's: official
+   crops have uniform instead of log-uniform aspects. Max-pooling pads as torch does.
+ - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
+ - Brightness is a factor, as in version 2 and torchvision; version 1 adds.
+
+Diff against: nothing, this is where the self-supervised files start.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import (LARS, Run, UserError, all_gather, init_distributed, mixed_precision, parse_args, sync_batchnorm,
+                    user_errors, warmup_cosine, world_size)  # fmt: skip
+from data import (EvalView, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, open_dataset,
+                  random_resized_crop, to_float)  # fmt: skip
+from evaluate import evaluation_set, knn_eval, save_curves, save_views
+
+
+# ------------------------------------------------ arguments ------------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it for the width multiplier w
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3 and no max-pool; auto: up to 32 pixels (App. B.9)
+    head_layers: int = 2  # of the projection head; 3 in version 2 (its Sec. 2)
+    head_dim: int = 128  # its output (Sec. 2.2)
+    image_size: int = 224  # pixels
+    jitter_strength: float = 1.0  # s of App. A; 0.5 for CIFAR-10 (App. B.9)
+    blur: bool = True  # App. A; not for CIFAR-10 (App. B.9)
+    temperature: float = 0.1  # tau (Table 5); 0.5 for CIFAR-10 (App. B.9)
+    epochs: int = 1000  # Table 6 (100 in the ablations)
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 4096  # global: all processes together (Sec. 2.2)
+    accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
+    base_lr: float = 0.3  # lr = base_lr * batch / 256 (Sec. 2.2)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: lr = base_lr * sqrt(batch), base_lr 0.075 (App. B.1)
+    min_lr: float = 0.0  # end of the cosine
+    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 2.2)
+    optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 2.2
+    momentum: float = 0.9
+    weight_decay: float = 1e-6  # on everything but biases and batch norm (Sec. 2.2); 1e-4 in version 2
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order and views
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, fp32 elsewhere
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log there
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+RECIPES = {
+    "shapes": dict(arch="resnet18", image_size=32, epochs=1, batch_size=128, warmup_epochs=0.1, temperature=0.2,
+                   optimizer="sgd", base_lr=0.12, weight_decay=5e-4, jitter_strength=0.5, blur=False, workers=2),
+    # the setting of lightly's CIFAR-10 benchmark (kNN, k = 200: 84.8%), which every method's cifar10 recipe shares
+    "cifar10": dict(arch="resnet18", image_size=32, epochs=200, batch_size=512, warmup_epochs=0.0, temperature=0.5,
+                    optimizer="sgd", base_lr=0.12, weight_decay=5e-4, jitter_strength=0.5, blur=False),
+    "cifar10-paper": dict(arch="resnet50", image_size=32, epochs=1000, batch_size=1024, base_lr=1.0, temperature=0.5,
+                          jitter_strength=0.5, blur=False),  # App. B.9: linear probe 94.0%
+    "imagenet": dict(),  # Table 6: linear probe 69.3%
+    "imagenet-v2": dict(head_layers=3, epochs=800, base_lr=0.1, lr_scaling="sqrt", weight_decay=1e-4, warmup_epochs=40),
+}  # fmt: skip
+
+
+# ------------------------------------------------ augmentation ------------------------------------------------
+class SimCLRView:
+    """One of the two views, both drawn alike (App. A). Images stay in [0, 1]: the official code does not normalise."""
+
+    def __init__(self, size, strength=1.0, blur=True):
+        self.size, self.strength, self.blur = size, strength, blur
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample and view."""
+        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < 0.5,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            **draw_jitter(rng, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s),
+        }
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float in [0, 1], (b, 3, size, size)."""
+        x = hflip(to_float(x), draw["flip"])
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        x = grayscale(x, draw["gray"])
+        if self.blur:
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=self.size // 20 * 2 + 1)  # a tenth of the size
+        return x
+
+
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+
+
+# ------------------------------------------------ backbone ------------------------------------------------
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) -> (B, D)."""
+
+    def __init__(self, block, layers, width=1, cifar_stem=False):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, zero_init_residual=True)
+        self.conv1 = nn.Conv2d(3, 64 * width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        if cifar_stem:
+            self.conv1 = nn.Conv2d(3, 64 * width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.feature_dim, self.fc = self.fc.in_features * width, nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # official: variance scaling, fan-in, truncated at two standard deviations
+                std = module.weight[0].numel() ** -0.5 / 0.87962566
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = 64 * self.width
+        return super()._make_layer(block, planes * self.width, blocks, stride, dilate)
+
+
+def resnet(arch, cifar_stem=False):
+    """"resnet50" or, with a width multiplier, "resnet50x2" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]), "50": (bottleneck, [3, 4, 6, 3]),
+              "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
+    if not match or match[1] not in depths:
+        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101 or 152, with x2, x3 or x4 for more width")
+    return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
+
+
+# ------------------------------------------------ model ------------------------------------------------
+class ProjectionHead(nn.Module):
+    """g of Sec. 2.1: Linear, BN, ReLU as wide as its input, then Linear, BN without offset (official code).
+    (B, D) -> (B, out_dim); forward(h, layers=k) stops after k layers, where version 2 fine-tunes from (k = 1)."""
+
+    def __init__(self, dim, out_dim=128, layers=2):
+        super().__init__()
+        sizes = [dim] * layers + [out_dim]
+        self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(size) for size in sizes[1:])
+        self.norms[-1].register_parameter("bias", None)
+        for linear in self.linears:
+            nn.init.normal_(linear.weight, std=0.01)
+
+    def forward(self, h, layers=None):
+        for k, (linear, norm) in enumerate(zip(self.linears, self.norms)):
+            if k == layers:
+                break
+            h = norm(linear(h))
+            h = F.relu(h) if k + 1 < len(self.linears) else h
+        return h
+
+
+class SimCLR(nn.Module):
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, x):
+        """(B, 3, S, S) -> (B, out_dim), not normalised."""
+        return self.head(self.backbone(x))
+
+
+def build_model(args) -> SimCLR:
+    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
+    backbone = resnet(args.arch, cifar_stem)
+    return SimCLR(backbone, ProjectionHead(backbone.feature_dim, args.head_dim, args.head_layers))
+
+
+def image_encoder(model: SimCLR, head_layer: int = 0) -> nn.Module:
+    """Module from images to pooled features (B, D), after `head_layer` layers of the head (version 2, its Sec. 2)."""
+    if head_layer >= len(model.head.linears):
+        raise UserError(f"head layer {head_layer} is not below the {len(model.head.linears)} layers of this head")
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = model.backbone, model.head
+
+        def forward(self, x):
+            return self.head(self.backbone(x), layers=head_layer)
+
+    return Encoder() if head_layer else model.backbone
+
+
+# ------------------------------------------------ loss ------------------------------------------------
+def nt_xent_loss(z1, z2, temperature):
+    """NT-Xent (Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
+
+    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this process's
+    2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
+    z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, D)
+    all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, D)
+    b, first = len(z1), 0
+    if len(all_z1) > b:
+        first = b * torch.distributed.get_rank()
+    labels = torch.arange(first, first + b, device=z1.device)  # column of the other view of row i
+    itself = F.one_hot(labels, len(all_z1)).bool()  # (b, B)
+    same1 = (z1 @ all_z1.T / temperature).masked_fill(itself, float("-inf"))
+    same2 = (z2 @ all_z2.T / temperature).masked_fill(itself, float("-inf"))
+    loss1 = F.cross_entropy(torch.cat([z1 @ all_z2.T / temperature, same1], dim=1), labels)
+    loss2 = F.cross_entropy(torch.cat([z2 @ all_z1.T / temperature, same2], dim=1), labels)
+    return (loss1 + loss2) / 2
+
+
+# ------------------------------------------------ training ------------------------------------------------
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+    if args.accum_steps > 1:
+        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+
+    # data
+    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    view = SimCLRView(args.image_size, args.jitter_strength, args.blur)
+    views = {"view1": view, "view2": view}
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    excluded = [p for p in model.parameters() if p.ndim < 2]  # batch norm
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
+              {"params": excluded, "weight_decay": 0.0}]  # fmt: skip
+    scale = args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5
+    peak = args.base_lr * scale
+    if args.optimizer == "lars":
+        groups[1]["exclude"] = True
+        optimizer = LARS(groups, lr=peak, momentum=args.momentum, lr_in_momentum=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
+
+    # run directory; continues from its checkpoint if it has one
+    run = Run("simclr", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    run.say(f"lr = {args.base_lr} * {scale:g} ({args.lr_scaling} scaling) = {peak:g}")
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    chance = math.log(2 * args.batch_size - 1)
+
+    for step, batch in loader.batches(run.step, run.last):
+        view1, view2 = (views[name](*batch[name]) for name in views)
+        if step == 0:
+            save_views(run.dir, {"view1": view1, "view2": view2}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+
+        with autocast:
+            z1, z2 = ddp(torch.cat([view1, view2])).chunk(2)
+        loss = nt_xent_loss(z1, z2, args.temperature)
+        scaler.scale(loss).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        run.log({"loss": (loss, chance)}, lr=lr)
+        if val is not None and run.due(args.eval_every):
+            run.log_evaluation(knn_eval(image_encoder(model), evaluation_set(args, "train"), val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    return run.finish(f"python evaluate.py knn {run.dir} --data {args.data}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

@@ -1,0 +1,525 @@
+"""SLIP: Self-supervision meets Language-Image Pre-training (Mu et al. 2021, arXiv 2112.12750).
+
+CLIP plus SimCLR on one image encoder: the language branch sees a lightly cropped image and its caption, the
+self-supervised branch two strongly augmented views of the same image. Views without captions teach the encoder what
+captions do not mention, and zero-shot transfer improves too.
+
+Loss (Alg. 1), with I, T, v1, v2 of unit length, s = exp(t), tau = 0.1 and c = --ssl-scale:
+    L      = L_clip + c L_ssl,                      chance level ln B + c ln(2B - 1)
+    L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)
+    L_ssl  = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i} exp(v_i.v_k / tau) ),  j: i's other view
+B global batch, b = B / processes, N tokens, D width of a transformer, E joint embedding, S image size in pixels.
+
+Laptop        torchrun slip.py
+1 GPU         torchrun slip.py --data flickr8k
+8 GPUs        torchrun --nproc_per_node=8 slip.py --data yfcc15m
+Own data      torchrun slip.py --data path/to/captions.csv --recipe flickr8k
+
+Parameter names are the official code's, so its checkpoints load strictly (evaluate.load_released). Differences from that code:
+ - Features gathered for L_clip carry gradient, as those for L_ssl always did: any number of processes trains with the
+   gradient of the global batch. Official: constants, with more than one process each feature then learns as an anchor
+   only, never as a candidate, and 1 and 64 GPUs train differently. --no-gather-grad gives that back.
+ - A caption that is too long keeps its end token, whose position is what is read out. Official: plain cut.
+ - Blur is a true Gaussian of sigma pixels; Pillow's, used officially, is an approximation of it by box filters.
+ - The three images of a pair go through the encoder in one batch. There is no batch norm in it: same numbers.
+ - Losses are computed in float32; --accum-steps is exact. Official: fewer negatives per accumulation step.
+
+Diff against: clip.py (and simclr.py for L_ssl).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import (Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision, parse_args,
+                    sync_batchnorm, user_errors, warmup_cosine, world_size)  # fmt: skip
+from data import (EvalView, Loader, Tokenizer, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, normalize,
+                  open_dataset, random_resized_crop, to_float)  # fmt: skip
+from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
+
+
+# ------------------------------------------------ arguments ------------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "vit_base_patch16"  # vit_{tiny,small,base,large}_patchP (Sec. 4)
+    embed_dim: int = 512  # joint embedding E
+    text_width: int = 512  # width of the text transformer, 64 per head (Sec. 4)
+    text_layers: int = 12  # blocks of the text transformer (Sec. 4)
+    context_length: int = 77  # tokens of a caption, start and end included
+    ssl_mlp_dim: int = 4096  # width of the self-supervised projector (App. A)
+    ssl_emb_dim: int = 256  # its output
+    ssl_scale: float = 1.0  # c (Sec. 3.3)
+    temperature: float = 0.1  # tau of L_ssl
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a bpe_simple_vocab_16e6.txt.gz or a hub name
+    vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
+    image_size: int = 224  # pixels
+    epochs: int = 25  # Sec. 4 (50 and 100 in Table 5)
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 4096  # global: all processes and accumulation steps together (Sec. 4)
+    accum_steps: int = 1  # encode the batch in this many pieces, exactly
+    lr: float = 3e-3  # peak (Sec. 4)
+    min_lr: float = 1e-5  # end of the cosine (official code)
+    warmup_epochs: float = 1.0  # from 1e-6 (official code; 2 in the 100-epoch runs)
+    weight_decay: float = 0.1  # on everything but gains and biases (Sec. 4)
+    beta2: float = 0.98  # official code
+    eps: float = 1e-8  # official code
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
+    gather_grad: bool = True  # gradient through features gathered for L_clip (--no-gather-grad: official)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order, crops and captions
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, fp32 elsewhere
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log there
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+SMALL = dict(tokenizer="train", embed_dim=128, text_width=128, text_layers=3, ssl_mlp_dim=512, ssl_emb_dim=64)
+RECIPES = {
+    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, context_length=32, vocab_size=1024, epochs=2,
+                   batch_size=128, lr=1e-3, warmup_epochs=0.2, weight_decay=0.1, workers=2),  # fmt: skip
+    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, context_length=32, vocab_size=4096, epochs=30,
+                     batch_size=128, lr=1e-3, warmup_epochs=1.0, weight_decay=0.1),  # fmt: skip
+    "yfcc15m": dict(eval_data="imagenet"),
+    "cc3m": dict(eval_data="imagenet", epochs=40),  # Table 6
+    "cc12m": dict(eval_data="imagenet", epochs=35),  # Table 6
+}
+
+
+# ------------------------------------------------ augmentation ------------------------------------------------
+# Copied from clip.py: LanguageView
+class LanguageView:
+    """The picture that goes with a caption: a random crop, nothing else (Sec. 2.3). Not flipped: captions say left."""
+
+    def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic", mean=(0.48145466, 0.4578275, 0.40821073),
+                 std=(0.26862954, 0.26130258, 0.27577711)):  # fmt: skip
+        self.size, self.scale, self.interpolation, self.mean, self.std = size, scale, interpolation, mean, std
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample."""
+        return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {}
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float (b, 3, size, size)."""
+        return normalize(to_float(x), self.mean, self.std)
+
+
+class SSLView:
+    """One of the two views of L_ssl (Sec. 3.2, official code): MoCo v3's policy without solarisation."""
+
+    def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+        self.size, self.mean, self.std = size, mean, std
+
+    def crop(self, image, rng):
+        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bilinear")
+
+    def draw(self, rng):
+        jitter = draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < 0.5,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            **jitter,
+        }
+
+    def __call__(self, x, draw):
+        x = hflip(to_float(x), draw["flip"])
+        factors = (draw[k] for k in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        x = grayscale(x, draw["gray"])
+        x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+        return normalize(x, self.mean, self.std)
+
+
+def eval_view(args) -> EvalView:
+    return EvalView(args.image_size, interpolation="bilinear", mean=SSLView(1).mean, std=SSLView(1).std)
+
+
+# ------------------------------------------------ backbone ------------------------------------------------
+class Attention(nn.Module):
+    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(dim, 4 * dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, S, S) -> (B, N, D)."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """ViT with timm's parameter names. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1) + self.pos_embed.to(x)
+        return self.norm(self.blocks(x)[:, 0])
+
+
+# Copied from clip.py: QuickGELU
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+# Copied from clip.py: ResidualAttentionBlock
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, mask=None):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+# Copied from clip.py: Transformer
+class Transformer(nn.Module):
+    """`layers` blocks; causal: a token sees itself and the ones before it. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, layers, heads, causal=False):
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.causal = causal
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype) if self.causal else None
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+# ------------------------------------------------ model ------------------------------------------------
+class SLIP(nn.Module):
+    """forward runs the encoders, heads the projections: two parts, so that --accum-steps can come between them."""
+
+    def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size, transformer_width, transformer_heads,
+                 transformer_layers, ssl_mlp_dim=4096, ssl_emb_dim=256):  # fmt: skip
+        super().__init__()
+        self.visual = visual
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.image_projection = nn.Parameter(torch.randn(vision_width, embed_dim) * vision_width**-0.5)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # t
+        self.image_mlp = nn.Sequential()
+        self.image_mlp.add_module("layer1", nn.Linear(vision_width, ssl_mlp_dim))
+        self.image_mlp.add_module("bn1", nn.BatchNorm1d(ssl_mlp_dim))
+        self.image_mlp.add_module("relu1", nn.ReLU())
+        self.image_mlp.add_module("layer2", nn.Linear(ssl_mlp_dim, ssl_mlp_dim))
+        self.image_mlp.add_module("bn2", nn.BatchNorm1d(ssl_mlp_dim))
+        self.image_mlp.add_module("relu2", nn.ReLU())
+        self.image_mlp.add_module("layer3", nn.Linear(ssl_mlp_dim, ssl_emb_dim))
+        init_text(self)
+
+    def text_features(self, text):
+        """(B, N <= context_length) token ids, any padding after the end token -> (B, D)."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        x = self.ln_final(self.transformer(x))
+        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token has the largest id
+
+    def encode_image(self, image):
+        """(B, 3, S, S) -> (B, E), not normalised."""
+        return self.visual(image) @ self.image_projection
+
+    def encode_text(self, text):
+        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
+        return self.text_features(text) @ self.text_projection
+
+    def forward(self, image, text, view1, view2):
+        """-> features of image (B, D), text (B, D), view1 (B, D), view2 (B, D)."""
+        image, view1, view2 = self.visual(torch.cat([image, view1, view2])).chunk(3)
+        return image, self.text_features(text), view1, view2
+
+    def heads(self, image, text, view1, view2):
+        """Features -> embeddings (B, E), (B, E), (B, ssl_emb_dim), (B, ssl_emb_dim). Batch norm sees each view on its own."""
+        return image @ self.image_projection, text @ self.text_projection, self.image_mlp(view1), self.image_mlp(view2)
+
+
+# Copied from clip.py: init_text
+def init_text(model):
+    """Initialisation of the text side; the image transformer keeps torch's own, as in OpenAI's code. In place."""
+    width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
+    nn.init.normal_(model.token_embedding.weight, std=0.02)
+    nn.init.normal_(model.positional_embedding, std=0.01)
+    nn.init.normal_(model.text_projection, std=width**-0.5)
+    for block in model.transformer.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+
+ARCHS = {  # width, layers, heads; vit_small is MoCo v3's, with 12 heads where others have 6 (below it: our own)
+    "vit_micro": (128, 4, 2),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 12),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+
+
+def build_model(args) -> SLIP:
+    """Raises UserError for an unknown --arch and for sizes that do not fit together."""
+    name, _, patch = args.arch.partition("_patch")
+    if name not in ARCHS or not patch.isdigit():
+        raise UserError(f"--arch {args.arch} is unknown, choose SIZE_patchP with SIZE one of {', '.join(ARCHS)}")
+    if args.image_size % int(patch):
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)}, as {args.arch} needs")
+    width, layers, heads = ARCHS[name]
+    if args.text_width % 64:
+        raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
+    visual = VisionTransformer(args.image_size, int(patch), width, layers, heads)
+    return SLIP(args.embed_dim, visual, width, args.context_length, args.vocab_size, args.text_width,
+                args.text_width // 64, args.text_layers, args.ssl_mlp_dim, args.ssl_emb_dim)  # fmt: skip
+
+
+def image_encoder(model: SLIP) -> nn.Module:
+    """Module from images to pooled features (B, D), before the projection."""
+    return model.visual
+
+
+def from_state_dict(state: dict) -> SLIP:
+    """A released SLIP_VIT{S,B,L}16 state dict -> SLIP, its sizes read off the tensors. Raises KeyError, ValueError or
+    RuntimeError when the names or shapes are not the official ones."""
+
+    def depth(prefix):
+        return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+
+    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
+    heads = next((heads for w, _, heads in ARCHS.values() if w == width), width // 64)
+    image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
+    visual = VisionTransformer(image_size, patch, width, depth("visual.blocks."), heads)
+    text_width, embed_dim = state["text_projection"].shape
+    model = SLIP(embed_dim, visual, width, *state["positional_embedding"].shape[:1],
+                 *state["token_embedding.weight"].shape[:1], text_width, text_width // 64,
+                 depth("transformer.resblocks."), *state["image_mlp.layer3.weight"].shape[::-1])  # fmt: skip
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+# ------------------------------------------------ loss ------------------------------------------------
+# Copied from clip.py: clip_loss
+def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
+    """Symmetric cross-entropy of Fig. 3 over the global batch, in nats; chance level ln B.
+
+    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim tensor.
+    Returns the mean over this process's rows: the mean over processes is the loss of the global batch. Memory grows with
+    b x B. gather_grad=False: gathered features are constants (official SLIP), so that with several processes each
+    feature learns as an anchor only, never as a candidate."""
+    image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
+    all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
+    b, first = len(image), 0
+    if len(all_image) > b:
+        first = b * torch.distributed.get_rank()
+        if not gather_grad:
+            all_image, all_text = all_image.detach(), all_text.detach()
+    labels = torch.arange(first, first + b, device=image.device)
+    loss_image = F.cross_entropy(logit_scale * image @ all_text.T, labels)
+    loss_text = F.cross_entropy(logit_scale * text @ all_image.T, labels)
+    return (loss_image + loss_text) / 2
+
+
+# Copied from simclr.py: nt_xent_loss
+def nt_xent_loss(z1, z2, temperature):
+    """NT-Xent (Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
+
+    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this process's
+    2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
+    z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, D)
+    all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, D)
+    b, first = len(z1), 0
+    if len(all_z1) > b:
+        first = b * torch.distributed.get_rank()
+    labels = torch.arange(first, first + b, device=z1.device)  # column of the other view of row i
+    itself = F.one_hot(labels, len(all_z1)).bool()  # (b, B)
+    same1 = (z1 @ all_z1.T / temperature).masked_fill(itself, float("-inf"))
+    same2 = (z2 @ all_z2.T / temperature).masked_fill(itself, float("-inf"))
+    loss1 = F.cross_entropy(torch.cat([z1 @ all_z2.T / temperature, same1], dim=1), labels)
+    loss2 = F.cross_entropy(torch.cat([z2 @ all_z1.T / temperature, same2], dim=1), labels)
+    return (loss1 + loss2) / 2
+
+# ------------------------------------------------ training ------------------------------------------------
+# Copied from clip.py: replay_backward
+def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
+    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv 2101.06983).
+
+    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient; then each
+    piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b, ...) tensors;
+    loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or dropout, and a `model` that is
+    not wrapped in DDP: gradients are averaged over the processes here."""
+    with torch.no_grad():
+        encoded = [encode(piece) for piece in pieces]
+    features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded)]
+    loss, terms = loss_of(*features)
+    scaler.scale(loss).backward()
+    grads = [f.grad.split([len(part) for part in parts]) for f, parts in zip(features, zip(*encoded))]
+    for piece, *piece_grads in zip(pieces, *grads):
+        torch.autograd.backward(encode(piece), piece_grads)
+    for p in model.parameters() if world_size() > 1 else []:
+        if p.grad is not None:
+            p.grad = all_reduce_mean(p.grad)
+    return loss, terms
+
+
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+
+    # data
+    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, captions(dataset), args.vocab_size, data_dir=args.data_dir)
+    views = {
+        "image": LanguageView(args.image_size, (0.5, 1.0), "bilinear", SSLView(1).mean, SSLView(1).std),
+        "view1": SSLView(args.image_size),
+        "view2": SSLView(args.image_size),
+    }
+    loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
+    b = args.batch_size // world_size()
+
+    # model and optimizer
+    model = sync_batchnorm(build_model(args), device).to(device)
+    if b % args.accum_steps:
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
+    if args.compile:
+        model.compile()
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, logit_scale
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=device.type == "cuda")
+
+    # run directory; continues from its checkpoint if it has one
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("slip", args, loader, state, {"tokenizer": tokenizer.to_json()})
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
+
+    def encode(piece):
+        with autocast:
+            return ddp(image[piece], text[piece], view1[piece], view2[piece])
+
+    def loss_of(*features):
+        with autocast:
+            image_embed, text_embed, view1_embed, view2_embed = model.heads(*features)
+        clip = clip_loss(image_embed, text_embed, model.logit_scale.exp(), args.gather_grad)
+        ssl = nt_xent_loss(view1_embed, view2_embed, args.temperature)
+        loss = clip + args.ssl_scale * ssl
+        clip_chance, ssl_chance = math.log(args.batch_size), math.log(2 * args.batch_size - 1)
+        chance = clip_chance + args.ssl_scale * ssl_chance
+        return loss, {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
+
+    for step, batch in loader.batches(run.step, run.last):
+        image, view1, view2 = (views[name](*batch[name]) for name in views)
+        text = batch["text"]
+        if step == 0:
+            save_views(run.dir, {"image": image, "view1": view1, "view2": view2}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, reach_peak=True)
+
+        if args.accum_steps == 1:
+            loss, terms = loss_of(*encode(slice(None)))
+            scaler.scale(loss).backward()
+        else:
+            pieces = torch.arange(b, device=device).chunk(args.accum_steps)
+            loss, terms = replay_backward(model, encode, loss_of, pieces, scaler)
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # 1 <= s <= 100 (official code)
+
+        run.log(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
+        if val is not None and run.due(args.eval_every):
+            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    return run.finish(f"python evaluate.py retrieval {run.dir} --data {args.data}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

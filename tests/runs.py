@@ -1,0 +1,91 @@
+"""Shared by the tests: tiny runs of every method, started in this process, as a command, or under torchrun."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+ROOT = Path(__file__).parent.parent
+COMMON = "--device cpu --batch-size 8 --epochs 4 --warmup-epochs 1 --workers 0 --log-every 1 --image-size 32".split()
+TEXT = "--tokenizer train --vocab-size 600 --context-length 24 --text-width 64 --text-layers 1 --embed-dim 32".split()
+FLAGS = {
+    "clip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-3"],
+    "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
+    "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "3e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
+    "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.3", "--temperature", "0.5", "--head-dim", "16"],
+}
+METHODS = ["clip", "slip", "simclr"]
+
+
+def module_of(name):
+    """The method's module; clip_resnet is clip.py with a ResNet small enough for a test."""
+    module = importlib.import_module(name.split("_")[0])
+    if name == "clip_resnet":
+        module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8, 64)
+    return module
+
+
+def make_photos(folder: Path, train=52, val=12):
+    """A folder with train.jsonl and val.jsonl: 6 steps an epoch at batch 8, 4 samples left over."""
+    from data import decode, open_dataset
+    from torchvision.transforms.functional import to_pil_image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = open_dataset("shapes")
+    for split, first, count in (("train", 0, train), ("val", train, val)):
+        with open(folder / f"{split}.jsonl", "w") as file:
+            for i in range(first, first + count):
+                sample = shapes[i]
+                to_pil_image(decode(sample.image)).save(folder / f"{i}.png")
+                file.write(json.dumps({"image": f"{i}.png", "captions": list(sample.captions)}) + "\n")
+    return folder
+
+
+def train_here(name, photos, directory, *flags):
+    """Runs train() in this process (or in all processes of this group); -> gradient of the first step, by parameter."""
+    module, grads = module_of(name), []
+
+    def keep(optimizer, *_):
+        if not grads:
+            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(keep)
+    argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *flags]
+    try:
+        module.train(module.parse_args(module.Args, module.RECIPES, argv))
+    finally:
+        handle.remove()
+    return grads[0] if grads else None
+
+
+def rows(directory):
+    """metrics.jsonl without what depends on time."""
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("images_per_sec", "data_wait")} for line in lines]
+
+
+def command(script, *flags, processes=1, **options):
+    """A finished subprocess of `python script` or of torchrun, output captured as text."""
+    return subprocess.run(argv_of(script, *flags, processes=processes), capture_output=True, text=True,
+                          env=environment(), cwd=options.pop("cwd", ROOT), timeout=300, **options)  # fmt: skip
+
+
+def argv_of(script, *flags, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / script), *map(str, flags)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
+
+
+if __name__ == "__main__":  # under torchrun: python runs.py JOBS, a json list of [method, photos, directory, flags]
+    for name, photos, directory, flags in json.loads(sys.argv[1]):
+        grads = train_here(name, photos, directory, *flags)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(grads, Path(directory) / "grads.pt")

@@ -1,0 +1,514 @@
+"""evaluate.py against the official numbers, against references written out in float64, and on two processes."""
+
+import itertools
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import evaluate
+import runs
+from common import UserError, init_distributed, rank, user_errors
+from data import EvalView, Sample, Tokenizer
+from evaluate import Args, extract, fit_heads, knn, knn_eval, language_eval, linear_probe, recall
+from evaluate import zeroshot_metrics, zeroshot_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+
+
+def golden(name):
+    return torch.load(GOLDEN / f"{name}.pt", weights_only=False)
+
+
+def signs(n, seed, dim=4):
+    """Vectors of +-1: of equal norm, so that cosines are exact and very often equal."""
+    return torch.randint(0, 2, (n, dim), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+
+
+# ------------------------------------------------ scores ------------------------------------------------
+@pytest.mark.parametrize("k, temperature", itertools.product((1, 5, 10, 20, 100, 200), (0.07, 0.2)))
+def test_knn_official(k, temperature):
+    g = golden("eval_knn_dino")
+    assert knn(*g["inputs"].values(), k, temperature, 7) == pytest.approx(
+        g["outputs"][f"k{k}_T{temperature}"], abs=1e-4
+    )
+
+
+def knn_reference(train, train_labels, test, test_labels, k, temperature, classes):
+    """One loop per test row, float64; equal cosines and equal votes in the order of their index."""
+    top1 = top5 = 0
+    for row, label in zip(F.normalize(test.double(), dim=1), test_labels.tolist()):
+        cosine = [round(float(row @ x), 9) for x in F.normalize(train.double(), dim=1)]
+        nearest = sorted(range(len(cosine)), key=lambda i: (-cosine[i], i))[:k]
+        votes = [
+            math.fsum(math.exp(cosine[i] / temperature) for i in nearest if train_labels[i] == c)
+            for c in range(classes)
+        ]
+        ranking = sorted(range(classes), key=lambda c: (-votes[c], c))
+        top1 += label == ranking[0]
+        top5 += label in ranking[: min(5, k, len(cosine))]
+    return 100 * top1 / len(test), 100 * top5 / len(test)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 500])  # 500: more than there are
+@pytest.mark.parametrize("n_test", [1, 7, 61])  # DINO's code fails below 100
+@pytest.mark.parametrize("ties", [True, False])
+def test_knn_reference(k, n_test, ties, monkeypatch):
+    g = torch.Generator().manual_seed(k * n_test)
+    train, test = (signs(90, 1), signs(n_test, 2)) if ties else (torch.randn(n, 8, generator=g) for n in (90, n_test))
+    train_labels, test_labels = (torch.randint(0, 9, (n,), generator=g) for n in (90, n_test))  # 8 is absent below
+    train_labels[train_labels == 8] = 7
+    inputs = (train, train_labels, test, test_labels, k, 0.07, 9)
+    assert knn(*inputs) == pytest.approx(knn_reference(*inputs))
+    whole = knn(*inputs)
+    monkeypatch.setattr(evaluate, "CHUNK", 200)  # two rows at a time
+    assert knn(*inputs) == whole
+
+
+def test_knn_thousand_classes_and_cold_temperature():
+    features = F.normalize(torch.randn(1000, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels = torch.arange(1000)
+    assert knn(features, labels, features, labels, k=20, temperature=1e-3, num_classes=1000) == (100.0, 100.0)
+    assert knn(features, labels, features[:1], labels[:1] + 1, k=1, num_classes=1000) == (0.0, 0.0)
+
+
+def test_accuracy_official():
+    g = golden("eval_accuracy_dino")
+    out = zeroshot_metrics(g["inputs"]["logits"], g["inputs"]["target"])
+    assert [out["top1"], out["top5"]] == pytest.approx([x.item() for x in g["outputs"]["top1_top5"]])
+
+
+class Lookup:
+    """A tokenizer and text encoder in one: a prompt's only token is its place in a table of embeddings."""
+
+    def __init__(self, prompts, table):
+        self.prompts, self.table = prompts, table
+
+    def batch(self, texts):
+        return torch.tensor([[1 + self.prompts.index(text)] + [0] * 9 for text in texts])
+
+    def encode_text(self, ids):
+        assert ids.shape[1] == 8  # cut to a multiple of 8
+        return self.table[ids[:, 0] - 1]
+
+
+def test_zeroshot_official():
+    g = golden("eval_zeroshot")
+    table, want = g["inputs"]["per_prompt_text_emb"], g["outputs"]  # (6 classes, 4 templates, 12)
+    templates = ["a {}", "the {}", "one {} of many", "{}"]
+    lookup = Lookup([t.replace("{}", f"c{c}") for c in range(6) for t in templates], table.flatten(0, 1))
+    for batch_size in (256, 5):
+        names = [f"c{c}" for c in range(6)]
+        weights = zeroshot_weights(lookup.encode_text, lookup, names, templates, batch_size=batch_size)
+        torch.testing.assert_close(weights, want["classifier_weights"].T, atol=1e-6, rtol=0)
+    logits = 100 * F.normalize(g["inputs"]["image_emb"], dim=1) @ weights.T
+    torch.testing.assert_close(logits, want["logits"], atol=1e-4, rtol=0)
+    out, official = zeroshot_metrics(logits, g["inputs"]["target"]), want["clip_benchmark_metrics"]
+    assert out["top1"] == pytest.approx(100 * official["acc1"])
+    assert out["top5"] == pytest.approx(100 * official["acc5"])
+    assert out["mean_top1_top5"] == pytest.approx(50 * (official["acc1"] + official["acc5"]))
+    assert out["mean_per_class"] == pytest.approx(want["slip_mean_per_class_percent"])
+    two = zeroshot_metrics(logits[:, :2], g["inputs"]["target"] % 2)
+    assert two["roc_auc"] == pytest.approx(want["slip_roc_auc_percent_binary"])
+    # a class of four synonyms is the same as four templates
+    lookup.prompts = [f"a {name}" for name in range(24)]
+    synonyms = [[str(4 * c + i) for i in range(4)] for c in range(6)]
+    torch.testing.assert_close(zeroshot_weights(lookup.encode_text, lookup, synonyms, ["a {}"]), weights)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 9, 1000])
+def test_metrics_reference(classes, monkeypatch):
+    g = torch.Generator().manual_seed(classes)
+    logits = torch.randint(-3, 4, (153, classes), generator=g).float()  # ties
+    labels = torch.randint(0, classes, (153,), generator=g)
+    labels[labels == 1] = 0 if classes > 2 else 1  # absent
+    ranking = [sorted(range(classes), key=lambda c, row=row: (-row[c], c)) for row in logits.tolist()]
+    hits = [label in r[:1] for r, label in zip(ranking, labels.tolist())]
+    out = zeroshot_metrics(logits, labels)
+    assert out["top1"] == pytest.approx(100 * np.mean(hits))
+    per_class = [np.mean([h for h, label in zip(hits, labels.tolist()) if label == c]) for c in set(labels.tolist())]
+    assert out["mean_per_class"] == pytest.approx(100 * np.mean(per_class))
+    if classes >= 5:
+        top5 = [label in r[:5] for r, label in zip(ranking, labels.tolist())]
+        assert out["top5"] == pytest.approx(100 * np.mean(top5))
+        assert out["mean_top1_top5"] == pytest.approx(50 * (np.mean(hits) + np.mean(top5)))
+    else:
+        assert "top5" not in out
+    if classes == 2:
+        score = (logits[:, 1] - logits[:, 0]).double()
+        pairs = [(p > n) + 0.5 * (p == n) for p in score[labels == 1].tolist() for n in score[labels == 0].tolist()]
+        assert out["roc_auc"] == pytest.approx(100 * np.mean(pairs))
+        assert "roc_auc" not in zeroshot_metrics(logits, labels * 0)
+    monkeypatch.setattr(evaluate, "CHUNK", 7 * classes)
+    assert zeroshot_metrics(logits, labels) == out
+
+
+def test_not_a_number_is_never_a_hit():
+    nothing = torch.full((4, 6), math.nan)
+    assert zeroshot_metrics(nothing, torch.zeros(4, dtype=torch.int64))["top1"] == 0
+    assert recall(nothing, nothing, torch.arange(4), ks=(1,))["mean_recall"] == 0
+
+
+def test_recall_official():
+    g = golden("eval_retrieval_recall")
+    inputs, want = g["inputs"], g["outputs"]["metrics"]
+    owner = torch.arange(100) // inputs["captions_per_image"]
+    out = recall(inputs["image_emb"], inputs["text_emb"], owner)
+    for k in (1, 5, 10):  # image_retrieval is text to image
+        assert out[f"text_to_image_recall@{k}"] == pytest.approx(100 * want[f"image_retrieval_recall@{k}"], abs=1e-4)
+        assert out[f"image_to_text_recall@{k}"] == pytest.approx(100 * want[f"text_retrieval_recall@{k}"], abs=1e-4)
+    assert out["mean_recall"] == pytest.approx(np.mean(list(want.values())) * 100, abs=1e-4)
+
+
+def recall_reference(images, texts, owner, ks):
+    images, texts = F.normalize(images.double(), dim=1), F.normalize(texts.double(), dim=1)
+    scores, owner, out = (texts @ images.T).round(decimals=9).tolist(), owner.tolist(), {}
+    for k in ks:
+        to_image = [o in sorted(range(len(images)), key=lambda i, s=s: (-s[i], i))[:k] for s, o in zip(scores, owner)]
+        to_text = []
+        for i in sorted(set(owner)):
+            first = sorted(range(len(texts)), key=lambda t, i=i: (-scores[t][i], t))[:k]
+            to_text.append(any(owner[t] == i for t in first))
+        out[f"image_to_text_recall@{k}"], out[f"text_to_image_recall@{k}"] = (
+            100 * np.mean(to_text),
+            100 * np.mean(to_image),
+        )
+    return out | {"mean_recall": np.mean(list(out.values()))}
+
+
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("n, t", [(1, 1), (1, 3), (40, 97)])  # one image; k larger than the set; unequal numbers
+def test_recall_reference(n, t, ties, monkeypatch):
+    g = torch.Generator().manual_seed(n)
+    images, texts = (signs(n, 3), signs(t, 4)) if ties else (torch.randn(m, 6, generator=g) for m in (n, t))
+    owner = torch.randint(0, n, (t,), generator=g).clamp(max=max(0, n - 3))  # any order; the last images have none
+    whole = recall(images, texts, owner)
+    assert whole == pytest.approx(recall_reference(images, texts, owner, (1, 5, 10)))
+    monkeypatch.setattr(evaluate, "CHUNK", 100)
+    assert recall(images, texts, owner) == whole
+
+
+# ------------------------------------------------ features ------------------------------------------------
+class Toy(torch.utils.data.Dataset):
+    """Noise whose brightest channel is the class; every fifth image is broken on request."""
+
+    name, classes, captioned = "toy", ["red", "green", "blue"], True
+
+    def __init__(self, n, first=0, broken=False):
+        self.n, self.first, self.broken = n, first, broken
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        pixels = np.random.default_rng(self.first + i).integers(0, 120, (12, 14, 3)).astype(np.uint8)
+        pixels[..., i % 3] += 100
+        image = b"not an image" if self.broken and i % 5 == 3 else pixels
+        return Sample(image, [f"{Toy.classes[i % 3]} {i}", " ", *["again"] * (i % 2)], i % 3, str(i))
+
+
+class Net(nn.Module):
+    """A language-image model of two linear maps, with a batch norm and a dropout that only eval mode makes harmless."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.image = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+            self.text = nn.EmbeddingBag(256, 8)
+        self.frozen = nn.Dropout().eval()
+
+    def forward(self, x):
+        return self.image(x)
+
+    encode_image = forward
+
+    def encode_text(self, ids):
+        return self.text(ids)
+
+
+class Letters:
+    def batch(self, texts):
+        return torch.tensor([[*text.encode()[:20]] + [0] * (20 - len(text.encode()[:20])) for text in texts])
+
+
+VIEW = EvalView(8)
+
+
+def test_extract_leaves_everything_as_it_was():
+    net, before = Net(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    net.train()
+    net.frozen.eval()
+    features, labels = extract(net, Toy(23), VIEW, CPU, batch_size=5)
+    for workers in (1, 2):
+        assert torch.equal(extract(net, Toy(23), VIEW, CPU, batch_size=5, workers=workers)[0], features)
+    assert net.training and net.image.training and not net.frozen.training
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+    assert features.dtype == torch.float32 and not features.requires_grad
+    net.eval()
+    with torch.no_grad():
+        one_by_one = [net(VIEW(VIEW.crop(evaluate.decode(Toy(23)[i].image), None)[None], {})) for i in range(23)]
+    torch.testing.assert_close(features, torch.cat(one_by_one))
+    assert labels.tolist() == [i % 3 for i in range(23)]
+    some = extract(net, Toy(23), VIEW, CPU, indices=[1, 4, 22])
+    torch.testing.assert_close(some[0], features[[1, 4, 22]])
+
+
+def test_broken_images_are_left_out(capsys):
+    features, labels = extract(Net(), Toy(23, broken=True), VIEW, CPU, batch_size=4)
+    kept = [i for i in range(23) if i % 5 != 3]
+    assert labels.tolist() == [i % 3 for i in kept]
+    torch.testing.assert_close(features, extract(Net(), Toy(23), VIEW, CPU)[0][kept])
+    assert "left out 4 of 23 samples, sample 3" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of the 1 samples"):
+        extract(Net(), Toy(23, broken=True), VIEW, CPU, indices=[3])
+
+
+def test_diverged_network_is_named():
+    net = Net()
+    net.image[1].weight.data[0, 0] = math.inf
+    with pytest.raises(UserError, match="not finite"):
+        extract(net, Toy(5), VIEW, CPU)
+
+
+def test_calls_of_training_loops():
+    net, options = Net().train(), {"view": VIEW, "device": CPU, "batch_size": 7}
+    out = knn_eval(net, Toy(120), Toy(60, first=500), **options, k=5)
+    assert out["knn_top1"] > 70 and out["knn_chance"] == pytest.approx(100 / 3)
+    few = [knn_eval(net, Toy(120), Toy(60, first=500), **options, k=5, max_train=9, max_val=6) for _ in range(2)]
+    assert few[0] == few[1] and round(few[0]["knn_top1"] * 6 / 100, 6).is_integer()
+    out = language_eval(net, Letters(), Toy(30), **options)
+    assert out.keys() == {"zeroshot_top1", "zeroshot_chance", "recall@1", "recall_chance"}
+    assert out["recall_chance"] == pytest.approx(100 / 30)
+    no_classes, no_captions = Toy(30), Toy(30)
+    no_classes.classes, no_captions.captioned = None, False
+    assert language_eval(net, Letters(), no_classes, **options).keys() == {"recall@1", "recall_chance"}
+    assert language_eval(net, Letters(), no_captions, **options).keys() == {"zeroshot_top1", "zeroshot_chance"}
+    assert knn_eval(net, no_classes, no_classes, **options) == {}
+    assert net.training
+
+
+# ------------------------------------------------ linear probe ------------------------------------------------
+class Pixels(nn.Module):
+    """Mean colour: what the class of Toy is, linearly."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_head_equals_momentum_by_hand():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 16, 5, generator=g), torch.randint(0, 4, (3, 16), generator=g)
+    for args in (Args(epochs=3, weight_decay=0.1), Args(epochs=3, nesterov=True, zero_init=True)):
+        heads = fit_heads([(i, x[i], y[i]) for i in range(3)], 5, 4, [0.5, 2.0], args, CPU)
+        for lr, head in zip([0.5, 2.0], heads):
+            w = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).double() * (0 if args.zero_init else 0.01)
+            v = torch.zeros(4, 5, dtype=torch.float64)
+            bias, bias_v = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+            for i in range(3):
+                p = (x[i].double() @ w.T + bias).softmax(1) - F.one_hot(y[i], 4)
+                grad, bias_grad = p.T @ x[i].double() / 16 + args.weight_decay * w, p.mean(0) + args.weight_decay * bias
+                v, bias_v = 0.9 * v + grad, 0.9 * bias_v + bias_grad
+                rate = lr * (1 + math.cos(math.pi * i / 3)) / 2
+                w = w - rate * (grad + 0.9 * v if args.nesterov else v)
+                bias = bias - rate * (bias_grad + 0.9 * bias_v if args.nesterov else bias_v)
+            torch.testing.assert_close(head.weight.detach().double(), w, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(head.bias.detach().double(), bias, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_linear_probe_separates(cached):
+    net = Pixels().train()
+    args = Args(cached=cached, probe_batch=32, epochs=20, base_lr=8.0)
+    out, head, base_lr = linear_probe(net, Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
+    assert out["top1"] == 100 and net.training
+    again, same, _ = linear_probe(net, Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
+    assert torch.equal(head.weight, same.weight) and again == out
+    assert base_lr in evaluate.LRS or not cached
+
+
+def test_nothing_is_chosen_on_the_test_split():
+    class Shuffled(Toy):
+        def __getitem__(self, i):
+            return super().__getitem__(i)._replace(label=(i // 3) % 3)
+
+    args = Args(cached=True, probe_batch=32, epochs=5)
+    right = linear_probe(Pixels(), Toy(130), Toy(60, first=900), VIEW, CPU, args)
+    wrong = linear_probe(Pixels(), Toy(130), Shuffled(60, first=900), VIEW, CPU, args)
+    assert wrong[2] == right[2] and torch.equal(wrong[1].weight, right[1].weight)
+    assert right[0]["top1"] == 100 and wrong[0]["top1"] < 60
+
+
+# ------------------------------------------------ command line ------------------------------------------------
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """simclr/checkpoint.pt and clip/checkpoint.pt, untrained; `classes` with labels and `captions` with captions."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name in ("simclr", "clip"):
+        module = runs.module_of(name)
+        args = module.parse_args(module.Args, module.RECIPES, runs.FLAGS[name])
+        torch.manual_seed(1)
+        saved = {"method": name, "args": vars(args), "model": module.build_model(args).state_dict(), "step": 3}
+        if name == "clip":
+            tokenizer = Tokenizer("train", args.context_length, ["a red thing", "a green thing"] * 99, args.vocab_size)
+            saved["tokenizer"] = tokenizer.to_json()
+        (root / name).mkdir()
+        torch.save(saved, root / name / "checkpoint.pt")
+    for split, n in (("train", 40), ("val", 11)):
+        rows = []
+        for i, sample in enumerate(Toy(n, first=n)[i] for i in range(n)):
+            picture = root / "classes" / split / Toy.classes[sample.label] / f"{i}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sample.image).save(picture)
+            rows.append({"image": str(picture.relative_to(root)), "captions": sample.captions})
+        (root / "captions").mkdir(exist_ok=True)
+        text = "".join(json.dumps({**row, "image": "../" + row["image"]}) + "\n" for row in rows)
+        (root / "captions" / f"{split}.jsonl").write_text(text)
+    torch.save({"weights": 1}, root / "other.pt")
+    torch.save({"method": "os.path", "args": {}, "model": {}}, root / "method.pt")
+    torch.save({**saved, "model": {**saved["model"], "logit_scale": torch.zeros(7)}}, root / "shape.pt")
+    (root / "text").write_text("a photo\n")
+    (root / "names").write_text("red | crimson\ngreen\nblue\n")
+    return root
+
+
+FLAGS = ["--device", "cpu", "--workers", "0", "--batch-size", "4", "--epochs", "2"]
+LINEAR = ["--probe-batch", "8"]
+
+
+def run(folder, protocol, *words, data="classes"):
+    """main() in this process -> the lines it appended."""
+    first = [i for i, word in enumerate(words) if word.startswith("-")][:1] or [len(words)]
+    paths, flags = [str(folder / w) for w in words[: first[0]]], words[first[0] :]
+    before = {p: len(results(p)) for p in paths}
+    evaluate.main([protocol, *paths, "--data", str(folder / data), *FLAGS, *flags])
+    return [line for p in paths for line in results(p)[before[p] :]]
+
+
+def results(path):
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_commands(folder, capsys):
+    knn, clip = run(folder, "knn", "simclr", "clip/checkpoint.pt", "--random", "--k", "3")
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 6 and table[1].split() == ["top1", "top5", "chance"]
+    assert table[3].split() == [
+        f"{folder}/simclr,",
+        "random",
+        "weights",
+        *(f"{x:.2f}" for x in knn["random weights"].values()),
+    ]
+    assert knn["protocol"] == "knn" and knn["split"] == "val" and knn["method"] == "simclr" and knn["step"] == 3
+    assert knn["metrics"]["top1"] > 60 and "--k 3" in knn["command"] and knn["versions"]["torch"] == torch.__version__
+    assert clip["metrics"] != knn["metrics"]
+    (zeroshot,) = run(
+        folder, "zeroshot", "clip", "--json", "--classnames", str(folder / "names"), "--templates", "cifar10"
+    )
+    assert json.loads(capsys.readouterr().out) == zeroshot and zeroshot["metrics"].keys() == {
+        "top1",
+        "mean_per_class",
+        "chance",
+    }
+    (retrieval,) = run(folder, "retrieval", "clip", data="captions")
+    assert (
+        retrieval["metrics"]["text_to_image_recall@10"] >= 100 * 10 / 11 - 1
+        and retrieval["metrics"]["chance@1"] == 100 / 11
+    )
+    cached, plain = run(folder, "linear", "simclr", "--cached", *LINEAR), run(folder, "linear", "simclr", *LINEAR)
+    assert cached[0]["metrics"]["base_lr"] in evaluate.LRS and plain[0]["metrics"]["base_lr"] == 0.1
+    deeper = run(folder, "knn", "simclr", "--head-layer", "1")
+    assert deeper[0]["metrics"].keys() == {"top1", "top5", "chance"}
+
+
+ERRORS = [
+    ("nothing clip", "use: evaluate.py zeroshot"),
+    ("knn", "use: evaluate.py zeroshot"),
+    ("knn clip --k 0", "must be above 0"),
+    ("knn clip --tempratur 1", "did you mean --temperature"),
+    ("knn clip --split train", "other than train"),
+    ("knn clip --data nowhere", "nowhere"),
+    ("knn clip --data captions", "needs classes"),
+    ("knn clip --head-layer 1", "no --head-layer"),
+    ("knn simclr --head-layer 9", "head layer 9"),
+    ("retrieval clip", "needs captions"),
+    ("retrieval simclr --data captions", "language-image checkpoint"),
+    ("zeroshot simclr", "language-image checkpoint"),
+    ("zeroshot clip --templates text", "needs {} in every line"),
+    ("zeroshot clip --templates nowhere", "cannot be read"),
+    ("zeroshot clip --classnames text", "has 1 lines for 3 classes"),
+    ("zeroshot clip --classnames clip/checkpoint.pt", "cannot be read as text"),
+    ("knn nowhere", "no checkpoint"),
+    ("knn text", "text"),
+    ("knn other.pt", "not written by one of our method files"),
+    ("knn method.pt", "not beside evaluate.py"),
+    ("zeroshot shape.pt", "does not fit clip.py"),
+    ("linear simclr", "batch"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", ERRORS)
+def test_mistakes_are_sentences(folder, words, sentence):
+    where = ("clip", "simclr", "captions", "nowhere", "text", "other.pt", "method.pt", "shape.pt", "clip/checkpoint.pt")
+    argv = [str(folder / w) if w in where else w for w in words.split()]
+    data = [] if "--data" in argv else ["--data", str(folder / "classes")]
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        evaluate.main([*argv, *data, "--device", "cpu", "--workers", "0"])
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------ two processes ------------------------------------------------
+def collective():
+    """What has to be the same on any number of processes: odd numbers, broken images, fewer batches than processes."""
+    options = {"view": VIEW, "device": CPU}
+    out = {"features": [x.tolist() for x in extract(Net(), Toy(23, broken=True), **options, batch_size=5)]}
+    out["one"] = [x.tolist() for x in extract(Net(), Toy(23), **options, indices=[7])]
+    out["language"] = language_eval(Net(), Letters(), Toy(31, broken=True), **options, batch_size=4, workers=1)
+    out["knn"] = knn_eval(Net(), Toy(41), Toy(17, first=500), **options, k=5, batch_size=3)
+    probe = [Args(probe_batch=16, epochs=3, base_lr=4.0), Args(probe_batch=16, epochs=3, cached=True)]
+    heads = [linear_probe(Net(), Toy(50), Toy(21, first=900), args=args, **options)[1].weight for args in probe]
+    return {**out, "augmented": heads[0].tolist(), "cached": heads[1].tolist()}
+
+
+def protocols(folder):
+    lines = run(folder, "knn", "simclr", "clip") + run(folder, "zeroshot", "clip", "--random")
+    lines += run(folder, "retrieval", "clip", data="captions") + run(folder, "linear", "simclr", "--cached")
+    return [{key: line[key] for key in ("metrics", "random weights") if key in line} for line in lines]
+
+
+def test_world_size(folder):
+    done = runs.command("tests/test_evaluate.py", folder, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("left out 4 of 23") == 1
+    both, one = json.loads((folder / "out.json").read_text()), json.loads(json.dumps(collective()))
+    torch.testing.assert_close(
+        torch.tensor(both.pop("augmented")), torch.tensor(one.pop("augmented")), atol=1e-5, rtol=1e-4
+    )
+    assert both.pop("protocols") == protocols(folder)
+    assert both == one
+
+
+def test_mistake_ends_with_status_2(folder):
+    done = runs.command("evaluate.py", "knn", folder / "other.pt", "--data", folder / "classes")
+    assert done.returncode == 2 and done.stderr.startswith("evaluate.py: error: ") and done.stderr.count("\n") == 1
+
+
+if __name__ == "__main__":
+    with user_errors():
+        init_distributed("cpu")
+        root = Path(sys.argv[1])
+        result = {**collective(), "protocols": protocols(root)}
+        if rank() == 0:
+            (root / "out.json").write_text(json.dumps(result))
