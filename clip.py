@@ -1,7 +1,8 @@
-"""CLIP: Learning Transferable Visual Models From Natural Language Supervision (Radford et al. 2021, arXiv 2103.00020).
+"""CLIP: Learning Transferable Visual Models From Natural Language Supervision (2021, arXiv 2103.00020).
 
-An image encoder and a text encoder are trained so that, among the B x B pairings of a batch, the B true pairs have the
-highest cosine similarity. The text encoder then turns class names into a classifier for any set of classes.
+An image encoder and a text encoder are trained so that, among the B x B pairings of a batch, the B true pairs
+have the highest cosine similarity. The text encoder then turns class names into a classifier for any set of
+classes.
 
 Loss (Fig. 3), with image embeddings I and text embeddings T of unit length and logit scale s = exp(t):
     L = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1),  chance level ln B
@@ -12,11 +13,13 @@ Laptop        torchrun clip.py
 8 GPUs        torchrun --nproc_per_node=8 clip.py --data yfcc15m
 Own data      torchrun clip.py --data path/to/captions.csv --recipe flickr8k
 
-Models and parameter names are OpenAI's, so its checkpoints load strictly (evaluate.load_released). OpenAI published no training
-code; what the paper leaves open follows open_clip. Differences:
- - Gathered features carry gradient: every process count trains with the gradient of the global batch (open_clip:
-   --local-loss --gather-with-grad). --no-gather-grad lets it flow through the local side of each logit only.
- - The loss is computed in float32, whatever --dtype is; weights are float32 (the paper keeps some in half precision).
+Models and parameter names are OpenAI's, so its checkpoints load strictly (evaluate.load_released). OpenAI
+published no training code; what the paper leaves open follows open_clip. Differences:
+ - Gathered features carry gradient: every process count trains with the gradient of the global batch
+   (open_clip: --local-loss --gather-with-grad). --no-gather-grad lets it flow through the local side of each
+   logit only.
+ - The loss is computed in float32, whatever --dtype is; weights are float32 (the paper keeps some in half
+   precision).
  - The crop is open_clip's RandomResizedCrop of 90 to 100% of the area; the paper says "a random square crop".
  - --accum-steps is exact, see replay_backward.
 
@@ -32,25 +35,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision, parse_args,
-                    sync_batchnorm, user_errors, warmup_cosine, world_size)  # fmt: skip
+from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import EvalView, Loader, Tokenizer, normalize, open_dataset, random_resized_crop, to_float
 from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
 
 
-# ------------------------------------------------ arguments ------------------------------------------------
+# -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args:
     data: str = "shapes"  # named dataset or path, see docs/data.md
     data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch32"  # vit_{tiny,small,base,large}_patchP, resnet{50,101,50x4,50x16,50x64} (Tables 19, 20)
+    arch: str = "vit_base_patch32"  # a key of ARCHS, for a ViT with _patchP behind it
     embed_dim: int = 0  # joint embedding E (0: what the architecture has in Tables 19, 20)
     text_width: int = 0  # width of the text transformer, 64 per head (0: what the architecture has)
     text_layers: int = 12  # blocks of the text transformer (Sec. 2.4)
     context_length: int = 77  # tokens of a caption, start and end included (the paper says 76, its code 77)
-    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a bpe_simple_vocab_16e6.txt.gz or a hub name
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
     vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
     image_size: int = 224  # pixels
     epochs: int = 32  # Table 18
@@ -68,7 +71,7 @@ class Args:
     workers: int = 8  # loader processes per training process
     seed: int = 0  # of weights, order, crops and captions
     output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, fp32 elsewhere
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
     compile: bool = False  # torch.compile the model
     device: str = ""  # cuda, mps or cpu (default: the first there is)
     eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
@@ -79,28 +82,26 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-SMALL = dict(tokenizer="train", embed_dim=128, text_width=128, text_layers=3)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3, batch_size=128)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, context_length=32, vocab_size=1024, epochs=2,
-                   batch_size=128, lr=1e-3, warmup_epochs=0.2, weight_decay=0.1, workers=2),  # fmt: skip
-    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, context_length=32, vocab_size=4096, epochs=30,
-                     batch_size=128, lr=1e-3, warmup_epochs=1.0, weight_decay=0.2),  # fmt: skip
-    # the CLIP baseline of the SLIP paper (arXiv 2112.12750, Sec. 4): 37.6% zero-shot on ImageNet with its ViT-B/16
-    "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096, lr=5e-4, warmup_epochs=1.0,
-                    weight_decay=0.5, eps=1e-8, min_lr=1e-5),  # fmt: skip
+    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1, warmup_epochs=0.2),
+    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30, warmup_epochs=1.0),
+    # the CLIP baseline of SLIP (arXiv 2112.12750, Sec. 4), there 37.6% zero-shot on ImageNet
+    "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096, warmup_epochs=1.0,
+                    weight_decay=0.5, eps=1e-8, min_lr=1e-5),
 }
 
 
-# ------------------------------------------------ augmentation ------------------------------------------------
+# -------------------------------------------- augmentation --------------------------------------------
 class LanguageView:
-    """The picture that goes with a caption: a random crop, nothing else (Sec. 2.3). Not flipped: captions say left."""
+    """The image beside a caption: a random crop, nothing more (Sec. 2.3). Not flipped: captions say left."""
 
-    def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic", mean=(0.48145466, 0.4578275, 0.40821073),
-                 std=(0.26862954, 0.26130258, 0.27577711)):  # fmt: skip
+    def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
+                 mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
         self.size, self.scale, self.interpolation, self.mean, self.std = size, scale, interpolation, mean, std
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
 
     def draw(self, rng):
@@ -108,15 +109,15 @@ class LanguageView:
         return {}
 
     def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float (b, 3, size, size)."""
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
 def eval_view(args) -> EvalView:
-    return EvalView(args.image_size, interpolation="bicubic", mean=LanguageView(1).mean, std=LanguageView(1).std)
+    return EvalView(args.image_size, None, "bicubic", LanguageView(1).mean, LanguageView(1).std)
 
 
-# ------------------------------------------------ backbone ------------------------------------------------
+# -------------------------------------------- backbone --------------------------------------------
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -150,7 +151,9 @@ class Transformer(nn.Module):
         self.causal = causal
 
     def forward(self, x):
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype) if self.causal else None
+        mask = None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         for block in self.resblocks:
             x = block(x, mask)
         return x
@@ -164,7 +167,8 @@ class VisionTransformer(nn.Module):
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn((image_size // patch_size) ** 2 + 1, width))
+        tokens = (image_size // patch_size) ** 2 + 1
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
@@ -173,7 +177,8 @@ class VisionTransformer(nn.Module):
     def pool(self, x):
         """-> the class token after the last norm, (B, D): the features of linear probes (Sec. 3.2)."""
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1) + self.positional_embedding.to(x)
+        x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1)
+        x = x + self.positional_embedding.to(x)
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
 
     def forward(self, x):
@@ -195,7 +200,7 @@ class Bottleneck(nn.Module):
         self.downsample = None
         if stride > 1 or inplanes != 4 * planes:
             self.downsample = nn.Sequential()
-            self.downsample.add_module("-1", nn.AvgPool2d(stride))  # OpenAI's names: the pooling has no parameters
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))  # OpenAI's name
             self.downsample.add_module("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False))
             self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
 
@@ -222,12 +227,12 @@ class AttentionPool2d(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding.to(x)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, 1 or N, D/heads)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, .)
         return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet with a stem of three convolutions, blur-free pooling and attention pooling (Sec. 2.4). (B,3,S,S) -> (B,E)."""
+    """ResNet with a stem of three convolutions and attention pooling (Sec. 2.4). (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, layers, width, heads, embed_dim):
         super().__init__()
@@ -260,12 +265,12 @@ class ModifiedResNet(nn.Module):
     forward = pool
 
 
-# ------------------------------------------------ model ------------------------------------------------
+# -------------------------------------------- model --------------------------------------------
 class CLIP(nn.Module):
     """vision_layers: an int for a ViT, four of them for a ResNet (then vision_patch_size is None)."""
 
-    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size, context_length,
-                 vocab_size, transformer_width, transformer_heads, transformer_layers):  # fmt: skip
+    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
+                 context_length, vocab_size, transformer_width, transformer_heads, transformer_layers):
         super().__init__()
         if vision_patch_size is None:
             heads = vision_width * 32 // 64
@@ -291,7 +296,7 @@ class CLIP(nn.Module):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
-        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token has the largest id
+        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token is the largest id
         return x @ self.text_projection
 
     def forward(self, image, text):
@@ -299,7 +304,7 @@ class CLIP(nn.Module):
 
 
 def init_text(model):
-    """Initialisation of the text side; the image transformer keeps torch's own, as in OpenAI's code. In place."""
+    """Initialises the text side in place; the image side keeps torch's defaults, as in OpenAI's code."""
     width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
@@ -328,20 +333,21 @@ ARCHS = {  # Tables 19 and 20: embed_dim, layers, width, text_width (below base:
 def build_model(args) -> CLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or name.startswith("vit") != patch.isdigit():
+    if name not in ARCHS or not (patch.lstrip("0").isdecimal() if name[:3] == "vit" else name == args.arch):
         raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {', '.join(ARCHS)}")
     if args.image_size % (int(patch or 32)):
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch or 32)}, as {args.arch} needs")
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {patch or 32} ({args.arch})")
     embed_dim, layers, width, text_width = ARCHS[name]
     text_width = args.text_width or text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
     return CLIP(args.embed_dim or embed_dim, args.image_size, layers, width, int(patch) if patch else None,
-                args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers)  # fmt: skip
+                args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers)
 
 
 def image_encoder(model: CLIP) -> nn.Module:
-    """Module from images to pooled features: before the projection for a ViT, the attention pooling for a ResNet."""
+    """Module from images to pooled features: before the projection for a ViT, the attention pooling for a
+    ResNet."""
 
     class Pooled(nn.Module):
         def __init__(self, visual):
@@ -355,8 +361,8 @@ def image_encoder(model: CLIP) -> nn.Module:
 
 
 def from_state_dict(state: dict) -> CLIP:
-    """A released state dict -> CLIP in float32, its sizes read off the tensors. Raises KeyError, ValueError or
-    RuntimeError when the names or shapes are not OpenAI's."""
+    """A released state dict -> CLIP in float32, its sizes read off the tensors. Raises KeyError, ValueError
+    or RuntimeError when the names or shapes are not OpenAI's."""
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
 
     def depth(prefix):
@@ -366,24 +372,25 @@ def from_state_dict(state: dict) -> CLIP:
         width, _, patch, _ = state["visual.conv1.weight"].shape
         layers, tokens = depth("visual.transformer.resblocks."), len(state["visual.positional_embedding"])
     else:
-        width, patch, tokens = len(state["visual.conv3.weight"]), None, len(state["visual.attnpool.positional_embedding"])
+        width, patch = len(state["visual.conv3.weight"]), None
+        tokens = len(state["visual.attnpool.positional_embedding"])
         layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
     text_width, embed_dim = state["text_projection"].shape
     model = CLIP(embed_dim, (patch or 32) * math.isqrt(tokens - 1), layers, width, patch,
                  *state["positional_embedding"].shape[:1], *state["token_embedding.weight"].shape[:1],
                  text_width, text_width // 64, depth("transformer.resblocks."))  # fmt: skip
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=True)
+    model.load_state_dict(state, strict=True)  # copies half into single precision
     return model
 
 
-# ------------------------------------------------ loss ------------------------------------------------
+# -------------------------------------------- loss --------------------------------------------
 def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     """Symmetric cross-entropy of Fig. 3 over the global batch, in nats; chance level ln B.
 
-    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim tensor.
-    Returns the mean over this process's rows: the mean over processes is the loss of the global batch. Memory grows with
-    b x B. gather_grad=False: gathered features are constants (official SLIP), so that with several processes each
-    feature learns as an anchor only, never as a candidate."""
+    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
+    tensor. Returns the mean over this process's rows: the mean over processes is the loss of the global
+    batch. Memory grows with b x B. gather_grad=False: gathered features are constants (official SLIP), so
+    that with several processes each feature learns as an anchor only, never as a candidate."""
     image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
     all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
     b, first = len(image), 0
@@ -397,14 +404,15 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     return (loss_image + loss_text) / 2
 
 
-# ------------------------------------------------ training ------------------------------------------------
+# -------------------------------------------- training --------------------------------------------
 def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
-    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv 2101.06983).
+    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv
+    2101.06983).
 
-    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient; then each
-    piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b, ...) tensors;
-    loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or dropout, and a `model` that is
-    not wrapped in DDP: gradients are averaged over the processes here."""
+    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient;
+    then each piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b,
+    ...) tensors; loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or
+    dropout, and a `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
     with torch.no_grad():
         encoded = [encode(piece) for piece in pieces]
     features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded)]
@@ -427,15 +435,18 @@ def train(args: Args) -> dict:
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
-    tokenizer = Tokenizer(args.tokenizer, args.context_length, captions(dataset), args.vocab_size, data_dir=args.data_dir)
+    text_source = captions(dataset) if args.tokenizer == "train" else None
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
+    if tokenizer.eot != tokenizer.vocab_size - 1:
+        raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id, use another")
     views = {"image": LanguageView(args.image_size)}
     loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
     b = args.batch_size // world_size()
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
-    if args.accum_steps > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.visual.modules()):
-        raise UserError(f"--accum-steps cannot be exact for {args.arch}, whose batch norm must see the whole batch: use 1")
+    if args.accum_steps > 1 and isinstance(model.visual, ModifiedResNet):
+        raise UserError(f"--accum-steps must be 1 for {args.arch}: its batch norm has to see the whole batch")
     if b % args.accum_steps:
         raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
     if args.compile:
@@ -443,13 +454,15 @@ def train(args: Args) -> dict:
     decay = [p for p in model.parameters() if p.ndim >= 2]
     no_decay = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, class_embedding, logit_scale
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("clip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
+    ddp = model
+    if world_size() > 1 and args.accum_steps == 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
 
     def encode(piece):
         with autocast:
@@ -482,7 +495,7 @@ def train(args: Args) -> dict:
             model.logit_scale.clamp_(0, math.log(100))  # s <= 100 (Sec. 2.5); s >= 1 as in open_clip
 
         run.log(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
-        if val is not None and run.due(args.eval_every):
+        if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):
             run.save()

@@ -1,10 +1,11 @@
-"""What no paper claims: arguments, processes, gathers, schedules, LARS, checkpoints, the run directory and its log.
-Every method file imports a handful of names from here, and nothing here knows any method."""
+"""What no paper claims: arguments, processes, gathers, schedules, LARS, checkpoints, the run directory and
+its log. Every method file imports a handful of names from here, and nothing here knows any method."""
 
 import argparse
 import contextlib
 import difflib
 import fcntl
+import importlib
 import inspect
 import json
 import math
@@ -31,11 +32,17 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Around a script's work: what the user can mend is printed as one sentence and ends the process with status 2."""
+    """Around a script's work: what the user can mend becomes one sentence and exit status 2, no traceback."""
     try:
         yield
-    except (UserError, ModuleNotFoundError) as error:
-        hint = f"; `pip install {error.name}` or leave its flag out" if isinstance(error, ModuleNotFoundError) else ""
+    except KeyboardInterrupt:  # before a Run listens to it: there is nothing to save
+        os._exit(130)
+    except (UserError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = f"; `pip install {error.name}` or leave its flag out"
+        elif isinstance(error, torch.OutOfMemoryError):
+            error, hint = str(error).split(". ")[0], ": lower --batch-size or raise --accum-steps"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process fails alike: say it once
             print(f"{Path(sys.argv[0]).name}: error: {error}{hint}", file=sys.stderr, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
@@ -43,11 +50,11 @@ def user_errors():
         dist.destroy_process_group()
 
 
-# ------------------------------------------------ arguments ------------------------------------------------
+# -------------------------------------------- arguments --------------------------------------------
 def parse_args(Args, recipes: dict, argv: list[str] | None = None):
-    """Dataclass -> command line -> dataclass. A field's trailing comment is its --help text; `--batch-size` and
-    `--batch_size` are one flag. Precedence: flag over recipes[--recipe or --data] over the field's default. Raises
-    UserError for an unknown flag (naming the nearest), a value of the wrong kind and an unknown recipe."""
+    """Dataclass -> command line -> dataclass. A field's trailing comment is its --help text; `--batch-size`
+    and `--batch_size` are one flag. Precedence: flag over recipes[--recipe or --data] over field default.
+    Raises UserError for an unknown flag (naming the nearest) or recipe and for a value of the wrong kind."""
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
     comments = dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(Args), re.M))
@@ -77,13 +84,15 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         refuse(f"unknown recipe {given['recipe']}, choose one of {', '.join(recipes)}")
     args = Args(**{**recipes.get(given.get("recipe") or given.get("data", Args.data), {}), **given})
     for name, value in vars(args).items():
-        least = 1 if name in ("batch_size", "accum_steps", "image_size", "epochs") else 0
-        if isinstance(value, int | float) and not least <= value < math.inf:
-            refuse(f"--{name.replace('_', '-')} {value} must be a finite number, at least {least}")
+        default, zero = getattr(Args, name), name == "workers" or "(0:" in comments.get(name, "")
+        least = int(type(default) is int and default > 0 and not zero)  # unless the comment says what 0 does
+        if isinstance(value, int | float) and not least <= value < 2**63:
+            bound = "above" if least else "at least"
+            refuse(f"--{name.replace('_', '-')} {value} must be {bound} 0 and finite")
     return args
 
 
-# ------------------------------------------------ processes ------------------------------------------------
+# -------------------------------------------- processes --------------------------------------------
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -93,16 +102,16 @@ def world_size() -> int:
 
 
 def init_distributed(device: str = "") -> torch.device:
-    """Joins torchrun's processes if there are any and returns this process's device: `device` if given, else cuda,
-    mps or cpu, the first that is there. Raises UserError when there is no such device, or fewer than processes."""
+    """Joins torchrun's processes, if any; -> this process's device: `device`, or the first of cuda, mps and cpu
+    that is there. Raises UserError when there is no such device, or fewer than processes."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = device or next(name for name in there if there[name])
-    if not there.get(kind.split(":")[0]):
+    if not there.get(kind.split(":")[0]) or not re.fullmatch(r"\w+(:\d+)?", kind):
         raise UserError(f"--device {kind} is not available here, use {' or '.join(n for n in there if there[n])}")
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind.startswith("cuda"):
+        kind = kind if ":" in kind else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         if int(kind[5:]) >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPU(s), lower --nproc_per_node")
+            raise UserError(f"there is no {kind} among {torch.cuda.device_count()}, lower --nproc_per_node")
         torch.cuda.set_device(kind)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -125,9 +134,9 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:
-    """(b, ...) of every process -> (world * b, ...) in rank order, with gradient: backward sums over the processes what
-    their losses say about this process's rows. With a local-mean loss and DDP's mean of the gradients, the result is
-    exactly the gradient of the mean loss over the global batch. Without processes: x itself."""
+    """(b, ...) of every process -> (world * b, ...) in rank order, with gradient: backward sums over the
+    processes what their losses say about this one's rows. With a local-mean loss and DDP's mean of gradients,
+    the result is exactly the gradient of the global batch's mean loss. Without processes: x itself."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     return _AllGather.apply(x.contiguous())
@@ -146,7 +155,8 @@ class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x):
         if not self.training:
-            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            statistics = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         n = x.numel() // x.shape[1] * world_size()  # every process holds as many
         mean = all_gather(x.sum(dims)[None]).sum(0) / n
@@ -170,10 +180,10 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-# ------------------------------------------------ optimisation ------------------------------------------------
+# -------------------------------------------- optimisation --------------------------------------------
 def mixed_precision(dtype: str, device: torch.device):
-    """-> (autocast context, GradScaler). dtype "auto" is bf16 on GPUs that compute in it, fp16 on older ones, else fp32.
-    The scaler only acts for fp16: bf16 and fp32 have range enough."""
+    """-> (autocast context, GradScaler). dtype "auto" is bf16 on GPUs that compute in it, fp16 on older ones,
+    else fp32. The scaler only acts for fp16: bf16 and fp32 have range enough."""
     if dtype == "auto":
         ampere = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         dtype = "bf16" if ampere else "fp16" if device.type == "cuda" else "fp32"
@@ -183,9 +193,9 @@ def mixed_precision(dtype: str, device: torch.device):
 
 
 def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=False) -> float:
-    """Value at 0-based `step`: linear from `start` to `peak` over `warmup` steps, then half a cosine to `end` at `total`
-    (the last step of a run is one before it). reach_peak: the last step of the warm-up already has the peak (an inclusive
-    linspace, as in SLIP and DINO); otherwise the first step after it does (SimCLR)."""
+    """Value at 0-based `step`: linear from `start` to `peak` over `warmup` steps, then half a cosine to `end`
+    at `total` (the last step of a run is one before it). reach_peak: the last step of the warm-up already has
+    the peak (an inclusive linspace, as in SLIP and DINO); otherwise the first step after it does (SimCLR)."""
     if step < warmup:
         return start + (peak - start) * step / max(1, warmup - reach_peak)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -194,9 +204,9 @@ def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=Fals
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888) with momentum, in its two published forms.
 
-    d = g + weight_decay p, times trust |p| / |d| (1 if either norm is 0). lr_in_momentum: v = m v + lr d, p -= v
-    (SimCLR); otherwise v = m v + d, p -= lr v (BYOL, MoCo v3). They differ whenever lr changes. A parameter group with
-    exclude=True (biases, norms) has neither weight decay nor scaling."""
+    d = g + weight_decay p, times trust |p| / |d| (1 if either norm is 0). lr_in_momentum: v = m v + lr d,
+    p -= v (SimCLR); otherwise v = m v + d, p -= lr v (BYOL, MoCo v3). They differ whenever lr changes.
+    A parameter group with exclude=True (biases, norms) has neither weight decay nor scaling."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=1e-3, lr_in_momentum=False):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust, exclude=False)
@@ -212,32 +222,32 @@ class LARS(torch.optim.Optimizer):
                 d = d * torch.where((p_norm > 0) & (d_norm > 0), group["trust"] * p_norm / d_norm, 1.0)
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            v = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(d, alpha=group["lr"] if inside else 1)
-            p.sub_(v, alpha=1 if inside else group["lr"])
+            v = self.state[p]["momentum_buffer"].mul_(group["momentum"])
+            p.sub_(v.add_(d, alpha=group["lr"] if inside else 1), alpha=1 if inside else group["lr"])
 
 
-# ------------------------------------------------ a run ------------------------------------------------
+# -------------------------------------------- a run --------------------------------------------
 def load_checkpoint(path: str | Path) -> dict:
-    """A file, or the checkpoint.pt of a run directory, onto the CPU; never unpickles objects. Raises UserError."""
+    """A file or the checkpoint.pt of a run directory, onto the CPU, without unpickling objects, or UserError."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is no checkpoint, is damaged or holds code, which is never run") from error
 
 
 class Run:
     """The directory of one run (args.json, env.json, metrics.jsonl, checkpoint.pt, pictures) and its console.
 
-    `state`: what a checkpoint restores, name -> object with state_dict and load_state_dict; `extra`: what it only
-    carries. A directory that holds a checkpoint is continued from `self.step`, its log cut back to that step, so that
-    a killed run leaves the log of one that was not. Raises UserError when the directory belongs to other arguments, a
-    running process or no run."""
+    `state`: what a checkpoint restores, name -> object with state_dict and load_state_dict; `extra`: what it
+    only carries. A directory that holds a checkpoint is continued from `self.step`, its log cut back to that
+    step, so that a killed run leaves the log of one that was not. Raises UserError when the directory belongs
+    to other arguments, a running process or no run."""
 
     MAY_CHANGE = ("max_steps workers output_dir data_dir device compile "
-                  "log_every eval_every save_every tensorboard wandb profile")  # fmt: skip
+                  "log_every eval_every save_every tensorboard wandb profile")
 
     def __init__(self, method: str, args, loader, state: dict, extra: dict | None = None):
         self.method, self.args, self.loader, self.state, self.extra = method, args, loader, state, extra or {}
@@ -245,12 +255,16 @@ class Run:
         self.total = args.epochs * self.epoch_steps  # steps of the schedule
         self.last = min(self.total, args.max_steps or self.total)  # steps of this run
         self.step, self.signal, self.pending, self.warned, self.evaluation = 0, 0, [], set(), {}
+        for name in filter(vars(args).get, ("tensorboard", "wandb")):
+            importlib.import_module(name)  # a missing one ends every process alike, nothing written
         opened = ["", ""]
         if rank() == 0:
             try:
                 opened[0] = str(self._open())
-            except (UserError, OSError) as error:
+            except UserError as error:
                 opened[1] = str(error)
+            except (OSError, ValueError) as error:
+                opened[1] = f"{args.output_dir or 'runs/'} cannot hold a run ({error}): use another --output-dir"
         if dist.is_initialized():
             dist.broadcast_object_list(opened)
         if opened[1]:
@@ -258,9 +272,12 @@ class Run:
         self.dir = Path(opened[0])
         if (self.dir / "checkpoint.pt").exists():
             saved = load_checkpoint(self.dir)
-            for name, item in state.items():
-                item.load_state_dict(saved[name])
-            self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
+            try:
+                for name, item in state.items():
+                    item.load_state_dict(saved[name])
+                self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{self.dir}/checkpoint.pt does not fit, use another --output-dir") from error
             torch.set_rng_state(rng[0])
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
@@ -270,12 +287,20 @@ class Run:
         self.writers = self._writers() if rank() == 0 else []
         size, at = args.batch_size, f", continued at step {self.step}" if self.step else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-        self.say(f"{method}: {len(loader.dataset):,} samples, batch {size} = {world_size()} x {size // world_size()}, "
-                 f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")  # fmt: skip
+        self.say(f"{method}: {len(loader.dataset):,} samples, {self.epoch_steps} steps an epoch, {self.last} steps{at}, "
+                 f"batch {size} = {world_size()} x {size // world_size()}, writing to {self.dir}")
+        self.profiler = None
+        if args.profile and rank() == 0:
+            steps = torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1)
+            trace = str(self.dir / "trace.json")
+            self.profiler = torch.profiler.profile(schedule=steps, on_trace_ready=lambda p: p.export_chrome_trace(trace))
+            self.profiler.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _open(self) -> Path:
+        if self.args.batch_size < 2:
+            raise UserError("--batch-size 1 leaves no other sample to compare with: use at least 2")
         args = {"method": self.method, **vars(self.args)}
         name = "_".join([self.method, Path(args["data"]).stem, args["arch"], f"s{args['seed']}"])
         path = Path(args["output_dir"] or f"runs/{name}_{time.strftime('%Y%m%d-%H%M%S')}")
@@ -297,18 +322,18 @@ class Run:
         return path
 
     def _writers(self) -> list:
-        """Writes env.json, cuts the log back; -> functions that take a row: metrics.jsonl, tensorboard, wandb."""
-        env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(), "gpu": None}
-        env |= {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
-        if torch.cuda.is_available():
-            env["gpu"] = torch.cuda.get_device_name()
+        """Writes env.json and cuts the log back; -> functions of a row: metrics.jsonl, tensorboard, wandb."""
+        env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count()}
+        env |= {"torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
+        env["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         with contextlib.suppress(OSError):  # no git
             git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         (self.dir / "env.json").write_text(json.dumps(env, indent=1))
         path = self.dir / "metrics.jsonl"
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-        rows = [row for row in map(json.loads, lines) if row["step"] <= self.step and "end" not in row]
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = [row for row in rows if row["step"] <= self.step and "end" not in row]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         file = open(path, "a", buffering=1)
         writers = [lambda row: file.write(json.dumps(row) + "\n")]
@@ -320,7 +345,7 @@ class Run:
         if self.args.wandb:
             import wandb
 
-            wandb.init(project=self.method, dir=self.dir, config=vars(self.args), resume="allow", id=self.dir.name)
+            wandb.init(project=self.method, dir=self.dir, config=vars(self.args), id=self.dir.name, resume="allow")
             writers.append(lambda row: wandb.log(row, step=row["step"]))
         return writers
 
@@ -348,37 +373,40 @@ class Run:
             writer(row)
 
     def _means(self) -> list[float]:
-        """The latest step's terms, mean over the processes. Raises UserError if one was not finite since last time."""
+        """The latest step's terms, mean over the processes. UserError if any since last time was not finite."""
         names, rows = zip(*self.pending)
         values = all_reduce_mean(torch.stack(rows)).cpu()  # (steps since the last call, terms)
-        for row, term in (~torch.isfinite(values)).nonzero().tolist()[:1]:
+        for row in (~torch.isfinite(values)).any(1).nonzero().flatten().tolist()[:1]:
+            bad = [f"{n} is {v}" for n, v in zip(names[0], values[row].tolist()) if not math.isfinite(v)]
             step, kept = self.step - len(values) + 1 + row, self.dir / "checkpoint.pt"
             kept = f"{kept} holds the last good state" if kept.exists() else "nothing was saved yet"
-            raise UserError(f"{names[0][term]} is {values[row, term]} at step {step}, try a lower lr; {kept}")
+            raise UserError(f"{' and '.join(bad)} at step {step}, try a lower lr; {kept}")
         self.pending = []
         return values[-1].tolist()
 
     def log(self, terms: dict, **numbers):
-        """Counts one optimizer step. terms: name -> (0-dim tensor, chance level or None), averaged over the processes
-        and written every --log-every steps; numbers: written as they are. Raises UserError if a term is not finite."""
+        """Counts one optimizer step. terms: name -> (0-dim tensor, chance level or None), averaged over the
+        processes and written every --log-every steps; numbers: written too. UserError if a term is not finite."""
         self.step += 1
         self.pending.append((list(terms), torch.stack([value.detach().float() for value, _ in terms.values()])))
         self.bar.update()
+        self.profiler and self.profiler.step()
         scheduled = self.step == 1 or self._on_schedule(self.args.log_every)
         if not scheduled and self.step < self.last:
             return
         self.loader.check_bad()
-        row, texts, warm = {"epoch": self.step / self.epoch_steps}, [], self.args.warmup_epochs * self.epoch_steps
+        row, texts = {"epoch": self.step / self.epoch_steps}, []
+        warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.1 * self.total)
         for (name, (_, chance)), value in zip(terms.items(), self._means()):
             row[name] = value
             texts.append(f"{name} {value:.3f}" + (f" (chance {chance:.3f})" if chance else ""))
             if chance:
                 row["chance" if name == "loss" else name.replace("loss", "chance")] = chance
-                if self.step > max(warm, 0.1 * self.total) and abs(value / chance - 1) < 0.01 and name not in self.warned:
+                if warm and abs(value / chance - 1) < 0.01 and name not in self.warned:
                     self.warned.add(name)
-                    self.say(f"warning: after {self.step} steps {name} is still at its chance level, {chance:.3f}")
-        seconds = time.time() - self.clock
-        speed, wait = self.args.batch_size * (self.step - self.clock_step) / seconds, self.loader.wait / seconds
+                    self.say(f"warning: after {self.step} steps {name} is still at chance level {chance:.3f}")
+        seconds, steps = time.time() - self.clock, self.step - self.clock_step
+        speed, wait = self.args.batch_size * steps / seconds, self.loader.wait / seconds
         row |= {name: torch.as_tensor(number).item() for name, number in numbers.items()}
         self._write({**row, "images_per_sec": speed, "data_wait": wait}, scheduled)
         left = time.strftime("%H:%M:%S", time.gmtime((self.last - self.step) * self.args.batch_size / speed))
@@ -401,7 +429,7 @@ class Run:
         self._restart_clock()  # evaluation is not training time
 
     def interrupted(self) -> bool:
-        """Whether any process got SIGINT or SIGTERM: all agree (over a CPU tensor, so that no GPU waits for it)."""
+        """Whether any process got SIGINT or SIGTERM. All agree, over a CPU tensor: no GPU waits for it."""
         number = torch.tensor(self.signal)
         if dist.is_initialized():
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -409,20 +437,21 @@ class Run:
         return self.signal > 0
 
     def save(self):
-        """Writes checkpoint.pt beside itself, then renames: a crash or a full disk leaves the old one as it was. After
-        a signal it ends the process. Raises UserError for weights that are not finite and when it cannot be written."""
+        """Writes checkpoint.pt beside itself, then renames: a crash or a full disk leaves the old one as it was.
+        After a signal, ends the process. Raises UserError for weights that are not finite and for a full disk."""
         if self.pending:
             self._means()
         path, temporary = self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
         if not all(torch.isfinite(t).all() for t in self.state["model"].state_dict().values()):
-            raise UserError(f"weights are not finite after step {self.step}, try a lower lr; {path} is as it was before")
+            raise UserError(f"weights are not finite after step {self.step}, try a lower lr; {path} is as before")
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
         rngs = [rng] * world_size()
         if dist.is_initialized():
             dist.all_gather_object(rngs, rng)
         if rank() == 0:
             content = {name: item.state_dict() for name, item in self.state.items()}
-            content |= {"method": self.method, "args": vars(self.args), "step": self.step, "rng": rngs, **self.extra}
+            content |= {"method": self.method, "args": vars(self.args), "step": self.step, "rng": rngs}
+            content |= self.extra
             try:
                 with open(temporary, "wb") as file:
                     torch.save(content, file)
@@ -430,10 +459,10 @@ class Run:
                 os.replace(temporary, path)
             except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
                 temporary.unlink(missing_ok=True)
-                raise UserError(f"cannot write {path} ({error}), free some space; the last one is intact") from error
+                raise UserError(f"cannot write {path} ({error}), free some space; the old one is intact") from error
         if self.signal:
             where = "" if self.args.output_dir else f" --output-dir {self.dir}"
-            self.say(f"stopped at step {self.step} and saved; continue with: python {shlex.join(sys.argv)}{where}")
+            self.say(f"saved at step {self.step}, continue with: python {shlex.join(sys.argv)}{where}")
             sys.exit(128 + self.signal)
 
     def finish(self, hint: str) -> dict:
@@ -442,5 +471,5 @@ class Run:
         if rank() == 0:
             self.lock.close()
         minutes, seconds = divmod(round(time.time() - self.began), 60)
-        self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, metrics and pictures are in {self.dir}\nnext: {hint}")
+        self.say(f"done in {minutes}m{seconds:02d}s, checkpoint, log and pictures are in {self.dir}\nnext: {hint}")
         return self.evaluation

@@ -2,12 +2,11 @@
 
 A method file opens a dataset (sources.py says from where), names its views and texts, and takes batches:
 
-    dataset = open_dataset("yfcc15m")                       # dataset[7] -> Sample(image, captions, label, key)
-    loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096, workers=8)
-    for step, batch in loader.batches(0, 10 * loader.steps_per_epoch):
-        pixels, draw = batch["view1"]                       # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
-        x, ids = view(pixels, draw), batch["text"]          # float (b, 3, S, S), int64 (b, L)
-"""
+    dataset = open_dataset("yfcc15m")                       # dataset[7] -> Sample(image, captions, label,
+    key) loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096,
+    workers=8) for step, batch in loader.batches(0, 10 * loader.steps_per_epoch): pixels, draw =
+    batch["view1"]                       # uint8 (b, 3, S, S), {"flip": bool (b,), ...} x, ids = view(pixels,
+    draw), batch["text"]          # float (b, 3, S, S), int64 (b, L) """
 
 import gzip
 import html
@@ -42,26 +41,29 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-# ------------------------------------------------ decoding and loading ------------------------------------------------
+# -------------------------------------------- decoding and loading --------------------------------------------
 def decode(image):
-    """Bytes of an image file, uint8 array (H, W, 3) or PIL image -> uint8 (3, H, W), in memory H x W x 3: crops of that
-    are fast. Raises ValueError when it is broken or has more than 179 million pixels."""
+    """Bytes of an image file, uint8 array (H, W, 3) or PIL image -> uint8 (3, H, W), in memory H x W x 3:
+    crops of that are fast. Raises ValueError when it is broken or has more than 179 million pixels."""
     try:
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))  # reads the header and checks the number of pixels
         if isinstance(image, Image.Image):
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            image = np.array((image.convert("RGBA") if "transparency" in image.info else image).convert("RGB"))
+            if image.mode != "RGB":  # convert() copies even then, which takes longer than decoding
+                image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+            image = np.array(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"array of {image.dtype} {image.shape}")
         return torch.from_numpy(image).permute(2, 0, 1)
     except Exception as error:  # Pillow raises anything on hostile bytes
-        raise ValueError(f"broken image ({str(error).split(', ')[-1]})") from error
+        raise ValueError(f"broken image ({str(error).split(' <')[0]})") from error
 
 
 class EvalView:
-    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP and torchvision do with PIL images."""
+    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP and torchvision do with PIL
+    images."""
 
     def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
         self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
@@ -86,17 +88,17 @@ class EvalView:
 
     def __call__(self, x, draw=None):
         """On the device: uint8 (B, 3, size, size) -> float."""
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        return (x.float() / 255 - mean) / std
+        return normalize(to_float(x), self.mean, self.std)
 
 
 class Loader:
-    """Batches are a function of (seed, step): the same for any number of workers and after a restart, and together the
-    same for any number of processes.
+    """Batches are a function of (seed, step): the same for any number of workers and after a restart, and
+    together the same for any number of processes.
 
-    views: {name: object with crop(image, rng) and draw(rng)}; texts: {name: function(caption, rng) -> token ids};
-    batch_size: of all processes together. Every view and text of a sample has a random.Random of its own.
-    bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, set it to 0 at will."""
+    views: {name: object with crop(image, rng) and draw(rng)}; texts: {name: function(caption, rng) -> token
+    ids}; batch_size: of all processes together. Every view and text of a sample has a random.Random of its
+    own. bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, set it to 0
+    at will."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
         if batch_size % world_size():
@@ -111,8 +113,9 @@ class Loader:
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
     def batches(self, start, stop):
-        """Yields (step, batch) for steps start to stop - 1. batch: "index", "label" (b,); per view (uint8 (b, 3, S, S)
-        channels last, {name: stacked draws}); per text int64 (b, L), padded with 0. All on the device."""
+        """Yields (step, batch) for steps start to stop - 1. batch: "index", "label" (b,); per view (uint8 (b,
+        3, S, S) channels last, {name: stacked draws}); per text int64 (b, L), padded with 0. All on the
+        device."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every forked worker warns about it
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
@@ -136,7 +139,8 @@ class Loader:
             yield step, self.to_device(batch)
 
     def check_bad(self):
-        """Called by all processes together. UserError when over 1% of this or the previous epoch was replaced."""
+        """Called by all processes together. UserError when over 1% of this or the previous epoch was
+        replaced."""
         bad = torch.tensor([self.bad, self.bad_before], device=self.device)
         if world_size() > 1:
             torch.distributed.all_reduce(bad)
@@ -155,7 +159,8 @@ class Loader:
             yield [(epoch, int(index)) for index in order[first : first + size]]
 
     def __getitem__(self, item):
-        """In a worker: (epoch, index) -> views and token ids of that sample or, if it is bad, of the next good one."""
+        """In a worker: (epoch, index) -> views and token ids of that sample or, if it is bad, of the next
+        good one."""
         (epoch, index), skipped = item, {}
         for where in (i % len(self.dataset) for i in range(index, index + 100)):
             name = f"{self.dataset.name}[{where}]"
@@ -336,7 +341,7 @@ def gaussian_blur(x, sigma, mask, kernel_size):
         return on_masked(blur, x, mask, sigma.to(x.dtype))
 
 
-# ------------------------------------------------ tokenizer ------------------------------------------------
+# -------------------------------------------- tokenizer --------------------------------------------
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 SOT_EOT = ("<|startoftext|>", "<|endoftext|>"), ("<start_of_text>", "<end_of_text>"), ("[CLS]", "[SEP]")
 

@@ -1,11 +1,13 @@
-"""Evaluates: python evaluate.py zeroshot|retrieval|knn|linear CHECKPOINT [CHECKPOINT ...] --data NAME [--flag VALUE]
+"""Evaluates: python evaluate.py zeroshot|retrieval|knn|linear CHECKPOINT [CHECKPOINT ...] --data NAME [--flag
+VALUE]
 
-CHECKPOINT is a checkpoint.pt or the run directory that holds one; several give one table. Under torchrun the result is
-the same for any number of processes. Every result is appended to results.jsonl beside its checkpoint.
+CHECKPOINT is a checkpoint.pt or the run directory that holds one; several give one table. Under torchrun the
+result is the same for any number of processes. Every result is appended to results.jsonl beside its
+checkpoint.
 
-    python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
-    python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
-    torchrun --nproc_per_node=8 evaluate.py zeroshot runs/slip_yfcc15m_* --data imagenet --classnames names.txt
+    python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random python evaluate.py linear
+    runs/simclr_cifar10_* --data cifar10 --cached torchrun --nproc_per_node=8 evaluate.py zeroshot
+    runs/slip_yfcc15m_* --data imagenet --classnames names.txt
 
 Scores are in percent; every function names the protocol it follows, without which a score says nothing.
 Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch or chunk.
@@ -18,6 +20,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -45,7 +48,7 @@ class Args:
     data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     split: str = "val"  # the split that is reported on
     batch_size: int = 256  # images per forward pass
-    workers: int = 4  # loader processes per process
+    workers: int = min(8, os.cpu_count() or 1)  # loader processes per process
     device: str = ""  # cuda, mps or cpu (default: the first there is)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
     json: bool = False  # print JSON lines only
@@ -80,15 +83,16 @@ LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that -
 CHUNK = 2**23  # elements that a matrix of similarities may have
 
 
-# ------------------------------------------------ scores ------------------------------------------------
+# -------------------------------------------- scores --------------------------------------------
 def chunks(width, *tensors):
-    """Walks along the first dimension of `tensors`, in steps of so many rows that rows * width stays below CHUNK."""
+    """Walks along the first dimension of `tensors`, in steps of so many rows that rows * width stays below
+    CHUNK."""
     return zip(*(t.split(max(1, CHUNK // width)) for t in tensors))
 
 
 def hit_rank(scores, right):
-    """scores (b, C), right (b, C) bool -> (b,) on the CPU: how many columns stand before the best right one; below k is
-    a hit at k. Equal scores stand in the order of their index; NaN stands last."""
+    """scores (b, C), right (b, C) bool -> (b,) on the CPU: how many columns stand before the best right one;
+    below k is a hit at k. Equal scores stand in the order of their index; NaN stands last."""
     best, first = scores.masked_fill(~right, -math.inf).max(1, keepdim=True)
     earlier = torch.arange(scores.shape[1], device=scores.device) < first
     return (~(scores <= best) | ((scores == best) & earlier)).sum(1).cpu()
@@ -124,7 +128,8 @@ def knn(train_features, train_labels, test_features, test_labels, k=20, temperat
 
 
 def tokenize(tokenizer, texts, device):
-    """T strings -> int64 (T, L), padded with 0 to the longest rounded up to a multiple of 8, as in training."""
+    """T strings -> int64 (T, L), padded with 0 to the longest rounded up to a multiple of 8, as in
+    training."""
     ids = tokenizer.batch(texts)
     longest = int(ids.ne(0).any(0).nonzero().max()) + 1
     return ids[:, : -(-longest // 8) * 8].to(device)
@@ -132,9 +137,10 @@ def tokenize(tokenizer, texts, device):
 
 @torch.no_grad()
 def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu", batch_size=256):
-    """One unit vector per class, (C, E): every prompt's embedding is normalised; their mean is normalised again
-    (CLIP Sec. 3.1.4: the ensemble is in embedding space). A class is a str or a list of synonyms; each of them fills the
-    {} of each template and all are averaged (SLIP). encode_text: token ids (b, L) -> (b, E)."""
+    """One unit vector per class, (C, E): every prompt's embedding is normalised; their mean is normalised
+    again (CLIP Sec. 3.1.4: the ensemble is in embedding space). A class is a str or a list of synonyms; each
+    of them fills the {} of each template and all are averaged (SLIP). encode_text: token ids (b, L) -> (b,
+    E)."""
     names = [[c] if isinstance(c, str) else c for c in classnames]
     prompts = [t.replace("{}", name.replace("_", " ")) for synonyms in names for name in synonyms for t in templates]
     parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
@@ -144,9 +150,10 @@ def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu"
 
 
 def zeroshot_metrics(logits, labels):
-    """logits (N, C), labels (N,) -> dict in percent: top1; with five classes top5 and mean_top1_top5 (Kinetics);
-    mean_per_class, the mean recall of the classes that occur in `labels` (CLIP_benchmark; SLIP has NaN when an absent
-    class is predicted, else the same); with two classes roc_auc of logit 1 minus logit 0, ties count half."""
+    """logits (N, C), labels (N,) -> dict in percent: top1; with five classes top5 and mean_top1_top5
+    (Kinetics); mean_per_class, the mean recall of the classes that occur in `labels` (CLIP_benchmark; SLIP
+    has NaN when an absent class is predicted, else the same); with two classes roc_auc of logit 1 minus logit
+    0, ties count half."""
     classes = torch.arange(logits.shape[1], device=logits.device)
     ranks = torch.cat([hit_rank(x, y[:, None] == classes) for x, y in chunks(len(classes), logits, labels)])
     top1, top5, labels = percent(ranks < 1), percent(ranks < 5), labels.cpu()
@@ -165,10 +172,11 @@ def zeroshot_metrics(logits, labels):
 def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Retrieval among N images and T captions, as on Flickr30k and COCO (CLIP_benchmark) -> dict in percent.
 
-    (N, D), (T, D) and image_of_text (T,), the image that each caption belongs to; any number of captions per image.
-    text_to_image_recall@k: share of captions whose image is among the k most similar images. image_to_text_recall@k:
-    share of images with at least one of their captions among the k most similar captions; an image without caption is
-    only a candidate. mean_recall: mean of all. The (T, N) similarities are never held at once."""
+    (N, D), (T, D) and image_of_text (T,), the image that each caption belongs to; any number of captions per
+    image. text_to_image_recall@k: share of captions whose image is among the k most similar images.
+    image_to_text_recall@k: share of images with at least one of their captions among the k most similar
+    captions; an image without caption is only a candidate. mean_recall: mean of all. The (T, N) similarities
+    are never held at once."""
     images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     index, captioned = torch.arange(len(images), device=images.device), image_of_text.cpu().unique()
     to_text = [hit_rank(i @ texts.T, n[:, None] == image_of_text) for i, n in chunks(len(texts), images, index)]
@@ -178,7 +186,7 @@ def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     return out | {"mean_recall": sum(out.values()) / len(out)}
 
 
-# ------------------------------------------------ features ------------------------------------------------
+# -------------------------------------------- features --------------------------------------------
 @contextlib.contextmanager
 def evaluating(module):
     """`module` in eval mode; afterwards every submodule has its own mode back, frozen ones too."""
@@ -197,7 +205,8 @@ def bar(iterable, title, total=None):
 
 
 class _Batches(torch.utils.data.Dataset):
-    """List of indices -> ((b,) indices, (b,) labels, uint8 (b, 3, S, S), captions) or (), and what cannot be read."""
+    """List of indices -> ((b,) indices, (b,) labels, uint8 (b, 3, S, S), captions) or (), and what cannot be
+    read."""
 
     def __init__(self, dataset, view):
         self.dataset, self.view = dataset, view
@@ -220,9 +229,9 @@ class _Batches(torch.utils.data.Dataset):
 @torch.no_grad()
 def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32", batch_size=256, workers=0,
              indices=None):  # fmt: skip
-    """-> features (n, D), labels (n,), text features (T, E), row of each text's image (T,); on the CPU, the same on all
-    processes. Whole batches are dealt out, so that each of them, and with it every rounding error, is the same for any
-    number of processes; nothing is repeated to fill up."""
+    """-> features (n, D), labels (n,), text features (T, E), row of each text's image (T,); on the CPU, the
+    same on all processes. Whole batches are dealt out, so that each of them, and with it every rounding
+    error, is the same for any number of processes; nothing is repeated to fill up."""
     indices = list(range(len(dataset)) if indices is None else indices)
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)][rank() :: world_size()]
     loader = torch.utils.data.DataLoader(
@@ -258,11 +267,12 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
 
 
 def extract(encoder, dataset, view, device, **options):
-    """Collective. -> features (n, D) float32 and labels (n,), all of them on every CPU, in the order of their index.
+    """Collective. -> features (n, D) float32 and labels (n,), all of them on every CPU, in the order of their
+    index.
 
-    encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay as they were.
-    options: dtype="fp32", batch_size=256, workers=0, indices=None (all). What cannot be read is left out and counted on
-    stderr. Raises UserError when nothing can be read or a feature is not finite."""
+    encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay as they
+    were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). What cannot be read is left
+    out and counted on stderr. Raises UserError when nothing can be read or a feature is not finite."""
     return _extract(encoder, encoder, dataset, view, device, **options)[:2]
 
 
@@ -279,10 +289,10 @@ def labelled(dataset, features, labels):
     return features[labels >= 0], labels[labels >= 0]
 
 
-# ------------------------------------------------ training loops ------------------------------------------------
+# -------------------------------------------- training loops --------------------------------------------
 def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, max_train=5000, max_val=1000, **kw):
-    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"}, on fixed subsets so that it is quick (0: all); {} without
-    classes. kw: options of `extract`."""
+    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"}, on fixed subsets so that it is quick (0: all);
+    {} without classes. kw: options of `extract`."""
     if not (train_set and val_set and train_set.classes and val_set.classes):
         return {}
     train = labelled(train_set, *extract(encoder, train_set, view, device, indices=some(train_set, max_train), **kw))
@@ -292,8 +302,8 @@ def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, 
 
 
 def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None, captions=False, **kw):
-    """Collective. -> (zeroshot_metrics if there are classnames, recall if captions, number of images), from one pass.
-    classnames, templates: as in zeroshot_weights; kw: options of `extract`."""
+    """Collective. -> (zeroshot_metrics if there are classnames, recall if captions, number of images), from
+    one pass. classnames, templates: as in zeroshot_weights; kw: options of `extract`."""
     kw["tokenizer"] = tokenizer if captions else None
     extracted = _extract(model, model.encode_image, dataset, view, device, **kw)
     images, labels, texts, image_of_text = (x.to(device) for x in extracted)
@@ -309,8 +319,8 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
 
 def language_eval(model, tokenizer, dataset, view, device, max_images=1000, **kw):
     """Collective. What the dataset allows, on a fixed subset so that it is quick (0: all): with classes
-    {"zeroshot_top1", "zeroshot_chance"}; with captions {"recall@1", mean of both directions, "recall_chance"}.
-    model: has encode_image and encode_text. kw: options of `extract`."""
+    {"zeroshot_top1", "zeroshot_chance"}; with captions {"recall@1", mean of both directions,
+    "recall_chance"}. model: has encode_image and encode_text. kw: options of `extract`."""
     kw |= {"classnames": dataset.classes, "captions": dataset.captioned, "indices": some(dataset, max_images)}
     zeroshot, retrieval, n = language_scores(model, tokenizer, dataset, view, device, **kw)
     out = {"zeroshot_top1": zeroshot["top1"], "zeroshot_chance": 100 / len(dataset.classes)} if zeroshot else {}
@@ -320,7 +330,55 @@ def language_eval(model, tokenizer, dataset, view, device, max_images=1000, **kw
     return out
 
 
-# ------------------------------------------------ linear probe ------------------------------------------------
+def evaluation_set(args, split="val"):
+    """The dataset that is evaluated on while training, or None (said once) when there is none."""
+    try:
+        return open_dataset(args.eval_data or args.data, args.data_dir, split)
+    except UserError as error:
+        if rank() == 0:
+            print(f"no evaluation while training: {error}", file=sys.stderr, flush=True)
+
+
+def captions(dataset, most=20000):
+    """At most `most` captions of a dataset, evenly spread: what a tokenizer is trained on."""
+    for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
+        yield from dataset[index].captions
+
+
+def save_views(directory, images, views):
+    """Writes views.png: the first eight samples of a batch, a row each, in every view as the model sees it.
+    Wrong augmentations are found by looking, so this comes before the first step. images: name -> float (b,
+    3, S, S) as normalised by views[name]."""
+    columns = []
+    for name, x in images.items() if rank() == 0 else ():
+        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
+        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
+        columns.append((x[:8].float().cpu() * std + mean).clamp(0, 1))
+    if columns:
+        grid = torchvision.utils.make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(columns))
+        torchvision.utils.save_image(grid, Path(directory) / "views.png")
+
+
+def save_curves(directory):
+    """Writes curves.png if matplotlib is there: every column of metrics.jsonl, its chance level dashed."""
+    if rank() > 0 or not importlib.util.find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    names = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows))
+             if name not in ("step", "epoch", "end") and "chance" not in name]  # fmt: skip
+    figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(-(-len(names) // 4), min(4, len(names)), i + 1, title=name, xlabel="step")
+        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
+        for key, style in ((name, "-"), (chance, "--")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points), style) if points else None
+    figure.savefig(Path(directory) / "curves.png", dpi=80)
+
+
+# -------------------------------------------- linear probe --------------------------------------------
 class ProbeView:
     """Training view of the linear probes since MoCo: a crop of 8 to 100% of the area, resized, and a flip."""
 
@@ -338,8 +396,9 @@ class ProbeView:
 
 
 def fit_heads(batches, dim, num_classes, lrs, args, device):
-    """One linear classifier per learning rate, all on the same batches: (epoch, features (b, dim), labels (b,)). SGD,
-    momentum 0.9, the rate on half a cosine per epoch to 0 (MoCo v3, SLIP); equal starts. -> list of nn.Linear."""
+    """One linear classifier per learning rate, all on the same batches: (epoch, features (b, dim), labels
+    (b,)). SGD, momentum 0.9, the rate on half a cosine per epoch to 0 (MoCo v3, SLIP); equal starts. -> list
+    of nn.Linear."""
     start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(args.seed))
     heads = [nn.utils.skip_init(nn.Linear, dim, num_classes, device=device) for _ in lrs]
     for head in heads:
@@ -366,7 +425,8 @@ def cached_batches(features, labels, batch_size, args):
 
 
 def augmented_batches(encoder, loader, view, args):
-    """Features of freshly augmented images. Every process gets those of the global batch and trains the same head."""
+    """Features of freshly augmented images. Every process gets those of the global batch and trains the same
+    head."""
     steps = args.epochs * loader.steps_per_epoch
     for step, batch in bar(loader.batches(0, steps), "linear probe, steps", steps):
         images, draw = batch["image"]
@@ -376,12 +436,13 @@ def augmented_batches(encoder, loader, view, args):
 
 
 def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
-    """Collective. A linear classifier on frozen features -> (zeroshot_metrics of the test split, head, base_lr).
+    """Collective. A linear classifier on frozen features -> (zeroshot_metrics of the test split, head,
+    base_lr).
 
-    As MoCo v3 and SLIP: trained on crops and flips, lr = base_lr * batch / 256 (SimCLR: nesterov, weight decay 1e-6,
-    zero_init, batch 4096). cached: on features of the eval view extracted once; the base_lr of LRS that is best on a
-    held-out tenth of the train split then trains on all of it. The last epoch counts; nothing is ever chosen on the
-    test split. args: an Args; kw: options of `extract`."""
+    As MoCo v3 and SLIP: trained on crops and flips, lr = base_lr * batch / 256 (SimCLR: nesterov, weight
+    decay 1e-6, zero_init, batch 4096). cached: on features of the eval view extracted once; the base_lr of
+    LRS that is best on a held-out tenth of the train split then trains on all of it. The last epoch counts;
+    nothing is ever chosen on the test split. args: an Args; kw: options of `extract`."""
     test, test_labels = (x.to(device) for x in labelled(test_set, *extract(encoder, test_set, view, device, **kw)))
     size, base_lr, b = (test.shape[1], len(train_set.classes)), args.base_lr, args.probe_batch
     if args.cached:
@@ -402,10 +463,11 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
     return zeroshot_metrics(head(test).detach(), test_labels), head, base_lr
 
 
-# ------------------------------------------------ command line ------------------------------------------------
+# -------------------------------------------- command line --------------------------------------------
 def open_network(path, device, head_layer=0, random_weights=False):
-    """-> namespace of method, step, model, encoder, view, tokenizer (None without text). random_weights: a network of
-    the same shape before training. Raises UserError unless one of our method files wrote `path`."""
+    """-> namespace of method, step, model, encoder, view, tokenizer (None without text). random_weights: a
+    network of the same shape before training. Raises UserError unless one of our method files wrote
+    `path`."""
     saved = load_checkpoint(path)
     if not (isinstance(saved, dict) and saved.keys() >= {"method", "args", "model"}):
         raise UserError(f"{path} was not written by one of our method files: it lacks method, args or model")
@@ -427,6 +489,24 @@ def open_network(path, device, head_layer=0, random_weights=False):
     tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
     view, step = method.eval_view(args), saved.get("step")
     return types.SimpleNamespace(method=name, step=step, model=model, encoder=encoder, view=view, tokenizer=tokenizer)
+
+
+def load_released(path):
+    """A published CLIP (OpenAI's TorchScript archives included) or SLIP checkpoint, or a state dict with
+    their names -> (method module, model), loaded strictly. Only tensors and argparse's Namespace are
+    unpickled. Raises UserError."""
+    try:
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    except (RuntimeError, ValueError):  # not TorchScript
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = load_checkpoint(path)
+    state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    method = importlib.import_module("slip" if "visual.cls_token" in state else "clip")
+    try:
+        return method, method.from_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold a CLIP or SLIP model ({str(error).splitlines()[0]})") from error
 
 
 def lines(path, flag) -> list[str]:
@@ -470,72 +550,6 @@ def knn_vote(net, train, test, args, options):
 def linear(net, train, test, args, options):
     metrics, _, base_lr = linear_probe(net.encoder, train, test, args=args, **options)
     return {**metrics, "chance": 100 / len(test.classes), "base_lr": base_lr}
-
-
-# ------------------------------------------------ for the training loops ------------------------------------------------
-def evaluation_set(args, split="val"):
-    """The dataset that is evaluated on while training, or None (said once) when there is none."""
-    try:
-        return open_dataset(args.eval_data or args.data, args.data_dir, split)
-    except UserError as error:
-        if rank() == 0:
-            print(f"no evaluation while training: {error}", file=sys.stderr, flush=True)
-
-
-def captions(dataset, most=20000):
-    """At most `most` captions of a dataset, evenly spread: what a tokenizer is trained on."""
-    for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
-        yield from dataset[index].captions
-
-
-def save_views(directory, images, views):
-    """Writes views.png: the first eight samples of a batch, a row each, in every view as the model sees it. Wrong
-    augmentations are found by looking, so this comes before the first step. images: name -> float (b, 3, S, S) as
-    normalised by views[name]."""
-    columns = []
-    for name, x in images.items() if rank() == 0 else ():
-        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
-        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
-        columns.append((x[:8].float().cpu() * std + mean).clamp(0, 1))
-    if columns:
-        grid = torchvision.utils.make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(columns))
-        torchvision.utils.save_image(grid, Path(directory) / "views.png")
-
-
-def save_curves(directory):
-    """Writes curves.png, every column of metrics.jsonl over the steps with its chance level dashed, if matplotlib is there."""
-    if rank() > 0 or not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    names = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows))
-             if name not in ("step", "epoch", "end") and "chance" not in name]  # fmt: skip
-    figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)), layout="constrained")
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(-(-len(names) // 4), min(4, len(names)), i + 1, title=name, xlabel="step")
-        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
-        for key, style in ((name, "-"), (chance, "--")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points), style) if points else None
-    figure.savefig(Path(directory) / "curves.png", dpi=80)
-
-
-def load_released(path):
-    """A published CLIP (OpenAI's TorchScript archives included) or SLIP checkpoint, or a state dict with their names ->
-    (method module, model), loaded strictly. Nothing is unpickled but tensors and argparse's Namespace. Raises UserError."""
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, ValueError):  # not TorchScript
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_checkpoint(path)
-    state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    method = importlib.import_module("slip" if "visual.cls_token" in state else "clip")
-    try:
-        return method, method.from_state_dict(state)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a CLIP or SLIP model ({str(error).splitlines()[0]})") from error
 
 
 PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn_vote, "linear": linear}

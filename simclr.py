@@ -1,7 +1,8 @@
-"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al. 2020, arXiv 2002.05709).
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (2020, arXiv 2002.05709).
 
-Two random augmentations of an image are pulled together, all other images of the batch are pushed away. What makes it
-work: strong colour augmentation, a non-linear head that is thrown away afterwards, large batches, a low temperature.
+Two random augmentations of an image are pulled together, all other images of the batch are pushed away. What
+makes it work: strong colour augmentation, a non-linear head that is thrown away afterwards, large batches, a
+low temperature.
 
 Loss NT-Xent (Eq. 1), with z of unit length, tau the temperature, i and j the two views of one image:
     l(i, j) = -log( exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau) ),  L = mean over the 2B views,
@@ -13,12 +14,12 @@ Laptop        torchrun simclr.py
 8 GPUs        torchrun --nproc_per_node=8 simclr.py --data imagenet
 SimCLR v2     torchrun --nproc_per_node=8 simclr.py --data imagenet --recipe imagenet-v2   (then simclrv2.py)
 
-Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the head; its selective kernels and memory are
-not here. Differences from the official code:
- - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, twice that. LARS absorbs
-   the factor except for biases and norms.
- - One blur sigma per image; official: one per device and view. Crop and colour sampling are torchvision's: official
-   crops have uniform instead of log-uniform aspects. Max-pooling pads as torch does.
+Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the head; its selective kernels and
+memory are not here. Differences from the official code:
+ - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, twice that. LARS
+   absorbs the factor except for biases and norms.
+ - One blur sigma per image; official: one per device and view. Crop and colour sampling are torchvision's:
+   official crops have uniform instead of log-uniform aspects. Max-pooling pads as torch does.
  - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
  - Brightness is a factor, as in version 2 and torchvision; version 1 adds.
 
@@ -36,14 +37,14 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (LARS, Run, UserError, all_gather, init_distributed, mixed_precision, parse_args, sync_batchnorm,
-                    user_errors, warmup_cosine, world_size)  # fmt: skip
-from data import (EvalView, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, open_dataset,
-                  random_resized_crop, to_float)  # fmt: skip
+from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import EvalView, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip
+from data import open_dataset, random_resized_crop, to_float
 from evaluate import evaluation_set, knn_eval, save_curves, save_views
 
 
-# ------------------------------------------------ arguments ------------------------------------------------
+# -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args:
     data: str = "shapes"  # named dataset or path, see docs/data.md
@@ -51,7 +52,7 @@ class Args:
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it for the width multiplier w
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3 and no max-pool; auto: up to 32 pixels (App. B.9)
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
     head_layers: int = 2  # of the projection head; 3 in version 2 (its Sec. 2)
     head_dim: int = 128  # its output (Sec. 2.2)
     image_size: int = 224  # pixels
@@ -63,17 +64,17 @@ class Args:
     batch_size: int = 4096  # global: all processes together (Sec. 2.2)
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
     base_lr: float = 0.3  # lr = base_lr * batch / 256 (Sec. 2.2)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: lr = base_lr * sqrt(batch), base_lr 0.075 (App. B.1)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: lr = base_lr * sqrt(batch) (B.1)
     min_lr: float = 0.0  # end of the cosine
     warmup_epochs: float = 10.0  # linear, from 0 (Sec. 2.2)
     optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 2.2
-    momentum: float = 0.9
+    momentum: float = 0.9  # of either optimizer
     weight_decay: float = 1e-6  # on everything but biases and batch norm (Sec. 2.2); 1e-4 in version 2
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     workers: int = 8  # loader processes per training process
     seed: int = 0  # of weights, order and views
     output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, fp32 elsewhere
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
     compile: bool = False  # torch.compile the model
     device: str = ""  # cuda, mps or cpu (default: the first there is)
     eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
@@ -84,28 +85,29 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
+SMALL = dict(image_size=32, jitter_strength=0.5, blur=False, temperature=0.5)  # App. B.9
+SGD = dict(optimizer="sgd", base_lr=0.12, weight_decay=5e-4, warmup_epochs=0.0)
 RECIPES = {
-    "shapes": dict(arch="resnet18", image_size=32, epochs=1, batch_size=128, warmup_epochs=0.1, temperature=0.2,
-                   optimizer="sgd", base_lr=0.12, weight_decay=5e-4, jitter_strength=0.5, blur=False, workers=2),
-    # the setting of lightly's CIFAR-10 benchmark (kNN, k = 200: 84.8%), which every method's cifar10 recipe shares
-    "cifar10": dict(arch="resnet18", image_size=32, epochs=200, batch_size=512, warmup_epochs=0.0, temperature=0.5,
-                    optimizer="sgd", base_lr=0.12, weight_decay=5e-4, jitter_strength=0.5, blur=False),
-    "cifar10-paper": dict(arch="resnet50", image_size=32, epochs=1000, batch_size=1024, base_lr=1.0, temperature=0.5,
-                          jitter_strength=0.5, blur=False),  # App. B.9: linear probe 94.0%
-    "imagenet": dict(),  # Table 6: linear probe 69.3%
-    "imagenet-v2": dict(head_layers=3, epochs=800, base_lr=0.1, lr_scaling="sqrt", weight_decay=1e-4, warmup_epochs=40),
-}  # fmt: skip
+    "shapes": dict(SMALL, **SGD, arch="resnet18", stem="imagenet", epochs=2, batch_size=128),
+    "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),  # lightly's benchmark: kNN 84.8%
+    "cifar10-paper": dict(SMALL, batch_size=1024, base_lr=1.0),  # App. B.9: linear probe 94.0%
+    "imagenet": {},  # Table 6: linear probe 69.3%
+    "imagenet-v2": dict(head_layers=3, epochs=800, base_lr=0.1, lr_scaling="sqrt", weight_decay=1e-4,
+                        warmup_epochs=40.0),  # arXiv 2006.10029, Sec. 3
+}
 
 
-# ------------------------------------------------ augmentation ------------------------------------------------
+# -------------------------------------------- augmentation --------------------------------------------
 class SimCLRView:
-    """One of the two views, both drawn alike (App. A). Images stay in [0, 1]: the official code does not normalise."""
+    """One of the two views, both drawn alike (App. A). Images stay in [0, 1]: the official code does not
+    normalise."""
 
     def __init__(self, size, strength=1.0, blur=True):
         self.size, self.strength, self.blur = size, strength, blur
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
+        and view."""
         return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
 
     def draw(self, rng):
@@ -121,13 +123,14 @@ class SimCLRView:
         }
 
     def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float in [0, 1], (b, 3, size, size)."""
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float in [0, 1]."""
         x = hflip(to_float(x), draw["flip"])
         factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, draw["order"], draw["jitter"])
         x = grayscale(x, draw["gray"])
         if self.blur:
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=self.size // 20 * 2 + 1)  # a tenth of the size
+            kernel_size = self.size // 20 * 2 + 1  # a tenth of the image, odd
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size)
         return x
 
 
@@ -137,7 +140,7 @@ def eval_view(args) -> EvalView:
     return EvalView(args.image_size, resize, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
 
 
-# ------------------------------------------------ backbone ------------------------------------------------
+# -------------------------------------------- backbone --------------------------------------------
 class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) -> (B, D)."""
 
@@ -152,7 +155,7 @@ class ResNet(torchvision.models.ResNet):
             self.maxpool = nn.Identity()
         self.feature_dim, self.fc = self.fc.in_features * width, nn.Identity()
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # official: variance scaling, fan-in, truncated at two standard deviations
+            if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
                 std = module.weight[0].numel() ** -0.5 / 0.87962566
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
@@ -169,14 +172,15 @@ def resnet(arch, cifar_stem=False):
               "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
     match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
     if not match or match[1] not in depths:
-        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101 or 152, with x2, x3 or x4 for more width")
+        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101 or 152, wider as in resnet50x2")
     return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
 
 
-# ------------------------------------------------ model ------------------------------------------------
+# -------------------------------------------- model --------------------------------------------
 class ProjectionHead(nn.Module):
     """g of Sec. 2.1: Linear, BN, ReLU as wide as its input, then Linear, BN without offset (official code).
-    (B, D) -> (B, out_dim); forward(h, layers=k) stops after k layers, where version 2 fine-tunes from (k = 1)."""
+    (B, D) -> (B, out_dim); forward(h, layers=k) stops after k layers, where version 2 fine-tunes from (k =
+    1)."""
 
     def __init__(self, dim, out_dim=128, layers=2):
         super().__init__()
@@ -213,9 +217,10 @@ def build_model(args) -> SimCLR:
 
 
 def image_encoder(model: SimCLR, head_layer: int = 0) -> nn.Module:
-    """Module from images to pooled features (B, D), after `head_layer` layers of the head (version 2, its Sec. 2)."""
+    """Module from images to pooled features (B, D), after `head_layer` layers of the head (version 2, its
+    Sec. 2)."""
     if head_layer >= len(model.head.linears):
-        raise UserError(f"head layer {head_layer} is not below the {len(model.head.linears)} layers of this head")
+        raise UserError(f"head layer {head_layer} is not one of the first {len(model.head.linears) - 1}")
 
     class Encoder(nn.Module):
         def __init__(self):
@@ -228,12 +233,12 @@ def image_encoder(model: SimCLR, head_layer: int = 0) -> nn.Module:
     return Encoder() if head_layer else model.backbone
 
 
-# ------------------------------------------------ loss ------------------------------------------------
+# -------------------------------------------- loss --------------------------------------------
 def nt_xent_loss(z1, z2, temperature):
     """NT-Xent (Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
-    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this process's
-    2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
+    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this
+    process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
     z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, D)
     all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, D)
     b, first = len(z1), 0
@@ -248,7 +253,7 @@ def nt_xent_loss(z1, z2, temperature):
     return (loss1 + loss2) / 2
 
 
-# ------------------------------------------------ training ------------------------------------------------
+# -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
     device = init_distributed(args.device)
@@ -258,7 +263,8 @@ def train(args: Args) -> dict:
         raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
 
     # data
-    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    dataset = open_dataset(args.data, args.data_dir)
+    memory, val = evaluation_set(args, "train"), evaluation_set(args)
     view = SimCLRView(args.image_size, args.jitter_strength, args.blur)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -282,7 +288,7 @@ def train(args: Args) -> dict:
     run = Run("simclr", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
     run.say(f"lr = {args.base_lr} * {scale:g} ({args.lr_scaling} scaling) = {peak:g}")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
     chance = math.log(2 * args.batch_size - 1)
 
     for step, batch in loader.batches(run.step, run.last):
@@ -304,8 +310,8 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
 
         run.log({"loss": (loss, chance)}, lr=lr)
-        if val is not None and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), evaluation_set(args, "train"), val, eval_view(args), device))
+        if val and run.due(args.eval_every):
+            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):
             run.save()
 

@@ -1,26 +1,29 @@
 """SLIP: Self-supervision meets Language-Image Pre-training (Mu et al. 2021, arXiv 2112.12750).
 
 CLIP plus SimCLR on one image encoder: the language branch sees a lightly cropped image and its caption, the
-self-supervised branch two strongly augmented views of the same image. Views without captions teach the encoder what
-captions do not mention, and zero-shot transfer improves too.
+self-supervised branch two strongly augmented views of the same image. Views without captions teach the
+encoder what captions do not mention, and zero-shot transfer improves too.
 
-Loss (Alg. 1), with I, T, v1, v2 of unit length, s = exp(t), tau = 0.1 and c = --ssl-scale:
-    L      = L_clip + c L_ssl,                      chance level ln B + c ln(2B - 1)
-    L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)
-    L_ssl  = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i} exp(v_i.v_k / tau) ),  j: i's other view
-B global batch, b = B / processes, N tokens, D width of a transformer, E joint embedding, S image size in pixels.
+Loss (Alg. 1), with I, T, v1, v2 of unit length, s = exp(t), tau = 0.1 and c = --ssl-scale: L      = L_clip +
+    c L_ssl,                      chance level ln B + c ln(2B - 1) L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T,
+    y) ],  y = (0, ..., B-1) L_ssl  = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i}
+    exp(v_i.v_k / tau) ),  j: i's other view B global batch, b = B / processes, N tokens, D width of a
+    transformer, E joint embedding, S image size in pixels.
 
 Laptop        torchrun slip.py
 1 GPU         torchrun slip.py --data flickr8k
 8 GPUs        torchrun --nproc_per_node=8 slip.py --data yfcc15m
 Own data      torchrun slip.py --data path/to/captions.csv --recipe flickr8k
 
-Parameter names are the official code's, so its checkpoints load strictly (evaluate.load_released). Differences from that code:
- - Features gathered for L_clip carry gradient, as those for L_ssl always did: any number of processes trains with the
-   gradient of the global batch. Official: constants, with more than one process each feature then learns as an anchor
-   only, never as a candidate, and 1 and 64 GPUs train differently. --no-gather-grad gives that back.
+Parameter names are the official code's, so its checkpoints load strictly (evaluate.load_released).
+Differences from that code:
+ - Features gathered for L_clip carry gradient, as those for L_ssl always did: any number of processes trains
+   with the gradient of the global batch. Official: constants, with more than one process each feature then
+   learns as an anchor only, never as a candidate, and 1 and 64 GPUs train differently. --no-gather-grad gives
+   that back.
  - A caption that is too long keeps its end token, whose position is what is read out. Official: plain cut.
- - Blur is a true Gaussian of sigma pixels; Pillow's, used officially, is an approximation of it by box filters.
+ - Blur is a true Gaussian of sigma pixels; Pillow's, used officially, is an approximation of it by box
+   filters.
  - The three images of a pair go through the encoder in one batch. There is no batch norm in it: same numbers.
  - Losses are computed in float32; --accum-steps is exact. Official: fewer negatives per accumulation step.
 
@@ -36,21 +39,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision, parse_args,
-                    sync_batchnorm, user_errors, warmup_cosine, world_size)  # fmt: skip
-from data import (EvalView, Loader, Tokenizer, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, normalize,
-                  open_dataset, random_resized_crop, to_float)  # fmt: skip
+from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import EvalView, Loader, Tokenizer, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip
+from data import normalize, open_dataset, random_resized_crop, to_float
 from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
 
 
-# ------------------------------------------------ arguments ------------------------------------------------
+# -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args:
     data: str = "shapes"  # named dataset or path, see docs/data.md
     data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch16"  # vit_{tiny,small,base,large}_patchP (Sec. 4)
+    arch: str = "vit_base_patch16"  # a key of ARCHS with _patchP behind it (Sec. 4)
     embed_dim: int = 512  # joint embedding E
     text_width: int = 512  # width of the text transformer, 64 per head (Sec. 4)
     text_layers: int = 12  # blocks of the text transformer (Sec. 4)
@@ -59,7 +62,7 @@ class Args:
     ssl_emb_dim: int = 256  # its output
     ssl_scale: float = 1.0  # c (Sec. 3.3)
     temperature: float = 0.1  # tau of L_ssl
-    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a bpe_simple_vocab_16e6.txt.gz or a hub name
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
     vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
     image_size: int = 224  # pixels
     epochs: int = 25  # Sec. 4 (50 and 100 in Table 5)
@@ -77,7 +80,7 @@ class Args:
     workers: int = 8  # loader processes per training process
     seed: int = 0  # of weights, order, crops and captions
     output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # autocast; auto: bf16 or fp16 on a GPU, fp32 elsewhere
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
     compile: bool = False  # torch.compile the model
     device: str = ""  # cuda, mps or cpu (default: the first there is)
     eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
@@ -88,29 +91,28 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-SMALL = dict(tokenizer="train", embed_dim=128, text_width=128, text_layers=3, ssl_mlp_dim=512, ssl_emb_dim=64)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3, batch_size=128)
+SMALL |= dict(ssl_mlp_dim=512, ssl_emb_dim=64)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, context_length=32, vocab_size=1024, epochs=2,
-                   batch_size=128, lr=1e-3, warmup_epochs=0.2, weight_decay=0.1, workers=2),  # fmt: skip
-    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, context_length=32, vocab_size=4096, epochs=30,
-                     batch_size=128, lr=1e-3, warmup_epochs=1.0, weight_decay=0.1),  # fmt: skip
+    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1, warmup_epochs=0.2),
+    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30, warmup_epochs=1.0),
     "yfcc15m": dict(eval_data="imagenet"),
     "cc3m": dict(eval_data="imagenet", epochs=40),  # Table 6
     "cc12m": dict(eval_data="imagenet", epochs=35),  # Table 6
 }
 
 
-# ------------------------------------------------ augmentation ------------------------------------------------
+# -------------------------------------------- augmentation --------------------------------------------
 # Copied from clip.py: LanguageView
 class LanguageView:
-    """The picture that goes with a caption: a random crop, nothing else (Sec. 2.3). Not flipped: captions say left."""
+    """The image beside a caption: a random crop, nothing more (Sec. 2.3). Not flipped: captions say left."""
 
-    def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic", mean=(0.48145466, 0.4578275, 0.40821073),
-                 std=(0.26862954, 0.26130258, 0.27577711)):  # fmt: skip
+    def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
+                 mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
         self.size, self.scale, self.interpolation, self.mean, self.std = size, scale, interpolation, mean, std
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
 
     def draw(self, rng):
@@ -118,7 +120,7 @@ class LanguageView:
         return {}
 
     def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float (b, 3, size, size)."""
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
@@ -152,10 +154,10 @@ class SSLView:
 
 
 def eval_view(args) -> EvalView:
-    return EvalView(args.image_size, interpolation="bilinear", mean=SSLView(1).mean, std=SSLView(1).std)
+    return EvalView(args.image_size, None, "bilinear", SSLView(1).mean, SSLView(1).std)
 
 
-# ------------------------------------------------ backbone ------------------------------------------------
+# -------------------------------------------- backbone --------------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
 
@@ -166,7 +168,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, .)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -258,18 +260,21 @@ class Transformer(nn.Module):
         self.causal = causal
 
     def forward(self, x):
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype) if self.causal else None
+        mask = None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         for block in self.resblocks:
             x = block(x, mask)
         return x
 
 
-# ------------------------------------------------ model ------------------------------------------------
+# -------------------------------------------- model --------------------------------------------
 class SLIP(nn.Module):
-    """forward runs the encoders, heads the projections: two parts, so that --accum-steps can come between them."""
+    """forward runs the encoders, heads the projections: two parts, so that --accum-steps can come between
+    them."""
 
-    def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size, transformer_width, transformer_heads,
-                 transformer_layers, ssl_mlp_dim=4096, ssl_emb_dim=256):  # fmt: skip
+    def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size, transformer_width,
+                 transformer_heads, transformer_layers, ssl_mlp_dim=4096, ssl_emb_dim=256):
         super().__init__()
         self.visual = visual
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
@@ -293,7 +298,7 @@ class SLIP(nn.Module):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, D)."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
-        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token has the largest id
+        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token is the largest id
 
     def encode_image(self, image):
         """(B, 3, S, S) -> (B, E), not normalised."""
@@ -309,13 +314,15 @@ class SLIP(nn.Module):
         return image, self.text_features(text), view1, view2
 
     def heads(self, image, text, view1, view2):
-        """Features -> embeddings (B, E), (B, E), (B, ssl_emb_dim), (B, ssl_emb_dim). Batch norm sees each view on its own."""
-        return image @ self.image_projection, text @ self.text_projection, self.image_mlp(view1), self.image_mlp(view2)
+        """Features -> embeddings (B, E), (B, E), (B, ssl_emb_dim), (B, ssl_emb_dim). Batch norm sees each
+        view on its own."""
+        image_embed, text_embed = image @ self.image_projection, text @ self.text_projection
+        return image_embed, text_embed, self.image_mlp(view1), self.image_mlp(view2)
 
 
 # Copied from clip.py: init_text
 def init_text(model):
-    """Initialisation of the text side; the image transformer keeps torch's own, as in OpenAI's code. In place."""
+    """Initialises the text side in place; the image side keeps torch's defaults, as in OpenAI's code."""
     width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
@@ -327,7 +334,7 @@ def init_text(model):
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
 
-ARCHS = {  # width, layers, heads; vit_small is MoCo v3's, with 12 heads where others have 6 (below it: our own)
+ARCHS = {  # width, layers, heads; vit_small has 12 heads as in MoCo v3, not 6 (below it: our own)
     "vit_micro": (128, 4, 2),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 12),
@@ -339,10 +346,10 @@ ARCHS = {  # width, layers, heads; vit_small is MoCo v3's, with 12 heads where o
 def build_model(args) -> SLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not patch.isdigit():
-        raise UserError(f"--arch {args.arch} is unknown, choose SIZE_patchP with SIZE one of {', '.join(ARCHS)}")
+    if name not in ARCHS or not patch.lstrip("0").isdecimal():
+        raise UserError(f"--arch {args.arch} is unknown, choose X_patchP with X one of {', '.join(ARCHS)}")
     if args.image_size % int(patch):
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)}, as {args.arch} needs")
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)} ({args.arch})")
     width, layers, heads = ARCHS[name]
     if args.text_width % 64:
         raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
@@ -357,8 +364,8 @@ def image_encoder(model: SLIP) -> nn.Module:
 
 
 def from_state_dict(state: dict) -> SLIP:
-    """A released SLIP_VIT{S,B,L}16 state dict -> SLIP, its sizes read off the tensors. Raises KeyError, ValueError or
-    RuntimeError when the names or shapes are not the official ones."""
+    """A released SLIP_VIT{S,B,L}16 state dict -> SLIP, its sizes read off the tensors. Raises KeyError,
+    ValueError or RuntimeError when the names or shapes are not the official ones."""
 
     def depth(prefix):
         return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
@@ -375,15 +382,15 @@ def from_state_dict(state: dict) -> SLIP:
     return model
 
 
-# ------------------------------------------------ loss ------------------------------------------------
+# -------------------------------------------- loss --------------------------------------------
 # Copied from clip.py: clip_loss
 def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     """Symmetric cross-entropy of Fig. 3 over the global batch, in nats; chance level ln B.
 
-    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim tensor.
-    Returns the mean over this process's rows: the mean over processes is the loss of the global batch. Memory grows with
-    b x B. gather_grad=False: gathered features are constants (official SLIP), so that with several processes each
-    feature learns as an anchor only, never as a candidate."""
+    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
+    tensor. Returns the mean over this process's rows: the mean over processes is the loss of the global
+    batch. Memory grows with b x B. gather_grad=False: gathered features are constants (official SLIP), so
+    that with several processes each feature learns as an anchor only, never as a candidate."""
     image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
     all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
     b, first = len(image), 0
@@ -401,8 +408,8 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
 def nt_xent_loss(z1, z2, temperature):
     """NT-Xent (Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
-    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this process's
-    2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
+    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this
+    process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
     z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, D)
     all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, D)
     b, first = len(z1), 0
@@ -416,15 +423,16 @@ def nt_xent_loss(z1, z2, temperature):
     loss2 = F.cross_entropy(torch.cat([z2 @ all_z1.T / temperature, same2], dim=1), labels)
     return (loss1 + loss2) / 2
 
-# ------------------------------------------------ training ------------------------------------------------
+# -------------------------------------------- training --------------------------------------------
 # Copied from clip.py: replay_backward
 def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
-    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv 2101.06983).
+    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv
+    2101.06983).
 
-    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient; then each
-    piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b, ...) tensors;
-    loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or dropout, and a `model` that is
-    not wrapped in DDP: gradients are averaged over the processes here."""
+    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient;
+    then each piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b,
+    ...) tensors; loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or
+    dropout, and a `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
     with torch.no_grad():
         encoded = [encode(piece) for piece in pieces]
     features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded)]
@@ -447,7 +455,10 @@ def train(args: Args) -> dict:
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
-    tokenizer = Tokenizer(args.tokenizer, args.context_length, captions(dataset), args.vocab_size, data_dir=args.data_dir)
+    text_source = captions(dataset) if args.tokenizer == "train" else None
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
+    if tokenizer.eot != tokenizer.vocab_size - 1:
+        raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id, use another")
     views = {
         "image": LanguageView(args.image_size, (0.5, 1.0), "bilinear", SSLView(1).mean, SSLView(1).std),
         "view1": SSLView(args.image_size),
@@ -465,13 +476,15 @@ def train(args: Args) -> dict:
     decay = [p for p in model.parameters() if p.ndim >= 2]
     no_decay = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, logit_scale
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("slip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
+    ddp = model
+    if world_size() > 1 and args.accum_steps == 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
 
     def encode(piece):
         with autocast:
@@ -493,7 +506,7 @@ def train(args: Args) -> dict:
         if step == 0:
             save_views(run.dir, {"image": image, "view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, reach_peak=True)
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, True)
 
         if args.accum_steps == 1:
             loss, terms = loss_of(*encode(slice(None)))
@@ -511,7 +524,7 @@ def train(args: Args) -> dict:
             model.logit_scale.clamp_(0, math.log(100))  # 1 <= s <= 100 (official code)
 
         run.log(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
-        if val is not None and run.due(args.eval_every):
+        if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):
             run.save()

@@ -1,25 +1,23 @@
-r"""Where samples come from: open_dataset finds out how a dataset is stored, and indexes it. data.py does the rest.
+r"""Where samples come from: open_dataset finds out how a dataset is stored, and indexes it. data.py does the
+rest.
 
 Only the index is held in memory; pictures and captions are read when a sample is asked for. One row:
 
-    open_dataset("yfcc15m", data_dir="/data")[7] == Sample(
-        image=b"\xff\xd8\xff\xe0...",                    # an image file, or a uint8 array (H, W, 3), or a PIL image
-        captions=["Our dog", "First time at the sea"],   # one of them is drawn per epoch
-        label=-1,                                        # -1: none, else the position in dataset.classes
-        key="00012.tar:000120034.jpg")                   # names the sample in messages
+    open_dataset("yfcc15m", data_dir="/data")[7] == Sample( image=b"\xff\xd8\xff\xe0...",                    #
+        an image file, or a uint8 array (H, W, 3), or a PIL image captions=["Our dog", "First time at the
+        sea"],   # one of them is drawn per epoch label=-1,                                        # -1: none,
+        else the position in dataset.classes key="00012.tar:000120034.jpg")                   # names the
+        sample in messages
 
 Layouts, told apart by looking at the files (docs/data.md: how to make each):
 
-    shapes                            drawn here, needs no files
-    *.tar                             WebDataset shards, as img2dataset writes them: 0.jpg 0.txt and/or 0.json, 0.cls
-    *.csv *.tsv *.jsonl               image path, caption(s), label
-    *.npz                             JPEG files end to end: arrays jpeg, offsets, labels
-    dataset_*.json + pictures         Karpathy's splits of coco, flickr30k and flickr8k
-    annotations/captions_*2017.json   coco as published
-    *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's code keeps it
-    class/picture.jpg, picture.jpg    ImageFolder, or just pictures
-    cifar10 cifar100 stl10 food101    the files that torchvision downloads
-"""
+    shapes                            drawn here, needs no files *.tar                             WebDataset
+    shards, as img2dataset writes them: 0.jpg 0.txt and/or 0.json, 0.cls *.csv *.tsv *.jsonl
+    image path, caption(s), label *.npz                             JPEG files end to end: arrays jpeg,
+    offsets, labels dataset_*.json + pictures         Karpathy's splits of coco, flickr30k and flickr8k
+    annotations/captions_*2017.json   coco as published *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's
+    code keeps it class/picture.jpg, picture.jpg    ImageFolder, or just pictures cifar10 cifar100 stl10
+    food101    the files that torchvision downloads """
 
 import contextlib
 import csv
@@ -66,9 +64,9 @@ class Sample(NamedTuple):
 
 
 def open_dataset(name, data_dir=None, split="train"):
-    """name: one of NAMES, looked for in data_dir (else $DATA_DIR, else ./data), or a path. Called by all processes.
-    -> dataset with len, [i] -> Sample (ValueError or OSError if it cannot be read), .name, .classes (list of str
-    or None) and .captioned. Raises UserError."""
+    """name: one of NAMES, looked for in data_dir (else $DATA_DIR, else ./data), or a path. Called by all
+    processes. -> dataset with len, [i] -> Sample (ValueError or OSError if it cannot be read), .name,
+    .classes (list of str or None) and .captioned. Raises UserError."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split}, choose one of {', '.join(SPLITS)}")
     base = Path(data_dir or os.environ.get("DATA_DIR") or "data").expanduser()
@@ -77,6 +75,7 @@ def open_dataset(name, data_dir=None, split="train"):
         near = [] if name in NAMES else difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "see docs/data.md for how to get it there"
         raise UserError(f"there is no data at {root.absolute() if name else repr(name)}, {hint}")
+    _handle.cache_clear()  # files may have been replaced since they were opened
     try:
         dataset = Shapes(split) if name == "shapes" else _open(root, split)
     except UNREADABLE as error:
@@ -143,8 +142,8 @@ def _open_files(folder, names, root):
 
 
 class Rows:
-    """Rows {"image": path below root, "captions": [...], "label": int}: the path of a file of JSON lines, of which
-    only the line starts are held in memory, or an iterable of dicts."""
+    """Rows {"image": path below root, "captions": [...], "label": int}: the path of a file of JSON lines, of
+    which only the line starts are held in memory, or an iterable of dicts."""
 
     captioned = False
 
@@ -246,8 +245,9 @@ class _Plain(pickle.Unpickler):
 
 
 def _index(path, ending, write):
-    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in ~/.cache where that may
-    not be written. The stamp in it is the size and time of `path`; when these have changed it is made again."""
+    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in ~/.cache where
+    that may not be written. The stamp in it is the size and time of `path`; when these have changed it is
+    made again."""
     path, stamp = os.path.abspath(path), [os.stat(path).st_size, os.stat(path).st_mtime_ns]
     places = [path + ending, os.path.expanduser("~/.cache/contrastive/") + re.sub(r"\W", "_", path)[-200:] + ending]
     for place in places:
@@ -285,8 +285,8 @@ def _index_rows(path, make, *args):
 
 
 def _index_tar(path):
-    """Index with "members" (samples, 4, 2): where, in blocks of 512 bytes, and how long the picture, .txt, .json and
-    .cls of a sample are; 0 where there is none."""
+    """Index with "members" (samples, 4, 2): where, in blocks of 512 bytes, and how long the picture, .txt,
+    .json and .cls of a sample are; 0 where there is none."""
 
     def write(file, stamp):
         samples = {}
@@ -335,10 +335,14 @@ class Npz:
     captioned = False
 
     def __init__(self, path, classes=None):
-        with np.load(path) as arrays:
-            self.jpeg, self.offsets, self.labels = (arrays[key] for key in ("jpeg", "offsets", "labels"))
-        rising = len(self.offsets) == len(self.labels) + 1 and (np.diff(self.offsets) >= 0).all()
-        if self.jpeg.dtype != np.uint8 or not rising or self.offsets[-1] > len(self.jpeg):
+        try:
+            with np.load(path) as arrays:
+                self.jpeg, self.offsets, self.labels = (arrays[key] for key in ("jpeg", "offsets", "labels"))
+            good = len(self.offsets) == len(self.labels) + 1 and (np.diff(self.offsets) >= 0).all()
+            good = good and self.jpeg.dtype == np.uint8 and self.offsets[-1] <= len(self.jpeg)
+        except UNREADABLE:
+            good = False
+        if not good:
             raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1 rising positions in it) and labels (n)")
         if classes and self.labels.max(initial=0) >= len(classes):
             raise UserError(f"{path} has label {self.labels.max()}, but classnames.txt only {len(classes)} lines")
@@ -353,7 +357,8 @@ class Npz:
 
 
 class Torchvision:
-    """cifar10, cifar100, stl10 (the labelled pictures) and food101. The first process downloads what is missing."""
+    """cifar10, cifar100, stl10 (the labelled pictures) and food101. The first process downloads what is
+    missing."""
 
     captioned = False
 
@@ -395,7 +400,8 @@ def _read(path, start, size):
 
 
 def _read_zip(path, name):
-    """A member of a zip. zipfile would parse the whole directory: 2.3 ms for 1,000 members, this takes 0.1 ms."""
+    """A member of a zip. zipfile would parse the whole directory: 2.3 ms for 1,000 members, this takes 0.1
+    ms."""
     size = os.path.getsize(path)
     tail = _read(path, max(0, size - 2**17), min(size, 2**17))  # the directory is at the end
     entry = tail[max(0, tail.find(name.encode()) - 46) :][:46]
@@ -412,7 +418,7 @@ def _read_zip(path, name):
         raise ValueError(f"{path} is damaged or does not hold {name}: {error}") from error
 
 
-# ------------------------------------------------ shapes ------------------------------------------------
+# -------------------------------------------- shapes --------------------------------------------
 COLOURS = {"red": (214, 40, 40), "orange": (247, 140, 30), "yellow": (250, 220, 60), "green": (50, 160, 70),
            "cyan": (70, 205, 215), "blue": (40, 80, 210), "purple": (125, 60, 175), "pink": (245, 135, 185),
            "brown": (120, 75, 40), "white": (245, 245, 245)}  # fmt: skip
@@ -442,7 +448,8 @@ def _outlines():
 
 
 class Shapes:
-    """Captioned scenes of 64 x 64 pixels, functions of the index: a main object, up to two small ones, a background."""
+    """Captioned scenes of 64 x 64 pixels, functions of the index: a main object, up to two small ones, a
+    background."""
 
     classes, captioned = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES], True
 
@@ -499,7 +506,8 @@ class Shapes:
         scene = "on " + a(f"{texture} {ground} background".removeprefix("plain "))
         beside = "with " + " and ".join(a(f"{c} {s}") for c, s, *_ in others) if others else scene
         what = f"{size}{colour} {shape}"
-        return rng.sample(
-            [a(what), f"{a(what)} {scene}", f"{what}, {texture} {ground} background", f"{a(what)} {where}",
-             f"{a(what)} {beside}", f"{what} {where}, {beside}", f"there is {a(what)} {where}",
-             f"a picture of {a(f'{colour} {shape}')}", f"{a(size + shape)} in {colour}"], 3)  # fmt: skip
+        wordings = {
+            a(what), f"{a(what)} {scene}", f"{what}, {texture} {ground} background", f"{a(what)} {where}",
+            f"{a(what)} {beside}", f"{what} {where}, {beside}", f"there is {a(what)} {where}",
+            f"a picture of {a(f'{colour} {shape}')}", f"{a(size + shape)} in {colour}"}  # fmt: skip
+        return rng.sample(sorted(wordings), 3)

@@ -1,11 +1,13 @@
-"""What two augmented views of a photo cost on one CPU core: torchvision transforms on PIL images, the way the official
-codes make them, against this project's two parts, a loader worker that decodes and crops and batched operations that do
-the rest on the training device (here the same core; on a GPU only the worker part is left for the CPU).
+"""What two augmented views of a photo cost on one CPU core.
 
-    python benchmarks/augment.py                                     # about two minutes
+pil: torchvision transforms on PIL images, the way the official codes make views. Against it this project's
+two parts: worker, what a loader worker does (decode, crop twice), and device, the batched operations that do
+the rest on the training device. Here that is the same core; with a GPU only the worker's part is left to it.
+
+    python benchmarks/augment.py                                     # about a minute
     python benchmarks/augment.py --out results/augment.json
 
-Needs scikit-learn for its two photos. The ways take turns, round by round; quoted are the fastest round and the median.
+Needs scikit-learn for its two photos. pil and the project take turns, round by round.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import torchvision  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 
+from common import init_distributed  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, decode  # noqa: E402
 from simclr import SimCLRView  # noqa: E402
 from slip import SSLView  # noqa: E402
@@ -44,12 +47,13 @@ def photos():
     files = []
     for array in load_sample_images().images:
         file = io.BytesIO()
-        Image.fromarray(array).resize((500, 375), Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
+        photo = Image.fromarray(array).resize((500, 375), Image.Resampling.LANCZOS)
+        photo.save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return files
 
 
-# ------------------------------------------------ on PIL images ------------------------------------------------
+# -------------------------------------------- on PIL images --------------------------------------------
 class PILBlur:
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
@@ -77,7 +81,7 @@ def on_pil(policy, files):
     return torch.stack(views)
 
 
-# ------------------------------------------------ here ------------------------------------------------
+# -------------------------------------------- here --------------------------------------------
 def in_worker(view, files, seed):
     """What a loader worker does for a batch: two pairs (uint8 (n, 3, SIZE, SIZE), draws)."""
     pairs = ([], [])
@@ -98,7 +102,7 @@ def on_device(view, batches):
     return [view(x, draws) for x, draws in batches]
 
 
-# ------------------------------------------------ measuring ------------------------------------------------
+# -------------------------------------------- measuring --------------------------------------------
 def measure(view, policy, files, rounds):
     """-> {way: (fastest, median)} in ms per sample of two views."""
     times = {"pil": [], "worker": [], "device": [], "worker+device": []}
@@ -119,7 +123,8 @@ def measure(view, policy, files, rounds):
 def environment():
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        cpu = next(s for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s).split(": ")[1]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -135,11 +140,13 @@ def environment():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32, help="samples per round")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     args = parser.parse_args()
+    init_distributed("cpu")  # whatever a run sets
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     random.seed(0)

@@ -1,0 +1,228 @@
+"""What a training step costs beside the libraries people would use: forward, loss, backward, optimizer.
+
+clip.py against open_clip (the same ViT-S/16 at 112 px), simclr.py against lightly's modules and loss, put together as
+in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both sides start from the same weights and take the same batch
+in the same precision. Before anything is timed, two steps of each must have given the same losses, to 1e-4: two, so
+that gradient and optimizer are compared too. What makes the difference is in the rows between the two:
+
+    here, 77 tokens                open_clip pads all captions to 77, clip.py to the longest of the batch
+    lightly, views in one batch    its example encodes one view after the other, so that batch norm sees half as much
+    here, one view at a time       and this is simclr.py doing the same
+
+    python benchmarks/step.py --out results/step.json                     # two to four minutes on one core
+    python benchmarks/step.py --clip-batch 256 --simclr-batch 512         # on a GPU: bfloat16, --compile
+
+All rows take turns, round by round. Needs open_clip_torch and lightly.
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lightly  # noqa: E402
+import open_clip  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+from augment import environment  # noqa: E402
+from lightly.loss import NTXentLoss  # noqa: E402
+from lightly.models.modules import SimCLRProjectionHead  # noqa: E402
+from torch import nn  # noqa: E402
+
+import clip  # noqa: E402
+import simclr  # noqa: E402
+from common import init_distributed, mixed_precision  # noqa: E402
+
+
+class Row:
+    """A model, its optimizer and its loss: everything of a step but the data."""
+
+    def __init__(self, model, optimizer, loss, after=lambda: None):
+        self.model, self.optimizer, self.loss, self.after = model, optimizer, loss, after
+
+    def step(self, autocast, scaler):
+        """-> the loss before the step."""
+        loss = self.loss(autocast)
+        scaler.scale(loss).backward()
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad()
+        self.after()
+        return loss.detach()
+
+
+# ------------------------------------------------ CLIP ------------------------------------------------
+def caption_ids(batch_size, vocab_size):
+    """Token ids (b, 77), padded with 0. Lengths are log-normal with mean 15, those of Flickr8k with some longer ones."""
+    ids = torch.zeros(batch_size, 77, dtype=torch.long)
+    lengths = (math.log(14.1) + 0.35 * torch.randn(batch_size)).exp().round().int().clamp(4, 77).tolist()
+    for row, length in zip(ids, lengths):
+        row[:length] = torch.randint(1, vocab_size - 2, (length,))
+        row[0], row[length - 1] = vocab_size - 2, vocab_size - 1
+    return ids, lengths
+
+
+def clip_rows(batch_size, device, compiled):
+    """-> {name: Row}, a description of the batch."""
+    args = clip.Args(arch="vit_small_patch16", image_size=112)
+    embed_dim, layers, width, text_width = clip.ARCHS["vit_small"]
+    vision = {"image_size": 112, "patch_size": 16, "layers": layers, "width": width, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "layers": 12, "width": text_width, "heads": text_width // 64}
+    models = {"open_clip": open_clip.CLIP(embed_dim, vision, text, quick_gelu=True), "here": clip.build_model(args)}
+    models["open_clip"].load_state_dict(models["here"].state_dict())
+    models["here, 77 tokens"] = copy.deepcopy(models["here"])
+    criterion = open_clip.ClipLoss()
+    image = torch.randn(batch_size, 3, 112, 112, device=device)
+    ids, lengths = caption_ids(batch_size, 49408)
+    ids, longest = ids.to(device), -(-max(lengths) // 8) * 8  # as data.Loader does
+
+    def row(name, model):
+        model = model.to(device).train()
+        groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.2},
+                  {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+        here = name != "open_clip"
+        fused = here and device.type == "cuda"  # as both training loops have it
+        optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=fused or None)
+        batch = ids[:, :longest] if name == "here" else ids
+        forward = torch.compile(model) if compiled else model
+
+        def loss(autocast):
+            with autocast:
+                embeds = forward(image, batch)
+            if here:
+                return clip.clip_loss(*embeds, model.logit_scale.exp())
+            with autocast:
+                return criterion(*embeds)
+
+        def clamp():
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+
+        return Row(model, optimizer, loss, clamp)
+
+    rows = {name: row(name, models[name]) for name in ("open_clip", "here, 77 tokens", "here")}
+    mean = sum(lengths) / batch_size
+    return rows, f"ViT-S/16, 112 px, batch {batch_size}, captions of {mean:.1f} tokens, the longest {max(lengths)}"
+
+
+# ------------------------------------------------ SimCLR ------------------------------------------------
+def simclr_rows(batch_size, device, compiled):
+    """-> {name: Row}, a description of the batch."""
+    resnet = torchvision.models.resnet18()
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):  # else some start at 0 here and at 1 there
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    peer = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten(), SimCLRProjectionHead(512, 512, 128))
+    peer[-1].layers[-1].bias.requires_grad_(False)  # the last batch norm has none here
+    mine = simclr.build_model(simclr.Args(arch="resnet18", image_size=64))
+    theirs, names = peer.state_dict(), {"linears.0": "layers.0", "norms.0": "layers.1"}
+    names |= {"linears.1": "layers.3", "norms.1": "layers.4"}
+    state = {f"backbone.{k}": v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
+    for ours, name in names.items():
+        prefix = f"{len(peer) - 1}.{name}."
+        state |= {f"head.{ours}.{k.removeprefix(prefix)}": v for k, v in theirs.items() if k.startswith(prefix)}
+    del state["head.norms.1.bias"]
+    mine.load_state_dict(state)
+    views = torch.rand(2, batch_size, 3, 64, 64, device=device)
+    criterion = NTXentLoss(temperature=0.5)
+
+    def row(name):
+        here, together = "here" in name, name in ("here", "lightly, views in one batch")
+        layout = torch.channels_last if here else torch.contiguous_format
+        model = copy.deepcopy(mine if here else peer).to(device, memory_format=layout).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06)
+        forward = torch.compile(model) if compiled else model
+
+        def loss(autocast):
+            with autocast:
+                z1, z2 = forward(torch.cat([*views])).chunk(2) if together else map(forward, views)
+            return simclr.nt_xent_loss(z1, z2, 0.5) if here else criterion(z1.float(), z2.float())
+
+        return Row(model, optimizer, loss)
+
+    names = "lightly", "here, one view at a time", "lightly, views in one batch", "here"
+    return {name: row(name) for name in names}, f"ResNet-18, 64 px, batch {batch_size}"
+
+
+# ------------------------------------------------ measuring ------------------------------------------------
+def check(rows, pairs, device):
+    """Exits unless each pair of rows has the same losses in its first two steps in float32. -> losses by name."""
+    plain, scaler = mixed_precision("fp32", device)
+    losses = {name: [row.step(plain, scaler).item() for _ in range(2)] for name, row in rows.items()}
+    for a, b in pairs:
+        if max(abs(x / y - 1) for x, y in zip(losses[a], losses[b])) > 1e-4:
+            sys.exit(f"not the same computation: {a} has losses {losses[a]}, {b} {losses[b]}")
+    return losses
+
+
+def measure(rows, rounds, dtype, device):
+    """-> seconds by name, one per round. Every other round goes backwards, so that nobody always follows the same.
+    On the CPU, seconds of its work: what other processes take meanwhile does not count."""
+    autocast, scaler = mixed_precision(dtype, device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds = {name: [] for name in rows}
+    for i in range(rounds + 1):
+        for name, row in [*rows.items()][:: 1 if i % 2 else -1]:
+            start = clock()
+            row.step(autocast, scaler)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    return {name: s[1:] for name, s in seconds.items()}  # the first round warms up
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--clip-batch", type=int, default=16)
+    parser.add_argument("--simclr-batch", type=int, default=64)
+    parser.add_argument("--dtype", default="auto", help="auto (bf16 on a GPU, else fp32), fp32, bf16, fp16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
+    args = parser.parse_args()
+    device = init_distributed("")  # the first there is; sets whatever a run sets
+    torch.set_num_threads(args.threads)
+    cases = {
+        "clip": (clip_rows, args.clip_batch, [("open_clip", "here"), ("open_clip", "here, 77 tokens")]),
+        "simclr": (simclr_rows, args.simclr_batch,
+                   [("lightly", "here, one view at a time"), ("lightly, views in one batch", "here")]),
+    }  # fmt: skip
+    results = {}
+    for method, (make, batch_size, pairs) in cases.items():
+        torch.manual_seed(0)
+        rows, setting = make(batch_size, device, args.compile)
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        losses = check(rows, pairs, device)
+        torch.set_float32_matmul_precision(precision)
+        seconds = measure(rows, args.rounds, args.dtype, device)
+        first = next(iter(rows))  # the library as it is
+        fastest, median = min(seconds[first]), statistics.median(seconds[first])
+        print(f"{method}: {setting}, {device.type}, {args.dtype}", flush=True)
+        print(f"{'':28}{'ms: min':>10}{'median':>10}{f'{first} takes: min':>24}{'median':>10}")
+        results[method] = {"setting": setting, "rows": {}}
+        for name, s in seconds.items():
+            a, b = min(s), statistics.median(s)
+            print(f"{name:28}{1e3 * a:10.1f}{1e3 * b:10.1f}{fastest / a:22.2f} x{median / b:8.2f} x", flush=True)
+            results[method]["rows"][name] = {
+                "ms_min": 1e3 * a, "ms_median": 1e3 * b, f"{first}_over_this_min": fastest / a,
+                f"{first}_over_this_median": median / b, "first_two_losses": losses[name]}  # fmt: skip
+    if args.out:
+        flags = {k: v for k, v in vars(args).items() if k != "out"} | {"device": device.type}
+        versions = {m.__name__: m.__version__ for m in (open_clip, lightly)}
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+        record = environment() | {"gpu": gpu, "date": time.strftime("%Y-%m-%d")} | versions | flags
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,999 @@
+"""sources.py and the first half of data.py: every layout, its indices, hostile files, the evaluation view, the loader."""
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision import transforms
+
+import data
+import sources
+from common import UserError
+from data import EvalView, Loader, decode, open_dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Indices that cannot be written beside the data go to this home."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    return folder
+
+
+def encoded(image, form="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def picture(i, width=40, height=30):
+    """Picture i: noise, no two alike."""
+    return Image.fromarray(np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+N = 6
+JPEG = [encoded(picture(i)) for i in range(N)]
+CAPTIONS = [[f"picture {i}", f"the {i}th, with \"quotes\", a\ttab and é"] for i in range(N)]
+
+
+# ------------------------------------------------ layouts ------------------------------------------------
+def write_tar(path, samples):
+    """samples: {name of the sample: {ending: bytes}}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, members in samples.items():
+            for ending, content in members.items():
+                info = tarfile.TarInfo(f"{name}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tars(root):
+    """Two shards; as img2dataset writes them, with things to be ignored."""
+    for shard in (0, 1):
+        samples = {"__key__": {"notes": b"nothing"}}
+        for i in range(3 * shard, 3 * shard + 3):
+            members = {"jpg": JPEG[i], "json": json.dumps({"captions": CAPTIONS[i], "url": "x"}).encode()}
+            samples[f"./part/{i:05d}"] = members | {"txt": b"another text", "cls": b"%d\n" % i, "seg.png": b"?"}
+        write_tar(root / f"{shard:05d}.tar", samples)
+    (root / "00000_stats.json").write_text("{}")
+    (root / "00000.parquet").write_text("")
+    return [f"{i // 3:05d}.tar:./part/{i:05d}.jpg" for i in range(N)], range(N)
+
+
+def pictures_in(folder, names=None):
+    for i in range(N):
+        path = folder / (names[i] if names else f"{i}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(JPEG[i])
+
+
+def table(root, ending, delimiter):
+    pictures_in(root / "pictures")
+    with open(root / f"pairs.{ending}", "w", newline="", encoding="utf-8-sig") as file:  # as Excel does
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["label", "filepath", "title"])
+        for i in range(N):
+            writer.writerows([i, f"pictures/{i}.jpg", caption] for caption in CAPTIONS[i])
+    return [str(root / f"pictures/{i}.jpg") for i in range(N)], range(N)
+
+
+def jsonl(root):
+    pictures_in(root / "pictures")
+    rows = [json.dumps({"filename": f"pictures/{i}.jpg", "caption": CAPTIONS[i], "label": i}) for i in range(N)]
+    (root / "pairs.jsonl").write_text("\n" + "\n\n".join(rows))
+    return [str(root / f"pictures/{i}.jpg") for i in range(N)], range(N)
+
+
+def jsonl_of_zip(root):
+    root.mkdir(parents=True)
+    with zipfile.ZipFile(root / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = b"a comment"
+        for i in range(N):
+            archive.writestr(f"sub/{i}.jpg", JPEG[i])
+    rows = [json.dumps({"image": f"all.zip/sub/{i}.jpg", "text": CAPTIONS[i]}) for i in range(N)]
+    (root / "train.jsonl").write_text("\n".join(rows))
+    return [str(root / f"all.zip/sub/{i}.jpg") for i in range(N)], [-1] * N
+
+
+def npz(root, **changes):
+    root.mkdir(parents=True, exist_ok=True)
+    arrays = {"jpeg": np.frombuffer(b"".join(JPEG), np.uint8), "offsets": np.cumsum([0] + [len(j) for j in JPEG])}
+    np.savez(root / "train.npz", **(arrays | {"labels": np.arange(N, dtype=np.uint8)} | changes))
+    (root / "classnames.txt").write_text("".join(f"class {i}\n" for i in range(N)))
+    return [f"train.npz[{i}]" for i in range(N)], range(N)
+
+
+def image_folder(root):
+    pictures_in(root, [f"c{i // 2}/{i}.JPEG" for i in range(N)])
+    (root / "c0" / "notes.txt").write_text("")
+    return [str(root / f"c{i // 2}/{i}.JPEG") for i in range(N)], [0, 0, 1, 1, 2, 2]
+
+
+def just_pictures(root):
+    pictures_in(root, [f"{i}.jpg" if i < 3 else f"more/{i}.jpg" for i in range(N)])
+    (root / ".hidden.jpg").write_bytes(b"")
+    return [str(root / (f"{i}.jpg" if i < 3 else f"more/{i}.jpg")) for i in range(N)], [-1] * N
+
+
+def karpathy(root):
+    pictures_in(root / "Images")
+    images = [{"filename": "gone.jpg", "split": "val", "sentences": [{"raw": "?"}]}]
+    for i in range(N):
+        sentences = [{"raw": caption, "tokens": []} for caption in CAPTIONS[i]]
+        images.append({"filename": f"{i}.jpg", "split": "restval" if i % 2 else "train", "sentences": sentences})
+    (root / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    return [str(root / f"Images/{i}.jpg") for i in range(N)], [-1] * N
+
+
+def coco(root):
+    pictures_in(root / "train2017")
+    (root / "annotations").mkdir()
+    images = [{"id": 100 + i, "file_name": f"{i}.jpg"} for i in range(N)]
+    captions = [{"image_id": 100 + i, "caption": c} for turn in (0, 1) for i, cs in enumerate(CAPTIONS) for c in cs[turn::2]]
+    tables = {"images": images, "annotations": captions}
+    (root / "annotations/captions_train2017.json").write_text(json.dumps(tables))
+    return [str(root / f"train2017/{i}.jpg") for i in range(N)], [-1] * N
+
+
+def slip(root):
+    """Pickle and zips. The indices are numpy numbers, which are more than plain pickle opcodes."""
+    rows = []
+    for i in range(N):
+        index = 12345000 + 1000 * (i // 3) + i
+        rows.append((np.int64(index), *CAPTIONS[i]))
+        path = root / f"images/12/{345 + i // 3}.zip"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{index % 1000:03d}.jpg", JPEG[i])
+    (root / "yfcc15m.pkl").write_bytes(pickle.dumps(rows))
+    return [str(root / f"images/12/{345 + i // 3}.zip/{i:03d}.jpg") for i in range(N)], [-1] * N
+
+
+LAYOUTS = {
+    "tars": tars,
+    "csv": lambda root: table(root, "csv", ","),
+    "tsv": lambda root: table(root, "tsv", "\t"),
+    "jsonl": jsonl,
+    "jsonl_of_zip": jsonl_of_zip,
+    "npz": npz,
+    "image_folder": image_folder,
+    "just_pictures": just_pictures,
+    "karpathy": karpathy,
+    "coco": coco,
+    "slip": slip,
+}
+WITHOUT_CAPTIONS = ("npz", "image_folder", "just_pictures")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(layout, tmp_path):
+    keys, labels = LAYOUTS[layout](tmp_path / "set")
+    for _ in range(2):  # the second time from the index
+        dataset = open_dataset(str(tmp_path / "set"))
+        samples = [dataset[i] for i in range(len(dataset))]
+        assert [s.image for s in samples] == JPEG
+        assert [s.captions for s in samples] == ([[]] * N if layout in WITHOUT_CAPTIONS else CAPTIONS)
+        assert [s.label for s in samples] == list(labels) and [s.key for s in samples] == keys
+        assert dataset.captioned == (layout not in WITHOUT_CAPTIONS) and dataset.name == "set"
+        with pytest.raises(IndexError):
+            dataset[N]
+    classes = {"npz": [f"class {i}" for i in range(N)], "image_folder": ["c0", "c1", "c2"]}
+    assert dataset.classes == classes.get(layout)
+
+
+def test_karpathy_splits(tmp_path):
+    karpathy(tmp_path)
+    assert len(open_dataset(str(tmp_path), split="val")) == 1
+    with pytest.raises(OSError, match="gone.jpg"):
+        open_dataset(str(tmp_path), split="val")[0]
+    with pytest.raises(UserError, match="holds no pictures for test"):
+        open_dataset(str(tmp_path), split="test")
+
+
+def test_karpathy_coco_has_its_pictures_one_level_deeper(tmp_path):
+    pictures_in(tmp_path / "val2014")
+    rows = [{"filename": f"{i}.jpg", "filepath": "val2014", "split": "test", "sentences": [{"raw": "x"}]} for i in range(N)]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": rows}))
+    assert open_dataset(str(tmp_path), split="test")[3].image == JPEG[3]
+
+
+def test_names_are_looked_for_in_data_dir(tmp_path, monkeypatch):
+    jsonl(tmp_path / "cc3m")
+    for data_dir in (tmp_path, tmp_path / "cc3m"):
+        assert len(open_dataset("cc3m", data_dir)) == N
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    assert open_dataset("cc3m").name == "cc3m"
+    monkeypatch.delenv("DATA_DIR")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "data").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(open_dataset("cc3m")) == N and len(open_dataset("../cc3m/pairs.jsonl")) == N
+
+
+def test_splits(tmp_path):
+    """Which of the parts of a dataset answers for train, val and test."""
+
+    def size(root, split):
+        try:
+            return len(open_dataset(str(root), split=split))
+        except UserError as error:
+            assert f"has no {split} split" in str(error) and "\n" not in str(error)
+            return None
+
+    def sizes(root):
+        return [size(root, split) for split in ("train", "val", "test")]
+
+    def write(path, n):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join('{"image": "x.jpg"}\n' for _ in range(n)))
+
+    write(tmp_path / "a/all.jsonl", 1)
+    assert sizes(tmp_path / "a") == [1, None, None] and sizes(tmp_path / "a/all.jsonl") == [1, None, None]
+    write(tmp_path / "a/train.jsonl", 2)
+    assert sizes(tmp_path / "a") == [2, None, None]
+    write(tmp_path / "a/test.jsonl", 3)
+    assert sizes(tmp_path / "a") == [2, 3, 3]
+    write(tmp_path / "a/validation.jsonl", 4)
+    assert sizes(tmp_path / "a") == [2, 4, 3]
+    write(tmp_path / "a/val.jsonl", 5)
+    assert sizes(tmp_path / "a") == [2, 5, 3]
+    write(tmp_path / "a/values.jsonl", 6)  # no word for a split
+    assert sizes(tmp_path / "a") == [2, 5, 3]
+    pictures_in(tmp_path / "b/val", [f"cat/{i}.jpg" if i < 2 else f"dog/{i}.jpg" for i in range(N)])
+    assert sizes(tmp_path / "b") == [None, N, N]
+    pictures_in(tmp_path / "b/train")
+    assert sizes(tmp_path / "b") == [N, N, N]
+    assert open_dataset(str(tmp_path / "b"), split="val").classes == ["cat", "dog"]
+    write(tmp_path / "b/train.jsonl", 1)  # names pictures in train/
+    assert sizes(tmp_path / "b") == [1, N, N]
+    for name, count in (("train-0000", 2), ("train-0001", 3), ("val_000", 1)):
+        write_tar(tmp_path / f"c/{name}.tar", {str(i): {"jpg": JPEG[i]} for i in range(count)})
+    assert sizes(tmp_path / "c") == [5, 1, 1]
+    with pytest.raises(UserError, match="unknown split dev"):
+        open_dataset("shapes", split="dev")
+
+
+def test_rows_of_a_table(tmp_path):
+    rows = [
+        {"path": "0.jpg", "title": "A", "description": ""},
+        {"file": "1.jpg", "description": "B", "label": "2.0"},
+        {"image": "2.jpg", "captions": ["C", None, 3], "caption": "no", "label": 0},
+        {"image": str(tmp_path / "3.jpg"), "text": "D", "label": ""},
+        {"image": "4.jpg", "caption": "", "label": None},
+    ]
+    pictures_in(tmp_path)
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n5\n{}\n" + '{"image": "0.jpg", "label": "?"}')
+    dataset = open_dataset(str(tmp_path / "t.jsonl"))
+    assert [dataset[i].captions for i in range(5)] == [["A", ""], ["B"], ["C"], ["D"], []]
+    assert [dataset[i].label for i in range(5)] == [-1, 2, 0, -1, -1]
+    for i in range(5, 9):
+        with pytest.raises(ValueError):
+            dataset[i]
+
+
+def test_members_of_zips(tmp_path):
+    """Stored, deflated and unusual members, with and without a comment, and what is missing or damaged."""
+    path = str(tmp_path / "a.zip")
+    content = {f"{i:03d}.jpg": os.urandom(50 + i) * 3 for i in range(300)}
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.comment = b"000.jpg" * 5
+            for name, value in content.items():
+                archive.writestr(name, value)
+        sources._handle.cache_clear()
+        assert all(sources._read_zip(path, name) == value for name, value in content.items())
+    with pytest.raises(ValueError, match="a.zip is damaged or does not hold 999.jpg"):
+        sources._read_zip(path, "999.jpg")
+    Path(path).write_bytes(Path(path).read_bytes()[:1000])
+    sources._handle.cache_clear()
+    with pytest.raises(ValueError, match="damaged"):
+        sources._read_zip(path, "000.jpg")
+
+
+def test_only_the_indices_of_a_pickle_are_plain(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    slip(tmp_path)
+    (tmp_path / "yfcc15m.pkl").write_bytes(pickle.dumps([(1, "title", Harm())]))
+    with pytest.raises(UserError, match=r"yfcc15m.pkl cannot be read: it holds (posix|nt)\.mkdir"):
+        open_dataset(str(tmp_path))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_torchvision_sets(tmp_path, monkeypatch):
+    """The first process downloads, once; the others and the next time read what is there."""
+    downloads = []
+
+    class Fake:
+        classes = ["apple_pie", "b"]
+
+        def __init__(self, root, split, download=False):
+            if download and not (root / "there").exists():
+                downloads.append(split)
+                (root / "there").touch()
+            if not (root / "there").exists():
+                raise RuntimeError("not found")
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return picture(i), 1
+
+    monkeypatch.setattr(torchvision.datasets, "Food101", Fake)
+    monkeypatch.setattr(sources, "rank", lambda: 1)
+    with pytest.raises(UserError, match="food101 is not in .* and cannot be downloaded there: not found"):
+        (tmp_path / "food101").mkdir()
+        open_dataset("food101", tmp_path)
+    monkeypatch.setattr(sources, "rank", lambda: 0)
+    for split in ("train", "val", "test"):
+        dataset = open_dataset("food101", tmp_path, split)
+    assert downloads == ["train"] and dataset.classes == ["apple pie", "b"] and not dataset.captioned
+    assert decode(dataset[2].image).shape == (3, 30, 40) and dataset[2].label == 1
+    npz(tmp_path / "cifar10")  # a set of this name in another layout
+    assert len(open_dataset("cifar10", tmp_path)) == N
+
+
+# ------------------------------------------------ what the user can mend ------------------------------------------------
+def damaged(name, root):
+    """Makes something wrong under root; -> what is opened, what the sentence has to say."""
+    path = root / "set"
+    path.mkdir()
+    if name == "missing":
+        return "/nowhere/photos", "no data at /nowhere/photos.*docs/data.md"
+    if name == "missing name":
+        return "imagenet", f"no data at {root}/imagenet"
+    if name == "misspelt":
+        return "yfcc15n", "did you mean yfcc15m"
+    if name == "no name":
+        return "", "no data at ''"
+    if name == "empty":
+        return path, "holds no pictures for train, see docs/data.md"
+    if name == "no pickle":
+        (path / "images/00").mkdir(parents=True)
+        return path, "holds no pictures"
+    if name == "csv columns":
+        (path / "a.csv").write_text("url,words\nx,y\n")
+        return path, r"a.csv are \['url', 'words'\], none of image, filepath"
+    if name == "csv empty":
+        (path / "a.csv").write_text("")
+        return path, "a.csv are None"
+    if name == "csv unbalanced":
+        (path / "a.csv").write_text('image,caption\nx,"' + "y\n" * 100000)
+        return path, "a.csv cannot be read: field larger than field limit"
+    if name == "two tables":
+        (path / "a.csv").write_text("")
+        (path / "b.jsonl").write_text("")
+        return path, "a.csv, b.jsonl"
+    if name == "empty jsonl":
+        (path / "a.jsonl").write_text("\n\n")
+        return path, "holds no pictures"
+    if name == "npz arrays":
+        np.savez(path / "a.npz", x=np.zeros(3))
+        return path, "a.npz must hold jpeg"
+    if name == "npz offsets":
+        npz(path, offsets=np.arange(3))
+        return path, r"train.npz must hold jpeg \(uint8\), offsets"
+    if name == "npz too short":
+        npz(path, jpeg=np.zeros(5, np.uint8))
+        return path, "must hold"
+    if name == "npz labels":
+        npz(path, labels=np.full(N, 6))
+        return path, "label 6, but classnames.txt only 6 lines"
+    if name == "npz broken":
+        (path / "a.npz").write_bytes(b"PK\3\4 and then nothing")
+        return path, "a.npz must hold jpeg"
+    if name == "class names":
+        image_folder(path)
+        (path / "classnames.txt").write_text("a\nb\n")
+        return path, "names 2 classes, but .* has 3 folders"
+    if name == "json":
+        (path / "dataset_x.json").write_text('{"images": [')
+        return path, "dataset_x.json cannot be read"
+    if name == "coco":
+        (path / "annotations").mkdir()
+        (path / "annotations/captions_val2017.json").write_text("{}")
+        return path, "captions_train2017.json"
+    if name == "pickle":
+        (path / "a.pkl").write_bytes(b"nothing pickled")
+        return path, "a.pkl cannot be read"
+    if name == "pickle of something else":
+        (path / "a.pkl").write_bytes(pickle.dumps({"a": 1}))
+        return path, "a.pkl cannot be read"
+    whole = write_tar(root / "whole.tar", {"000": {"jpg": JPEG[0], "txt": b"text"}, "001": {"jpg": JPEG[1]}}).read_bytes()
+    end = whole.index(b"001.jpg")
+    cuts = {"tar cut in a picture": end + 700, "tar cut in a header": end + 100, "tar cut between members": end,
+            "tar without an end": end + 512 + -(-len(JPEG[1]) // 512) * 512}  # fmt: skip
+    content = whole[: cuts[name]] if name in cuts else {"tar empty": b"", "tar of something else": b"x" * 5000}[name]
+    (path / "a.tar").write_bytes(content)
+    return path, "a.tar cannot be read"
+
+
+@pytest.mark.parametrize("name", [
+    "missing", "missing name", "misspelt", "no name", "empty", "no pickle", "csv columns", "csv empty", "csv unbalanced",
+    "two tables", "empty jsonl", "npz arrays", "npz offsets", "npz too short", "npz labels", "npz broken", "class names",
+    "json", "coco", "pickle", "pickle of something else", "tar cut in a picture", "tar cut in a header",
+    "tar cut between members", "tar without an end", "tar empty", "tar of something else"])  # fmt: skip
+def test_one_sentence(name, tmp_path):
+    opened, sentence = damaged(name, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=sentence) as error:
+        open_dataset(str(opened), tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half made is left
+
+
+def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources.os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: .*Permission denied"):
+        open_dataset(str(tmp_path))
+
+
+# ------------------------------------------------ indices ------------------------------------------------
+def shard(path, captions):
+    return write_tar(path, {f"{i:04d}": {"jpg": JPEG[0], "txt": c.encode()} for i, c in enumerate(captions)})
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Counts how often a tar file is opened to be indexed."""
+    counted, plain = [], tarfile.open
+    monkeypatch.setattr(sources.tarfile, "open", lambda path, mode: (counted.append(path) if mode[0] == "r" else None) or plain(path, mode))
+    return counted
+
+
+def texts(root):
+    dataset = open_dataset(str(root))
+    return [dataset[i].captions[0] for i in range(len(dataset))]
+
+
+def test_index_is_made_once_and_when_the_shard_changes(tmp_path, scans):
+    path = tmp_path / "a.tar"
+    index = tmp_path / "a.tar.idx.npz"
+    shard(path, "abc")
+    assert texts(tmp_path) == list("abc") and texts(tmp_path) == list("abc") and len(scans) == 1 and index.exists()
+    size, when = path.stat().st_size, path.stat().st_mtime_ns
+    shard(path, "de")
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # same size, another time
+    os.utime(path, ns=(when, when + 1))
+    assert texts(tmp_path) == list("de") and len(scans) == 2
+    shard(path, "fghi" * 20)
+    assert path.stat().st_size != size
+    os.utime(path, ns=(when, when + 1))  # same time, another size
+    assert texts(tmp_path) == list("fghi" * 20) and len(scans) == 3
+    for broken in (b"", b"garbage", index.read_bytes()[:100]):
+        index.write_bytes(broken)
+        assert texts(tmp_path) == list("fghi" * 20)
+    assert len(scans) == 6 and sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.idx.npz"]
+
+
+@pytest.mark.parametrize("how", ["mode", "error"])
+def test_index_of_a_read_only_folder_is_in_the_cache(how, tmp_path, home, scans, monkeypatch):
+    shard(tmp_path / "set/a.tar", "abc")
+    if how == "mode":  # root could write there all the same
+        (tmp_path / "set").chmod(0o555)
+    else:
+        plain = open
+
+        def read_only(file, mode="r", *args, **options):
+            if str(file).startswith(str(tmp_path)) and "w" in mode:
+                raise OSError(30, "Read-only file system")
+            return plain(file, mode, *args, **options)
+
+        monkeypatch.setattr(sources, "open", read_only, raising=False)
+    assert texts(tmp_path / "set") == list("abc") and texts(tmp_path / "set") == list("abc") and len(scans) == 1
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["a.tar"]
+    assert len(list((home / ".cache/contrastive").iterdir())) == 1
+    (tmp_path / "set").chmod(0o755)
+
+
+def test_index_that_can_be_written_nowhere(tmp_path, home):
+    shard(tmp_path / "set/a.tar", "abc")
+    (tmp_path / "set").chmod(0o555)
+    (home / ".cache").touch()
+    with pytest.raises(UserError, match="no index of .*a.tar can be written"):
+        open_dataset(str(tmp_path / "set"))
+    (tmp_path / "set").chmod(0o755)
+
+
+def _opens(root, barrier, results):
+    barrier.wait()
+    results.put(texts(root))
+
+
+def test_processes_may_index_at_the_same_time(tmp_path):
+    captions = [f"caption {i}" for i in range(300)]
+    fork = multiprocessing.get_context("fork")
+    for turn in range(3):
+        for i in range(3):
+            shard(tmp_path / f"{turn}/{i}.tar", captions[100 * i : 100 * i + 100])
+        barrier, results = fork.Barrier(4), fork.Queue()
+        processes = [fork.Process(target=_opens, args=(tmp_path / str(turn), barrier, results)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        assert [results.get(timeout=30) for _ in processes] == [captions] * 4
+        for process in processes:
+            process.join()
+        assert len(list((tmp_path / str(turn)).iterdir())) == 6  # no drafts
+
+
+def test_processes_share_the_indexing(tmp_path, scans, monkeypatch):
+    for i in range(5):
+        shard(tmp_path / f"{i}.tar", str(i))
+    monkeypatch.setattr(sources, "world_size", lambda: 2)
+    firsts = []
+    for turn in (0, 1):
+        monkeypatch.setattr(sources, "rank", lambda turn=turn: turn)
+        scans.clear()
+        assert texts(tmp_path) == list("01234")  # the order does not depend on who indexed what
+        firsts.append([Path(path).name for path in scans])
+        for index in tmp_path.glob("*.idx.npz"):
+            index.unlink()
+    assert firsts == [["0.tar", "2.tar", "4.tar", "1.tar", "3.tar"], ["1.tar", "3.tar", "0.tar", "2.tar", "4.tar"]]
+
+
+def test_index_of_rows(tmp_path):
+    table(tmp_path, "csv", ",")
+    assert len(open_dataset(str(tmp_path))) == N and (tmp_path / "pairs.csv.idx").exists()
+    (tmp_path / "pairs.csv").write_text("image,caption\npictures/2.jpg,two\n")
+    assert open_dataset(str(tmp_path))[0].captions == ["two"] and len(open_dataset(str(tmp_path))) == 1
+
+
+def test_many_shards_do_not_use_up_the_file_handles(tmp_path):
+    for i in range(80):
+        shard(tmp_path / f"{i:02d}.tar", [str(i)])
+    dataset = open_dataset(str(tmp_path))
+    assert [dataset[i].captions[0] for i in range(80)] == [str(i) for i in range(80)]
+    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    assert sum(str(tmp_path) in name for name in held) <= 64
+
+
+def test_shard_that_shrinks_under_the_reader(tmp_path):
+    path = shard(tmp_path / "a.tar", "abc")
+    dataset = open_dataset(str(tmp_path))
+    os.truncate(path, 600)
+    with pytest.raises(ValueError, match="shorter than it was"):
+        dataset[2]
+
+
+# ------------------------------------------------ pictures ------------------------------------------------
+def sixteen_bits():
+    return Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
+
+
+HOSTILE = {
+    "cmyk": encoded(picture(0).convert("CMYK"), quality=95),
+    "grey": encoded(picture(0).convert("L")),
+    "progressive": encoded(picture(0), progressive=True),
+    "16 bits": encoded(sixteen_bits(), "PNG"),
+    "16 bits tiff": encoded(sixteen_bits(), "TIFF"),
+    "palette": encoded(picture(0).convert("P"), "PNG", transparency=bytes(range(256))),
+    "palette with one transparent colour": encoded(picture(0).convert("P"), "PNG", transparency=3),
+    "grey and alpha": encoded(picture(0).convert("LA"), "PNG"),
+    "alpha": encoded(picture(0).convert("RGBA"), "PNG"),
+    "black and white": encoded(picture(0).convert("1"), "PNG"),
+    "gif": encoded(picture(0), "GIF"),
+    "webp": encoded(picture(0), "WEBP"),
+    "one pixel": encoded(picture(0, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_decode_what_is_unusual(name, recwarn):
+    plain = Image.open(io.BytesIO(HOSTILE[name]))
+    out = decode(HOSTILE[name])
+    assert out.dtype == torch.uint8 and out.shape == (3, plain.height, plain.width)
+    assert out.permute(1, 2, 0).is_contiguous() and not recwarn.list
+    if name.startswith("16 bits"):
+        expected = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2)
+    else:
+        expected = np.array(plain.convert("RGBA").convert("RGB") if plain.mode == "P" else plain.convert("RGB"))
+    assert (out.permute(1, 2, 0).numpy() == expected).all()
+    assert torch.equal(decode(plain), out) and torch.equal(decode(expected), out)
+
+
+def huge_header():
+    """A JPEG that says it has 60,000 x 60,000 pixels."""
+    content = bytearray(JPEG[0])
+    start = content.index(b"\xff\xc0") + 5
+    content[start : start + 4] = struct.pack(">HH", 60000, 60000)
+    return bytes(content)
+
+
+BROKEN = {
+    "empty": b"",
+    "cut jpeg": JPEG[0][: len(JPEG[0]) // 2],
+    "only a header": JPEG[0][:200],
+    "cut png": encoded(picture(0), "PNG")[:-100],
+    "changed png": encoded(picture(0), "PNG").replace(b"IDAT", b"IDAX"),
+    "web page": b"<html>404</html>",
+    "zeros": bytes(1000),
+    "bomb": huge_header(),
+    "array of floats": np.zeros((4, 4, 3)),
+    "array of one channel": np.zeros((4, 4, 1), np.uint8),
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_decode_what_is_broken(name):
+    with pytest.raises(ValueError, match="broken image") as error:
+        decode(BROKEN[name])
+    assert "\n" not in str(error.value) and " at 0x" not in str(error.value)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size, resize", [(32, None), (32, 37), (50, 56)])
+def test_eval_view_equals_torchvision(size, resize, interpolation):
+    view = EvalView(size, resize, interpolation, data.IMAGENET_MEAN, data.IMAGENET_STD)
+    for width, height in ((53, 40), (40, 53), (32, 32), (37, 90), (300, 31), (1, 1), (224, 225)):
+        image = picture(width, width, height)
+        expected = transforms.Compose([
+            transforms.Resize(resize or size, getattr(transforms.InterpolationMode, interpolation.upper())),
+            transforms.CenterCrop(size), transforms.ToTensor(),
+            transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])(image)  # fmt: skip
+        crop = view.crop(decode(image), random.Random(0))
+        assert crop.dtype == torch.uint8 and crop.shape == (3, size, size)
+        assert torch.equal(view(crop[None], {})[0], expected)
+
+
+def test_eval_view_of_a_line_takes_little_memory():
+    for shape in ((1, 60000, 3), (60000, 1, 3)):
+        image = decode(np.zeros(shape, np.uint8))
+        image[:, shape[0] // 2 - 3 : shape[0] // 2 + 3, shape[1] // 2 - 3 : shape[1] // 2 + 3] = 200  # the middle
+        assert EvalView(224).crop(image).float().mean() == 200
+
+
+# ------------------------------------------------ shapes ------------------------------------------------
+def test_shapes_are_a_function_of_the_index():
+    first, again = open_dataset("shapes"), open_dataset("shapes")
+    picked = [7, 19999, 0, 4321]
+    samples = [first[i] for i in picked]
+    random.seed(1)
+    for sample, i in reversed(list(zip(samples, picked))):
+        assert (again[i].image == sample.image).all() and again[i][1:] == sample[1:]
+    assert len(first) == 20000 and len(open_dataset("shapes", split="val")) == 2000
+    with pytest.raises(IndexError):
+        first[20000]
+
+
+def test_shapes_are_labelled_and_described():
+    train, val = open_dataset("shapes"), open_dataset("shapes", split="test")
+    assert train.classes == val.classes and len(set(train.classes)) == 100 and train.captioned
+    seen, wordings = set(), set()
+    for dataset in (train, val):
+        for i in range(200):
+            sample = dataset[i]
+            colour, shape = dataset.classes[sample.label].split()
+            assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
+            assert len(set(sample.captions)) == 3
+            for caption in sample.captions:
+                words = re.findall(r"\w+", caption)
+                assert re.search(rf"{colour} {shape}|{shape} in {colour}", caption), caption
+                assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", caption), caption
+                main = [w for w in words if w in sources.SHAPES][0]  # what is said of other objects comes later
+                assert main == shape
+                wordings.add(re.sub("|".join([*sources.COLOURS, *sources.SHAPES]), "_", caption))
+            seen.add(hashlib.sha256(sample.image.tobytes()).digest())
+    assert len(seen) == 400 and len(wordings) > 50
+    assert [train[i].label for i in range(300)] == [i % 100 for i in range(300)]
+
+
+def test_shapes_are_not_told_by_their_colours():
+    """Nearest neighbour on histograms of 64 colours finds the colour, and of the shape no more than chance (10%)."""
+
+    def features(split, count):
+        dataset = open_dataset("shapes", split=split)
+        samples = [dataset[i] for i in range(count)]
+        cells = [(s.image.reshape(-1, 3) // 64).astype(int) @ [16, 4, 1] for s in samples]
+        return np.stack([np.bincount(c, minlength=64) for c in cells]) ** 0.5, np.array([s.label for s in samples])
+
+    (train, labels), (val, wanted) = features("train", 2000), features("val", 300)
+    found = labels[((val[:, None] - train[None]) ** 2).sum(2).argmin(1)]
+    assert (found == wanted).mean() < 0.2
+
+
+# ------------------------------------------------ loader ------------------------------------------------
+class ToyView:
+    """A random crop and one draw of every kind that a view may have."""
+
+    size = 16
+
+    def crop(self, image, rng):
+        return data.random_resized_crop(image, rng, self.size)
+
+    def draw(self, rng):
+        return {"flip": rng.random() < 0.5, "sigma": rng.uniform(0.1, 2), "order": rng.sample(range(4), 4), "turn": rng.randrange(9),
+                "mask": torch.tensor([rng.random() for _ in range(3)])}  # fmt: skip
+
+    def __call__(self, x, draw):
+        return x.float()
+
+
+def toy_text(caption, rng):
+    """Two token ids per character, in part random."""
+    return [t for c in caption for t in (ord(c), rng.randrange(1, 1000))]
+
+
+class Toy:
+    """n noisy pictures with their index in the first pixel; `broken` and `mute` ones have no picture or no caption."""
+
+    name, classes, captioned = "toy", None, True
+
+    def __init__(self, n=50, broken=(), mute=()):
+        self.n, self.broken, self.mute = n, set(broken), set(mute)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        captions = ["", "  \n"] if i in self.mute else [f"caption {'x' * k} of {i}" for k in range(4)]
+        return Sample_of(b"" if i in self.broken else np.asarray(picture(i, 20, 20)), captions, i % 7, f"toy-{i}")
+
+
+Sample_of = sources.Sample
+
+
+def loader_of(dataset, batch_size=8, **options):
+    return Loader(dataset, {"a": ToyView(), "b": ToyView()}, {"text": toy_text}, batch_size, **options)
+
+
+def flat(batch):
+    """{name: tensor} of a batch, whatever the depth."""
+    out = {}
+    for key, value in batch.items():
+        parts = {"": value} if torch.is_tensor(value) else {".pixels": value[0]} | {"." + k: v for k, v in value[1].items()}
+        out |= {key + name: part for name, part in parts.items()}
+    return out
+
+
+def same(first, second):
+    first, second = flat(first), flat(second)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype and first[k].stride() == second[k].stride() for k in first)  # fmt: skip
+
+
+def test_batch():
+    ((step, batch),) = loader_of(Toy(), seed=3).batches(2, 3)
+    assert step == 2 and set(batch) == {"index", "label", "a", "b", "text"}
+    assert batch["index"].dtype == torch.int64 and torch.equal(batch["label"], batch["index"] % 7)
+    pixels, draw = batch["a"]
+    assert pixels.shape == (8, 3, 16, 16) and pixels.dtype == torch.uint8
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in draw.items()} == {
+        "flip": (torch.bool, (8,)), "sigma": (torch.float32, (8,)), "order": (torch.int64, (8, 4)),
+        "turn": (torch.int64, (8,)), "mask": (torch.float32, (8, 3))}  # fmt: skip
+    assert not torch.equal(pixels, batch["b"][0]) and not torch.equal(draw["sigma"], batch["b"][1]["sigma"])
+    # every sample by itself: one generator per view, text and choice of caption
+    for row, index in enumerate(batch["index"].tolist()):
+        image, captions = decode(Toy()[index].image), Toy()[index].captions
+        rng = random.Random(f"3 0 {index} b")
+        assert torch.equal(batch["b"][0][row], ToyView().crop(image, rng))
+        assert batch["b"][1]["sigma"][row].item() == torch.tensor(ToyView().draw(rng)["sigma"]).item()
+        caption = random.Random(f"3 0 {index} caption").choice(captions)
+        ids = toy_text(caption, random.Random(f"3 0 {index} text"))
+        padded = ids + [0] * (batch["text"].shape[1] - len(ids))
+        assert batch["text"][row].tolist() == padded
+    longest = int((batch["text"] > 0).sum(1).max())
+    assert batch["text"].dtype == torch.int64 and batch["text"].shape[1] == -(-longest // 8) * 8
+
+
+def test_text_is_not_padded_beyond_the_context():
+    class Tokenizer:
+        context_length = 9
+
+        def __call__(self, caption, rng=None):
+            return list(range(1, 10))
+
+    ((_, batch),) = Loader(Toy(), {}, {"t": Tokenizer()}, 4).batches(0, 1)
+    assert batch["t"].tolist() == [list(range(1, 10))] * 4
+
+
+def test_captions_and_crops_change_from_epoch_to_epoch():
+    loader = loader_of(Toy(8), 8)
+    seen = [batch for _, batch in loader.batches(0, 6)]
+    rows = [{int(i): batch["text"][k].tolist() for k, i in enumerate(batch["index"])} for batch in seen]
+    lengths = [{i: sum(t > 0 for t in row) for i, row in epoch.items()} for epoch in rows]
+    assert len({tuple(sorted(epoch.items())) for epoch in lengths}) > 1
+    assert len({batch["a"][0].sum().item() for batch in seen}) == 6
+
+
+@pytest.mark.parametrize("kind", ["toy", "tars"])
+def test_any_number_of_workers_gives_the_same_batches(kind, tmp_path):
+    dataset = Toy(50, broken=[3, 4, 17], mute=[20])
+    if kind == "tars":
+        captions = [f"text {i}" for i in range(40)]
+        for i in range(2):
+            shard(tmp_path / f"{i}.tar", captions[20 * i : 20 * i + 20])
+        dataset = open_dataset(str(tmp_path))
+        dataset[0]  # the workers inherit open files
+    runs = []
+    for workers in (0, 2):
+        loader = loader_of(dataset, workers=workers)
+        runs.append([(batch, loader.bad) for _, batch in loader.batches(0, 2 * loader.steps_per_epoch)])
+    assert len(runs[0]) == len(runs[1]) >= 10
+    assert all(same(x, y) and bad == worse for (x, bad), (y, worse) in zip(*runs))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_random_state_is_left_alone(workers):
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    list(loader_of(Toy(), workers=workers).batches(0, 7))
+    assert state() == before
+
+
+def test_processes_take_slices_of_the_same_batch(monkeypatch):
+    whole = [batch for _, batch in loader_of(Toy(50, broken=[9]), 12).batches(3, 9)]
+    for world in (2, 4):
+        monkeypatch.setattr(data, "world_size", lambda world=world: world)
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+            parts.append([batch for _, batch in loader_of(Toy(50, broken=[9]), 12).batches(3, 9)])
+        for step, batch in enumerate(whole):
+            joined = [flat(part[step]) for part in parts]
+            for name, value in flat(batch).items():
+                pieces = [p[name] for p in joined]
+                if name == "text":  # padded to the longest of each part
+                    pieces = [torch.nn.functional.pad(p, (0, value.shape[1] - p.shape[1])) for p in pieces]
+                assert torch.equal(torch.cat(pieces), value), name
+
+
+def test_epochs_are_permutations_without_a_pause():
+    loader = loader_of(Toy(50), 8, seed=5)
+    assert loader.steps_per_epoch == 6
+    steps, batches = zip(*loader.batches(0, 18))
+    order = torch.stack([b["index"] for b in batches]).view(3, 48)
+    assert steps == tuple(range(18)) and all(len(set(epoch.tolist())) == 48 for epoch in order)
+    assert len({tuple(epoch.tolist()) for epoch in order}) == 3 and order[0].tolist() != sorted(order[0].tolist())
+    other = torch.stack([b["index"] for _, b in loader_of(Toy(50), 8, seed=6).batches(0, 6)])
+    assert other.flatten().tolist() != order[0].tolist()
+
+
+@pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
+def test_restart_at_a_step(start):
+    whole = dict(loader_of(Toy()).batches(0, 15))
+    for step, batch in loader_of(Toy(), workers=1 if start == 7 else 0).batches(start, 15):
+        assert same(batch, whole[step])
+    assert step == 14
+
+
+def test_bad_samples_are_replaced_counted_and_named_once(capfd):
+    loader = loader_of(Toy(400, broken=[7, 8], mute=[30]), 40, workers=2)
+    clean = loader_of(Toy(400), 40)
+    for (step, batch), (_, expected) in zip(loader.batches(0, 20), clean.batches(0, 20)):
+        replaced = {7: 9, 8: 9, 30: 31}
+        assert batch["index"].tolist() == [replaced.get(i, i) for i in expected["index"].tolist()]
+        good = batch["index"] == expected["index"]
+        assert torch.equal(batch["a"][0][good], expected["a"][0][good])
+        loader.check_bad()
+        if step % 10 == 9:
+            assert loader.bad == 3
+    named = capfd.readouterr().err.strip().split("\n")
+    assert len(named) == 3 and sorted(re.search(r"toy-\d+: .*", line)[0] for line in named) == [
+        "toy-30: no caption", "toy-7: broken image (cannot identify image file)", "toy-8: broken image (cannot identify image file)"]  # fmt: skip
+
+
+def test_captions_do_not_matter_where_there_are_no_texts():
+    loader = Loader(Toy(20, mute=range(20)), {"a": ToyView()}, {}, 4)
+    assert len(list(loader.batches(0, 5))) == 5 and loader.bad == 0
+
+
+def test_an_empty_caption_may_be_drawn_when_another_is_not():
+    class TitleOnly(Toy):
+        def __getitem__(self, i):
+            return super().__getitem__(i)._replace(captions=["title", ""])
+
+    lengths = {int((row > 0).sum()) for _, batch in loader_of(TitleOnly()).batches(0, 6) for row in batch["text"]}
+    assert lengths == {0, 10}
+
+
+def test_long_and_strange_captions():
+    class Strange(Toy):
+        def __getitem__(self, i):
+            return super().__getitem__(i)._replace(captions=["a" * 10000 if i % 2 else "\x00\ud7ff😀\n"])
+
+    widths = {batch["text"].shape[1] for _, batch in loader_of(Strange()).batches(0, 6)}
+    assert widths == {20000}
+
+
+@pytest.mark.parametrize("n, broken, stops", [(400, 4, False), (400, 5, True), (50, 1, False), (50, 2, True)])
+def test_more_than_one_percent_of_bad_samples(n, broken, stops, capfd):
+    """1% of 400 are 4; of fewer than 100, one may be bad."""
+    bad = list(range(10, 10 + 3 * broken, 3))
+    loader = loader_of(Toy(n, broken=bad), 10)
+    for _ in loader.batches(0, loader.steps_per_epoch + 1):  # the next epoch has begun
+        pass
+    if stops:
+        with pytest.raises(UserError, match=rf"{broken} samples of toy are bad, over 1% of an epoch, such as toy-\d+: bro"):
+            loader.check_bad()
+    else:
+        loader.check_bad()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_bad_samples(workers):
+    with pytest.raises(UserError, match="a hundred samples of toy in a row are bad, such as toy-[0-9]+: broken image") as error:
+        list(loader_of(Toy(200, broken=range(200)), workers=workers).batches(0, 3))
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_loader_refuses(monkeypatch):
+    with pytest.raises(UserError, match="toy has 50 samples, fewer than the batch size of 51"):
+        loader_of(Toy(50), 51)
+    monkeypatch.setattr(data, "world_size", lambda: 3)
+    with pytest.raises(UserError, match="batch size 8 cannot be divided among 3 processes"):
+        loader_of(Toy(50), 8)
+    monkeypatch.undo()
+    toy = Toy(50)
+    toy.captioned = False
+    with pytest.raises(UserError, match="toy has no captions"):
+        loader_of(toy)
+
+
+def test_waiting_is_measured():
+    class Slow(Toy):
+        def __getitem__(self, i):
+            time.sleep(0.01)
+            return super().__getitem__(i)
+
+    loader = loader_of(Slow(), 5)
+    for _ in loader.batches(0, 4):
+        time.sleep(0.05)  # the time of a step is not waiting
+    assert 0.2 <= loader.wait < 0.2 + 0.15
+
+
+def test_workers_do_not_react_to_signals():
+    """Ctrl-C and SIGTERM reach every process of a terminal or job; only the main one is to say something."""
+    code = """
+import signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_data import Toy, loader_of
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+for step, batch in loader_of(Toy(), workers=2).batches(0, 10**6):
+    if step == 3: print("running", flush=True)
+    if stop: print("stopped at a step", flush=True); stop.clear()
+"""
+    code = code.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    assert process.stdout.readline() == "running\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.stdout.readline() == "stopped at a step\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0 and err.count("Traceback") == 1 and err.strip().endswith("KeyboardInterrupt"), err
+    assert "Worker" not in err and "worker" not in err.replace("_try_get_data", "").split("KeyboardInterrupt")[-1]
