@@ -6,7 +6,7 @@ classes.
 
 Loss (Fig. 3), with image embeddings I and text embeddings T of unit length and logit scale s = exp(t):
     L = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1),  chance level ln B
-B global batch, b = B / processes, N tokens, D width of a transformer, E joint embedding, L layers.
+B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image size.
 
 Laptop        torchrun clip.py
 1 GPU         torchrun clip.py --data flickr8k
@@ -37,7 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
 from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import EvalView, Loader, Tokenizer, normalize, open_dataset, random_resized_crop, to_float
+from data import CLIP_MEAN, CLIP_STD, EvalView, Loader, Tokenizer, normalize, open_dataset
+from data import random_resized_crop, to_float
 from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
 
 
@@ -55,14 +56,14 @@ class Args:
     context_length: int = 77  # tokens of a caption, start and end included (the paper says 76, its code 77)
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
     vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
-    image_size: int = 224  # pixels
+    image_size: int = 224  # pixels (288, 384, 448 for resnet50x4, x16, x64)
     epochs: int = 32  # Table 18
     max_steps: int = 0  # stop after this many steps of that schedule (0: all)
     batch_size: int = 32768  # global: all processes and accumulation steps together (Table 18)
     accum_steps: int = 1  # encode the batch in this many pieces, exactly (ViT only)
     lr: float = 5e-4  # peak, for ViT-B (Table 20)
     min_lr: float = 0.0  # end of the cosine (Sec. 2.5)
-    warmup_epochs: float = 0.16  # 2,000 steps of 32,768 in 400M (Table 18)
+    warmup_epochs: float = 0.164  # from 1e-6; 2,000 steps of 32,768 in 400M (Table 18)
     weight_decay: float = 0.2  # on everything but gains and biases (Table 18)
     beta2: float = 0.98  # ViT; 0.999 for ResNets (Table 18)
     eps: float = 1e-6  # ViT; 1e-8 for ResNets (Table 18)
@@ -82,19 +83,20 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3, batch_size=128)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
+SMALL |= dict(batch_size=128, warmup_epochs=0.2)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1, warmup_epochs=0.2),
-    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30, warmup_epochs=1.0),
-    # the CLIP baseline of SLIP (arXiv 2112.12750, Sec. 4), there 37.6% zero-shot on ImageNet
-    "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096, warmup_epochs=1.0,
-                    weight_decay=0.5, eps=1e-8, min_lr=1e-5),
+    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1),
+    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
+    # hyperparameters of SLIP's CLIP baseline (arXiv 2112.12750): 37.6% there, with slip.py's ViT and crops
+    "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096,
+                    warmup_epochs=1.0, weight_decay=0.5, eps=1e-8, min_lr=1e-5),
 }
 
 
 # -------------------------------------------- augmentation --------------------------------------------
 class LanguageView:
-    """The image beside a caption: a random crop, nothing more (Sec. 2.3). Not flipped: captions say left."""
+    """The image beside a caption: a random crop (CLIP Sec. 2.3). Not flipped, since captions say left."""
 
     def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
                  mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
@@ -114,7 +116,7 @@ class LanguageView:
 
 
 def eval_view(args) -> EvalView:
-    return EvalView(args.image_size, None, "bicubic", LanguageView(1).mean, LanguageView(1).std)
+    return EvalView(args.image_size, None, "bicubic", CLIP_MEAN, CLIP_STD)
 
 
 # -------------------------------------------- backbone --------------------------------------------
@@ -296,7 +298,7 @@ class CLIP(nn.Module):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
-        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token is the largest id
+        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token, the largest id
         return x @ self.text_projection
 
     def forward(self, image, text):
@@ -304,7 +306,7 @@ class CLIP(nn.Module):
 
 
 def init_text(model):
-    """Initialises the text side in place; the image side keeps torch's defaults, as in OpenAI's code."""
+    """Initialises the text side in place, as OpenAI's code does."""
     width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
@@ -360,32 +362,9 @@ def image_encoder(model: CLIP) -> nn.Module:
     return Pooled(model.visual)
 
 
-def from_state_dict(state: dict) -> CLIP:
-    """A released state dict -> CLIP in float32, its sizes read off the tensors. Raises KeyError, ValueError
-    or RuntimeError when the names or shapes are not OpenAI's."""
-    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-
-    def depth(prefix):
-        return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers, tokens = depth("visual.transformer.resblocks."), len(state["visual.positional_embedding"])
-    else:
-        width, patch = len(state["visual.conv3.weight"]), None
-        tokens = len(state["visual.attnpool.positional_embedding"])
-        layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-    text_width, embed_dim = state["text_projection"].shape
-    model = CLIP(embed_dim, (patch or 32) * math.isqrt(tokens - 1), layers, width, patch,
-                 *state["positional_embedding"].shape[:1], *state["token_embedding.weight"].shape[:1],
-                 text_width, text_width // 64, depth("transformer.resblocks."))  # fmt: skip
-    model.load_state_dict(state, strict=True)  # copies half into single precision
-    return model
-
-
 # -------------------------------------------- loss --------------------------------------------
 def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
-    """Symmetric cross-entropy of Fig. 3 over the global batch, in nats; chance level ln B.
+    """Symmetric cross-entropy (Fig. 3 of CLIP) over the global batch, in nats; chance level ln B.
 
     image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
     tensor. Returns the mean over this process's rows: the mean over processes is the loss of the global
@@ -438,7 +417,7 @@ def train(args: Args) -> dict:
     text_source = captions(dataset) if args.tokenizer == "train" else None
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
     if tokenizer.eot != tokenizer.vocab_size - 1:
-        raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id, use another")
+        raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     views = {"image": LanguageView(args.image_size)}
     loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
     b = args.batch_size // world_size()
@@ -446,7 +425,7 @@ def train(args: Args) -> dict:
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
     if args.accum_steps > 1 and isinstance(model.visual, ModifiedResNet):
-        raise UserError(f"--accum-steps must be 1 for {args.arch}: its batch norm has to see the whole batch")
+        raise UserError(f"--accum-steps cannot be exact for {args.arch}: batch norm must see the whole batch")
     if b % args.accum_steps:
         raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
     if args.compile:
@@ -477,7 +456,7 @@ def train(args: Args) -> dict:
         if step == 0:
             save_views(run.dir, {"image": image}, views)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, end=args.min_lr)
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, True)
 
         if args.accum_steps == 1:
             loss, terms = loss_of(*encode(slice(None)))
@@ -501,7 +480,8 @@ def train(args: Args) -> dict:
             run.save()
 
     save_curves(run.dir)
-    return run.finish(f"python evaluate.py retrieval {run.dir} --data {args.data}")
+    protocol = "zeroshot" if dataset.classes else "retrieval"
+    return run.finish(f"python evaluate.py {protocol} {run.dir} --data {args.data}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def user_errors():
             hint = f"; `pip install {error.name}` or leave its flag out"
         elif isinstance(error, torch.OutOfMemoryError):
             error, hint = str(error).split(". ")[0], ": lower --batch-size or raise --accum-steps"
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process fails alike: say it once
+        alone = getattr(error, "alone", not isinstance(error, UserError))
+        if os.environ.get("LOCAL_RANK", "0") == "0" or alone:  # else every process fails alike: say it once
             print(f"{Path(sys.argv[0]).name}: error: {error}{hint}", file=sys.stderr, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
     if dist.is_initialized():
@@ -102,12 +103,12 @@ def world_size() -> int:
 
 
 def init_distributed(device: str = "") -> torch.device:
-    """Joins torchrun's processes, if any; -> this process's device: `device`, or the first of cuda, mps and cpu
-    that is there. Raises UserError when there is no such device, or fewer than processes."""
+    """Joins torchrun's processes, if any; -> this one's device: `device`, or the first of cuda, mps, cpu that
+    is there. Raises UserError when there is no such device, or fewer than processes."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = device or next(name for name in there if there[name])
     if not there.get(kind.split(":")[0]) or not re.fullmatch(r"\w+(:\d+)?", kind):
-        raise UserError(f"--device {kind} is not available here, use {' or '.join(n for n in there if there[n])}")
+        raise UserError(f"--device {kind} is not available here, use {' or '.join(filter(there.get, there))}")
     if kind.startswith("cuda"):
         kind = kind if ":" in kind else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         if int(kind[5:]) >= torch.cuda.device_count():
@@ -122,22 +123,22 @@ def init_distributed(device: str = "") -> torch.device:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:
     """(b, ...) of every process -> (world * b, ...) in rank order, with gradient: backward sums over the
     processes what their losses say about this one's rows. With a local-mean loss and DDP's mean of gradients,
     the result is exactly the gradient of the global batch's mean loss. Without processes: x itself."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
     return _AllGather.apply(x.contiguous())
 
@@ -157,6 +158,7 @@ class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             statistics = self.running_mean, self.running_var
             return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        x = x.float()  # statistics in float32, as torch's
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         n = x.numel() // x.shape[1] * world_size()  # every process holds as many
         mean = all_gather(x.sum(dims)[None]).sum(0) / n
@@ -228,7 +230,7 @@ class LARS(torch.optim.Optimizer):
 
 # -------------------------------------------- a run --------------------------------------------
 def load_checkpoint(path: str | Path) -> dict:
-    """A file or the checkpoint.pt of a run directory, onto the CPU, without unpickling objects, or UserError."""
+    """A file or a run directory's checkpoint.pt, onto the CPU; unpickles no objects. Raises UserError."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
@@ -254,23 +256,25 @@ class Run:
         self.epoch_steps = loader.steps_per_epoch
         self.total = args.epochs * self.epoch_steps  # steps of the schedule
         self.last = min(self.total, args.max_steps or self.total)  # steps of this run
-        self.step, self.signal, self.pending, self.warned, self.evaluation = 0, 0, [], set(), {}
+        self.step, self.signal, self.stop, self.profiler = 0, 0, 0, None
+        self.pending, self.warned, self.evaluation = [], set(), {}
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
             importlib.import_module(name)  # a missing one ends every process alike, nothing written
-        opened = ["", ""]
+        opened = ["", "", False]  # directory, error, is there a checkpoint: as the first process sees it
         if rank() == 0:
             try:
                 opened[0] = str(self._open())
+                opened[2] = Path(opened[0], "checkpoint.pt").exists()
             except UserError as error:
                 opened[1] = str(error)
             except (OSError, ValueError) as error:
-                opened[1] = f"{args.output_dir or 'runs/'} cannot hold a run ({error}): use another --output-dir"
+                opened[1] = f"{args.output_dir or 'runs/'} can hold no run ({error}), use another"
         if dist.is_initialized():
             dist.broadcast_object_list(opened)
         if opened[1]:
             raise UserError(opened[1])
         self.dir = Path(opened[0])
-        if (self.dir / "checkpoint.pt").exists():
+        if opened[2]:
             saved = load_checkpoint(self.dir)
             try:
                 for name, item in state.items():
@@ -281,22 +285,22 @@ class Run:
             torch.set_rng_state(rng[0])
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
-        self.began = self.clock = time.time()
-        self.clock_step, quiet = self.step, rank() > 0 or not sys.stderr.isatty()
+        quiet = rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
         self.writers = self._writers() if rank() == 0 else []
         size, at = args.batch_size, f", continued at step {self.step}" if self.step else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-        self.say(f"{method}: {len(loader.dataset):,} samples, {self.epoch_steps} steps an epoch, {self.last} steps{at}, "
-                 f"batch {size} = {world_size()} x {size // world_size()}, writing to {self.dir}")
-        self.profiler = None
+        self.say(f"{method}: {len(loader.dataset)} samples, batch {size} = {world_size()} x {size // world_size()}"
+                 f", {self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.profile and rank() == 0:
-            steps = torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1)
-            trace = str(self.dir / "trace.json")
-            self.profiler = torch.profiler.profile(schedule=steps, on_trace_ready=lambda p: p.export_chrome_trace(trace))
+            self.profiler = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
+                on_trace_ready=lambda profile: profile.export_chrome_trace(str(self.dir / "trace.json")))
             self.profiler.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        self.began = time.time()
+        self._restart_clock()
 
     def _open(self) -> Path:
         if self.args.batch_size < 2:
@@ -323,57 +327,52 @@ class Run:
 
     def _writers(self) -> list:
         """Writes env.json and cuts the log back; -> functions of a row: metrics.jsonl, tensorboard, wandb."""
-        env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count()}
-        env |= {"torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
-        env["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
+               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+               "torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
         with contextlib.suppress(OSError):  # no git
             git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         (self.dir / "env.json").write_text(json.dumps(env, indent=1))
+        for name, text in self.extra.items():  # the tokenizer
+            (self.dir / f"{name}.json").write_text(text)
         path = self.dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        rows = [row for row in rows if row["step"] <= self.step and "end" not in row]
+        lines = [s for s in path.read_text().splitlines() if s.endswith("}")] if path.exists() else []
+        ends = self.step == self.last  # nothing is left to do: the end stays the end
+        rows = [r for r in map(json.loads, lines) if r["step"] <= self.step and (ends or "end" not in r)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         file = open(path, "a", buffering=1)
         writers = [lambda row: file.write(json.dumps(row) + "\n")]
         if self.args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(self.dir)
+            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir)
             writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
         if self.args.wandb:
-            import wandb
-
-            wandb.init(project=self.method, dir=self.dir, config=vars(self.args), id=self.dir.name, resume="allow")
+            wandb = importlib.import_module("wandb")
+            wandb.init(project=self.method, config=vars(self.args), id=self.dir.name, resume="allow")
             writers.append(lambda row: wandb.log(row, step=row["step"]))
         return writers
 
     def _on_signal(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it; launchers repeat SIGTERM
 
     def say(self, text: str):
         if rank() == 0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def due(self, every: int | None) -> bool:
+    def due(self, every: int | None, at_end=True) -> bool:
         """True at every `every`-th step (None: once an epoch; 0: never) and at the last."""
-        return self.step == self.last or self._on_schedule(every)
-
-    def _on_schedule(self, every) -> bool:
         every = self.epoch_steps if every is None else every
-        return bool(every) and self.step % every == 0
+        return at_end and self.step == self.last or bool(every) and self.step % every == 0
 
     def _write(self, row: dict, scheduled: bool):
         # "end" marks what only the end of this process asked for: a run that is continued drops it again
-        row = {"step": self.step, **row} | ({} if scheduled else {"end": True})
         for writer in self.writers:
-            writer(row)
+            writer({"step": self.step, **row} | ({} if scheduled else {"end": True}))
 
     def _means(self) -> list[float]:
-        """The latest step's terms, mean over the processes. UserError if any since last time was not finite."""
+        """The latest step's terms, mean over processes. UserError if any since last time was not finite."""
         names, rows = zip(*self.pending)
         values = all_reduce_mean(torch.stack(rows)).cpu()  # (steps since the last call, terms)
         for row in (~torch.isfinite(values)).any(1).nonzero().flatten().tolist()[:1]:
@@ -386,12 +385,12 @@ class Run:
 
     def log(self, terms: dict, **numbers):
         """Counts one optimizer step. terms: name -> (0-dim tensor, chance level or None), averaged over the
-        processes and written every --log-every steps; numbers: written too. UserError if a term is not finite."""
+        processes; written every --log-every steps, as are the numbers. UserError if a term is not finite."""
         self.step += 1
-        self.pending.append((list(terms), torch.stack([value.detach().float() for value, _ in terms.values()])))
+        self.pending.append((list(terms), torch.stack([term.detach().float() for term, _ in terms.values()])))
         self.bar.update()
         self.profiler and self.profiler.step()
-        scheduled = self.step == 1 or self._on_schedule(self.args.log_every)
+        scheduled = self.step == 1 or self.due(self.args.log_every, at_end=False)
         if not scheduled and self.step < self.last:
             return
         self.loader.check_bad()
@@ -420,10 +419,10 @@ class Run:
         self.clock, self.clock_step, self.loader.wait = time.time(), self.step, 0.0
 
     def log_evaluation(self, metrics: dict):
-        """metrics: name -> number; none: nothing to log."""
+        """metrics: name -> number; there may be none."""
         if not metrics:
             return
-        self._write(metrics, self._on_schedule(self.args.eval_every))
+        self._write(metrics, self.due(self.args.eval_every, at_end=False))
         self.evaluation = {"step": self.step, **metrics}
         self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         self._restart_clock()  # evaluation is not training time
@@ -433,17 +432,17 @@ class Run:
         number = torch.tensor(self.signal)
         if dist.is_initialized():
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        self.signal = int(number)
-        return self.signal > 0
+        self.stop = int(number)
+        return self.stop > 0
 
     def save(self):
-        """Writes checkpoint.pt beside itself, then renames: a crash or a full disk leaves the old one as it was.
-        After a signal, ends the process. Raises UserError for weights that are not finite and for a full disk."""
+        """Writes checkpoint.pt beside itself, then renames: a crash or full disk leaves the old one.
+        After a signal, ends the process. Raises UserError for weights that are not finite, or a full disk."""
         if self.pending:
             self._means()
         path, temporary = self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
         if not all(torch.isfinite(t).all() for t in self.state["model"].state_dict().values()):
-            raise UserError(f"weights are not finite after step {self.step}, try a lower lr; {path} is as before")
+            raise UserError(f"weights are not finite at step {self.step}, lower the lr; {path} is as before")
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
         rngs = [rng] * world_size()
         if dist.is_initialized():
@@ -459,11 +458,13 @@ class Run:
                 os.replace(temporary, path)
             except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
                 temporary.unlink(missing_ok=True)
-                raise UserError(f"cannot write {path} ({error}), free some space; the old one is intact") from error
-        if self.signal:
+                raise UserError(f"cannot write {path} ({error}), free some space; it is as before") from error
+        if self.stop:
+            all_reduce_mean(torch.zeros(1))  # together: torchrun ends the others when one leaves
+            python = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
             where = "" if self.args.output_dir else f" --output-dir {self.dir}"
-            self.say(f"saved at step {self.step}, continue with: python {shlex.join(sys.argv)}{where}")
-            sys.exit(128 + self.signal)
+            self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(sys.argv)}{where}")
+            sys.exit(128 + self.stop)
 
     def finish(self, hint: str) -> dict:
         """Says where everything is and what to do next; -> the last evaluation."""
@@ -471,5 +472,5 @@ class Run:
         if rank() == 0:
             self.lock.close()
         minutes, seconds = divmod(round(time.time() - self.began), 60)
-        self.say(f"done in {minutes}m{seconds:02d}s, checkpoint, log and pictures are in {self.dir}\nnext: {hint}")
+        self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}\nnext: {hint}")
         return self.evaluation

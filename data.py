@@ -2,11 +2,12 @@
 
 A method file opens a dataset (sources.py says from where), names its views and texts, and takes batches:
 
-    dataset = open_dataset("yfcc15m")                       # dataset[7] -> Sample(image, captions, label,
-    key) loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096,
-    workers=8) for step, batch in loader.batches(0, 10 * loader.steps_per_epoch): pixels, draw =
-    batch["view1"]                       # uint8 (b, 3, S, S), {"flip": bool (b,), ...} x, ids = view(pixels,
-    draw), batch["text"]          # float (b, 3, S, S), int64 (b, L) """
+    dataset = open_dataset("yfcc15m")                    # dataset[7] -> Sample(image, captions, label, key)
+    loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096)
+    for step, batch in loader.batches(0, 10 * loader.steps_per_epoch):
+        pixels, draw = batch["view1"]                    # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
+        x, ids = view(pixels, draw), batch["text"]       # float (b, 3, S, S), int64 (b, L)
+"""
 
 import gzip
 import html
@@ -18,6 +19,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -41,7 +43,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-# -------------------------------------------- decoding and loading --------------------------------------------
+# ------------------------------------------ decoding and loading ------------------------------------------
 def decode(image):
     """Bytes of an image file, uint8 array (H, W, 3) or PIL image -> uint8 (3, H, W), in memory H x W x 3:
     crops of that are fast. Raises ValueError when it is broken or has more than 179 million pixels."""
@@ -56,14 +58,13 @@ def decode(image):
             image = np.array(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"array of {image.dtype} {image.shape}")
-        return torch.from_numpy(image).permute(2, 0, 1)
+        return torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
     except Exception as error:  # Pillow raises anything on hostile bytes
         raise ValueError(f"broken image ({str(error).split(' <')[0]})") from error
 
 
 class EvalView:
-    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP and torchvision do with PIL
-    images."""
+    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP does with PIL images."""
 
     def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
         self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
@@ -78,7 +79,8 @@ class EvalView:
             h, w = image.shape[1:]
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         if min(h, w) != self.resize:
-            picture = picture.resize((self.resize * w // min(h, w), self.resize * h // min(h, w)), self.filter)
+            shape = self.resize * w // min(h, w), self.resize * h // min(h, w)
+            picture = picture.resize(shape, self.filter)
         left, top = (round((side - self.size) / 2) for side in picture.size)
         picture = picture.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
@@ -95,31 +97,29 @@ class Loader:
     """Batches are a function of (seed, step): the same for any number of workers and after a restart, and
     together the same for any number of processes.
 
-    views: {name: object with crop(image, rng) and draw(rng)}; texts: {name: function(caption, rng) -> token
-    ids}; batch_size: of all processes together. Every view and text of a sample has a random.Random of its
-    own. bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, set it to 0
-    at will."""
+    views: {name: object with crop(image, rng) and draw(rng)}; texts: {name: function(caption, rng) -> ids};
+    batch_size: of all processes together. Each view and text of a sample has a random.Random of its own.
+    bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, to be reset."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
         if batch_size % world_size():
             raise UserError(f"batch size {batch_size} cannot be divided among {world_size()} processes")
         if len(dataset) < batch_size:
-            raise UserError(f"{dataset.name} has {len(dataset)} samples, fewer than the batch size of {batch_size}")
+            raise UserError(f"{dataset.name} has {len(dataset)} samples, less than a batch of {batch_size}")
         if texts and not dataset.captioned:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where they are looked for")
-        self.dataset, self.views, self.texts, self.batch_size, self.seed = dataset, views, texts, batch_size, seed
-        self.workers, self.device, self.pin = workers, torch.device(device), torch.device(device).type == "cuda"
+        self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
+        self.seed, self.workers, self.device = seed, workers, torch.device(device)
         self.steps_per_epoch = len(dataset) // batch_size  # what is left over is another part in every epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
     def batches(self, start, stop):
-        """Yields (step, batch) for steps start to stop - 1. batch: "index", "label" (b,); per view (uint8 (b,
-        3, S, S) channels last, {name: stacked draws}); per text int64 (b, L), padded with 0. All on the
-        device."""
+        """Yields (step, batch) for steps start to stop - 1. batch, all on the device: "index", "label" (b,);
+        per view uint8 (b, 3, S, S) channels last and {name: stacked draws}; per text int64 (b, L)."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every forked worker warns about it
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
-            pin_memory=self.pin, worker_init_fn=ignore_signals, generator=torch.Generator(),  # not the global one
+            pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator(),
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None)  # fmt: skip
         batches = iter(loader)
         for step in range(start, stop):
@@ -127,6 +127,7 @@ class Loader:
             batch = next(batches)
             self.wait += time.perf_counter() - begin
             if isinstance(batch, UserError):
+                batch.alone = True  # other processes may have better samples
                 raise batch
             if step // self.steps_per_epoch != self.epoch:
                 self.epoch, self.bad_before, self.bad = step // self.steps_per_epoch, self.bad, 0
@@ -134,19 +135,18 @@ class Loader:
                 self.bad += bool(skipped)
                 for where, reason in skipped.items():
                     if where not in self.named and len(self.named) < 100:
-                        print(f"{self.dataset.name}: sample {where} is replaced by the next, {reason}", file=sys.stderr)
+                        print(f"{self.dataset.name}: sample {where} is replaced, {reason}", file=sys.stderr)
                         self.named[where] = reason
             yield step, self.to_device(batch)
 
     def check_bad(self):
-        """Called by all processes together. UserError when over 1% of this or the previous epoch was
-        replaced."""
+        """Called by all processes together. UserError when over 1% of this or the last epoch was bad."""
         bad = torch.tensor([self.bad, self.bad_before], device=self.device)
         if world_size() > 1:
             torch.distributed.all_reduce(bad)
         if (worst := int(bad.max())) > max(1, 0.01 * self.steps_per_epoch * self.batch_size):
             example = next(iter(self.named.values()), "other processes name them")
-            raise UserError(f"{worst} samples of {self.dataset.name} are bad, over 1% of an epoch, such as {example}")
+            raise UserError(f"{worst} samples of {self.dataset.name} are bad, over 1% of an epoch: {example}")
 
     def order(self, start, stop):
         """The (epoch, index) pairs of this process, a list per step."""
@@ -159,8 +159,7 @@ class Loader:
             yield [(epoch, int(index)) for index in order[first : first + size]]
 
     def __getitem__(self, item):
-        """In a worker: (epoch, index) -> views and token ids of that sample or, if it is bad, of the next
-        good one."""
+        """In a worker: (epoch, index) -> views and ids of that sample or, if it is bad, of the next good."""
         (epoch, index), skipped = item, {}
         for where in (i % len(self.dataset) for i in range(index, index + 100)):
             name = f"{self.dataset.name}[{where}]"
@@ -174,7 +173,7 @@ class Loader:
             except (OSError, ValueError) as error:
                 skipped[where] = f"{name}: {error}"
         else:  # returned, since what a worker raises arrives as a page of traceback
-            return UserError(f"a hundred samples of {self.dataset.name} in a row are bad, such as {skipped[index]}")
+            return UserError(f"a hundred samples of {self.dataset.name} in a row are bad: {skipped[index]}")
 
         def rng(use):
             return random.Random(f"{self.seed} {epoch} {index} {use}")
@@ -197,11 +196,11 @@ class Loader:
         for name in self.views:
             crops, draws = zip(*(s[name] for s in samples))
             draws = {key: [draw[key] for draw in draws] for key in draws[0]}
-            draws = {key: torch.stack(v) if torch.is_tensor(v[0]) else torch.tensor(v) for key, v in draws.items()}
+            draws = {k: (torch.stack if torch.is_tensor(v[0]) else torch.tensor)(v) for k, v in draws.items()}
             batch[name] = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2), draws
         for name, text in self.texts.items():
             longest = max(len(s[name]) for s in samples)
-            length = min(-(-longest // 8) * 8, getattr(text, "context_length", 2**31))  # few different lengths
+            length = min(-(-longest // 8) * 8, getattr(text, "context_length", 2**31))  # few lengths
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
         return batch
 
@@ -210,13 +209,22 @@ class Loader:
             return {key: self.to_device(value) for key, value in x.items()}
         if isinstance(x, tuple | list):  # pinning makes lists of tuples
             return tuple(map(self.to_device, x))
-        return x.to(self.device, non_blocking=self.pin)
+        return x.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach the workers too; only the main process is to react, and it ends them."""
+    """Ctrl-C and a job's SIGTERM reach workers too, but only the main process is to react and to end them."""
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    sys.excepthook = lambda *_: None  # of the thread that hands tensors over, when nobody takes them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 # -------------------------------------------- image operations --------------------------------------------

@@ -1,13 +1,12 @@
-"""Evaluates: python evaluate.py zeroshot|retrieval|knn|linear CHECKPOINT [CHECKPOINT ...] --data NAME [--flag
-VALUE]
+"""Evaluates checkpoints: python evaluate.py PROTOCOL CHECKPOINT [CHECKPOINT ...] --data NAME [--flag VALUE]
 
-CHECKPOINT is a checkpoint.pt or the run directory that holds one; several give one table. Under torchrun the
-result is the same for any number of processes. Every result is appended to results.jsonl beside its
-checkpoint.
+PROTOCOL is zeroshot, retrieval, knn or linear; CHECKPOINT a checkpoint.pt or the run directory that holds it.
+Several give one table. Under torchrun the result is the same for any number of processes. Every result is
+appended to results.jsonl beside its checkpoint.
 
-    python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random python evaluate.py linear
-    runs/simclr_cifar10_* --data cifar10 --cached torchrun --nproc_per_node=8 evaluate.py zeroshot
-    runs/slip_yfcc15m_* --data imagenet --classnames names.txt
+    python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
+    python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
+    torchrun --nproc_per_node=8 evaluate.py zeroshot runs/slip_yfcc15m_* --data imagenet
 
 Scores are in percent; every function names the protocol it follows, without which a score says nothing.
 Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch or chunk.
@@ -53,12 +52,12 @@ class Args:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
     json: bool = False  # print JSON lines only
     random: bool = False  # evaluate networks of the same shape with random weights too
-    templates: str = ""  # zeroshot: file with one prompt a line, {} stands for the class; or a key of TEMPLATES
-    classnames: str = ""  # zeroshot: file with one class a line, synonyms separated by |
+    templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
+    classnames: str = ""  # zeroshot: file of classes, one a line, synonyms separated by |
     k: int = 20  # knn: neighbours (DINO reports 20)
     temperature: float = 0.07  # knn: a neighbour votes with exp(cosine / temperature)
     head_layer: int = 0  # knn, linear: features after so many layers of the projection head (SimCLR v2)
-    cached: bool = False  # linear: features extracted once, not augmented; the best of LRS instead of --base-lr
+    cached: bool = False  # linear: features extracted once, not augmented; chooses base_lr among LRS
     base_lr: float = 0.1  # linear: lr = base_lr * probe_batch / 256
     probe_batch: int = 1024  # linear: global batch
     epochs: int = 90  # linear: passes over the train split
@@ -70,9 +69,9 @@ class Args:
 
 TEMPLATES = {  # in our own words; a dataset without an entry takes "default"
     "default": ["a photo of a {}.", "a picture of a {}.", "an image that shows a {}."],
-    "imagenet": ["a photo of a {}.", "a close photo of a {}.", "a {} seen from far away.", "a dark photo of a {}.",
-                 "a drawing of a {}.", "a toy {}.", "a photo of many {}."],
-    "cifar10": ["a photo of a {}.", "a tiny photo of a {}.", "a blurry photo of a {}.", "a coarse image of a {}."],
+    "imagenet": ["a photo of a {}.", "a close photo of a {}.", "a dark photo of a {}.", "a drawing of a {}.",
+                 "a {} seen from far away.", "a toy {}.", "a photo of many {}."],
+    "cifar10": ["a photo of a {}.", "a tiny photo of a {}.", "a blurry photo of a {}.", "a coarse {}."],
     "shapes": ["a {}", "a picture of a {}", "a {} on a plain background"],
 }  # fmt: skip
 TEMPLATES["cifar100"] = TEMPLATES["stl10"] = TEMPLATES["cifar10"]
@@ -85,8 +84,7 @@ CHUNK = 2**23  # elements that a matrix of similarities may have
 
 # -------------------------------------------- scores --------------------------------------------
 def chunks(width, *tensors):
-    """Walks along the first dimension of `tensors`, in steps of so many rows that rows * width stays below
-    CHUNK."""
+    """Walks along the first dimension of `tensors`, in steps whose rows * width is below CHUNK."""
     return zip(*(t.split(max(1, CHUNK // width)) for t in tensors))
 
 
@@ -121,15 +119,15 @@ def knn(train_features, train_labels, test_features, test_labels, k=20, temperat
         nearest = nearest.nonzero()[:, 1].view(-1, k)
         cosine, nearest = cosine.gather(1, nearest).cpu().double(), nearest.cpu()
         weight = ((cosine - cosine.amax(1, keepdim=True)) / temperature).exp()  # never inf
-        votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, train_labels[nearest], weight).float()
-        ranks.append(hit_rank(votes, label[:, None] == torch.arange(num_classes)))
+        votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, train_labels[nearest], weight)
+        # float64 sums, rounded: equal votes stay equal in whatever order they were added
+        ranks.append(hit_rank(votes.float(), label[:, None] == torch.arange(num_classes)))
     ranks = torch.cat(ranks)
     return percent(ranks < 1), percent(ranks < min(5, k))
 
 
 def tokenize(tokenizer, texts, device):
-    """T strings -> int64 (T, L), padded with 0 to the longest rounded up to a multiple of 8, as in
-    training."""
+    """T strings -> int64 (T, L), padded with 0 to a multiple of 8 that holds the longest, as in training."""
     ids = tokenizer.batch(texts)
     longest = int(ids.ne(0).any(0).nonzero().max()) + 1
     return ids[:, : -(-longest // 8) * 8].to(device)
@@ -137,12 +135,11 @@ def tokenize(tokenizer, texts, device):
 
 @torch.no_grad()
 def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu", batch_size=256):
-    """One unit vector per class, (C, E): every prompt's embedding is normalised; their mean is normalised
-    again (CLIP Sec. 3.1.4: the ensemble is in embedding space). A class is a str or a list of synonyms; each
-    of them fills the {} of each template and all are averaged (SLIP). encode_text: token ids (b, L) -> (b,
-    E)."""
-    names = [[c] if isinstance(c, str) else c for c in classnames]
-    prompts = [t.replace("{}", name.replace("_", " ")) for synonyms in names for name in synonyms for t in templates]
+    """One unit vector per class, (C, E): every prompt's embedding is normalised, their mean normalised again
+    (CLIP Sec. 3.1.4: the ensemble is in embedding space). A class is a str or a list of synonyms: each fills
+    the {} of each template, and all are averaged (SLIP). encode_text: token ids (b, L) -> (b, E)."""
+    names = [[c.replace("_", " ")] if isinstance(c, str) else c for c in classnames]
+    prompts = [t.replace("{}", name) for synonyms in names for name in synonyms for t in templates]
     parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     embedded = torch.cat([encode_text(tokenize(tokenizer, part, device)).float() for part in parts])
     per_class = F.normalize(embedded, dim=1).split([len(synonyms) * len(templates) for synonyms in names])
@@ -150,10 +147,9 @@ def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu"
 
 
 def zeroshot_metrics(logits, labels):
-    """logits (N, C), labels (N,) -> dict in percent: top1; with five classes top5 and mean_top1_top5
+    """logits (N, C), labels (N,) -> dict in percent: top1; from five classes on top5 and mean_top1_top5
     (Kinetics); mean_per_class, the mean recall of the classes that occur in `labels` (CLIP_benchmark; SLIP
-    has NaN when an absent class is predicted, else the same); with two classes roc_auc of logit 1 minus logit
-    0, ties count half."""
+    NaN when an absent class is predicted); with two classes roc_auc of logit 1 - logit 0, ties count half."""
     classes = torch.arange(logits.shape[1], device=logits.device)
     ranks = torch.cat([hit_rank(x, y[:, None] == classes) for x, y in chunks(len(classes), logits, labels)])
     top1, top5, labels = percent(ranks < 1), percent(ranks < 5), labels.cpu()
@@ -172,15 +168,16 @@ def zeroshot_metrics(logits, labels):
 def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
     """Retrieval among N images and T captions, as on Flickr30k and COCO (CLIP_benchmark) -> dict in percent.
 
-    (N, D), (T, D) and image_of_text (T,), the image that each caption belongs to; any number of captions per
-    image. text_to_image_recall@k: share of captions whose image is among the k most similar images.
-    image_to_text_recall@k: share of images with at least one of their captions among the k most similar
-    captions; an image without caption is only a candidate. mean_recall: mean of all. The (T, N) similarities
-    are never held at once."""
+    (N, D), (T, D) and image_of_text (T,), the image of each caption; any number of captions per image.
+    text_to_image_recall@k: share of captions whose image is among the k most similar images.
+    image_to_text_recall@k: share of images with at least one of their captions among the k most similar; an
+    image without caption is only a candidate. mean_recall: mean of all. Holds only a part of (T, N) at a
+    time."""
     images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
-    index, captioned = torch.arange(len(images), device=images.device), image_of_text.cpu().unique()
-    to_text = [hit_rank(i @ texts.T, n[:, None] == image_of_text) for i, n in chunks(len(texts), images, index)]
-    to_image = [hit_rank(t @ images.T, n[:, None] == index) for t, n in chunks(len(images), texts, image_of_text)]
+    owner, index = image_of_text, torch.arange(len(images), device=images.device)
+    to_text = [hit_rank(i @ texts.T, n[:, None] == owner) for i, n in chunks(len(texts), images, index)]
+    to_image = [hit_rank(t @ images.T, n[:, None] == index) for t, n in chunks(len(images), texts, owner)]
+    captioned = owner.cpu().unique()
     out = {f"image_to_text_recall@{k}": percent(torch.cat(to_text)[captioned] < k) for k in ks}
     out |= {f"text_to_image_recall@{k}": percent(torch.cat(to_image) < k) for k in ks}
     return out | {"mean_recall": sum(out.values()) / len(out)}
@@ -205,8 +202,7 @@ def bar(iterable, title, total=None):
 
 
 class _Batches(torch.utils.data.Dataset):
-    """List of indices -> ((b,) indices, (b,) labels, uint8 (b, 3, S, S), captions) or (), and what cannot be
-    read."""
+    """List of indices -> ((b,) indices, (b,) labels, uint8 (b, 3, S, S), captions) or (), and error texts."""
 
     def __init__(self, dataset, view):
         self.dataset, self.view = dataset, view
@@ -233,10 +229,12 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
     same on all processes. Whole batches are dealt out, so that each of them, and with it every rounding
     error, is the same for any number of processes; nothing is repeated to fill up."""
     indices = list(range(len(dataset)) if indices is None else indices)
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)][rank() :: world_size()]
+    starts = range(0, len(indices), batch_size)[rank() :: world_size()]
+    batches = [indices[i : i + batch_size] for i in starts]
     loader = torch.utils.data.DataLoader(
-        _Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=tuple, pin_memory=device.type == "cuda",
-        num_workers=min(workers, len(batches)), generator=torch.Generator())  # fmt: skip  # not the global generator
+        _Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=tuple,
+        num_workers=min(workers, len(batches)), pin_memory=device.type == "cuda",
+        generator=torch.Generator())  # its own: the global one must not move  # fmt: skip
     seen, read, wrong = [], [], []
     with evaluating(module), mixed_precision(dtype, device)[0]:
         for batch, errors in bar(loader, f"{dataset.name} features"):
@@ -245,7 +243,8 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
                 continue
             index, labels, images, captions = batch
             seen.append((index, labels, encode(view(images.to(device, non_blocking=True), {})).float().cpu()))
-            pairs = [(i, c) for i, several in zip(index.tolist(), captions) for c in several if tokenizer and c.strip()]
+            pairs = [(i, c) for i, several in zip(index.tolist(), captions) for c in several if c.strip()]
+            pairs = pairs if tokenizer else []
             for part in [pairs[j : j + batch_size] for j in range(0, len(pairs), batch_size)]:
                 owners, texts = zip(*part)
                 texts = module.encode_text(tokenize(tokenizer, texts, device))
@@ -255,7 +254,7 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
         dist.all_gather_object(every, (seen, read, wrong))
     seen, read, wrong = (sum(lists, []) for lists in zip(*every))
     if not seen:
-        raise UserError(f"none of the {len(indices)} samples of {dataset.name} can be read: {''.join(wrong[:1])}")
+        raise UserError(f"none of {len(indices)} samples of {dataset.name} can be read: {''.join(wrong[:1])}")
     if wrong and rank() == 0:
         print(f"{dataset.name}: left out {len(wrong)} of {len(indices)} samples, {wrong[0]}", file=sys.stderr)
     index, labels, features = map(torch.cat, zip(*seen))
@@ -267,8 +266,7 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
 
 
 def extract(encoder, dataset, view, device, **options):
-    """Collective. -> features (n, D) float32 and labels (n,), all of them on every CPU, in the order of their
-    index.
+    """Collective. -> features (n, D) float32 and labels (n,), in the order of the index, all on every CPU.
 
     encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay as they
     were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). What cannot be read is left
@@ -290,18 +288,20 @@ def labelled(dataset, features, labels):
 
 
 # -------------------------------------------- training loops --------------------------------------------
-def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, max_train=5000, max_val=1000, **kw):
+def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, max_train=5000, max_val=1000,
+             **kw):  # fmt: skip
     """Collective. -> {"knn_top1", "knn_top5", "knn_chance"}, on fixed subsets so that it is quick (0: all);
     {} without classes. kw: options of `extract`."""
     if not (train_set and val_set and train_set.classes and val_set.classes):
         return {}
-    train = labelled(train_set, *extract(encoder, train_set, view, device, indices=some(train_set, max_train), **kw))
-    val = labelled(val_set, *extract(encoder, val_set, view, device, indices=some(val_set, max_val), **kw))
+    train, val = (labelled(d, *extract(encoder, d, view, device, indices=some(d, most), **kw))
+                  for d, most in ((train_set, max_train), (val_set, max_val)))  # fmt: skip
     top1, top5 = knn(*(x.to(device) for x in train + val), k, temperature, len(train_set.classes))
     return {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
 
 
-def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None, captions=False, **kw):
+def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None, captions=False,
+                    **kw):  # fmt: skip
     """Collective. -> (zeroshot_metrics if there are classnames, recall if captions, number of images), from
     one pass. classnames, templates: as in zeroshot_weights; kw: options of `extract`."""
     kw["tokenizer"] = tokenizer if captions else None
@@ -319,11 +319,13 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
 
 def language_eval(model, tokenizer, dataset, view, device, max_images=1000, **kw):
     """Collective. What the dataset allows, on a fixed subset so that it is quick (0: all): with classes
-    {"zeroshot_top1", "zeroshot_chance"}; with captions {"recall@1", mean of both directions,
+    {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1" (mean of both directions),
     "recall_chance"}. model: has encode_image and encode_text. kw: options of `extract`."""
     kw |= {"classnames": dataset.classes, "captions": dataset.captioned, "indices": some(dataset, max_images)}
     zeroshot, retrieval, n = language_scores(model, tokenizer, dataset, view, device, **kw)
-    out = {"zeroshot_top1": zeroshot["top1"], "zeroshot_chance": 100 / len(dataset.classes)} if zeroshot else {}
+    out = {}
+    if zeroshot:
+        out = {"zeroshot_top1": zeroshot["top1"], "zeroshot_chance": 100 / len(dataset.classes)}
     if retrieval:
         both = retrieval["image_to_text_recall@1"] + retrieval["text_to_image_recall@1"]
         out |= {"recall@1": both / 2, "recall_chance": 100 / n}
@@ -342,13 +344,14 @@ def evaluation_set(args, split="val"):
 def captions(dataset, most=20000):
     """At most `most` captions of a dataset, evenly spread: what a tokenizer is trained on."""
     for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
-        yield from dataset[index].captions
+        with contextlib.suppress(OSError, ValueError):  # the loader will name what cannot be read
+            yield from dataset[index].captions
 
 
 def save_views(directory, images, views):
     """Writes views.png: the first eight samples of a batch, a row each, in every view as the model sees it.
     Wrong augmentations are found by looking, so this comes before the first step. images: name -> float (b,
-    3, S, S) as normalised by views[name]."""
+    3, S, S), as normalised by views[name]."""
     columns = []
     for name, x in images.items() if rank() == 0 else ():
         mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
@@ -396,9 +399,9 @@ class ProbeView:
 
 
 def fit_heads(batches, dim, num_classes, lrs, args, device):
-    """One linear classifier per learning rate, all on the same batches: (epoch, features (b, dim), labels
-    (b,)). SGD, momentum 0.9, the rate on half a cosine per epoch to 0 (MoCo v3, SLIP); equal starts. -> list
-    of nn.Linear."""
+    """One linear classifier per learning rate, all on the same batches: epoch, features (b, dim), labels
+    (b,). SGD, momentum 0.9, rate on half a cosine per epoch to 0 (MoCo v3, SLIP); equal starts. -> nn.Linear
+    each."""
     start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(args.seed))
     heads = [nn.utils.skip_init(nn.Linear, dim, num_classes, device=device) for _ in lrs]
     for head in heads:
@@ -425,8 +428,7 @@ def cached_batches(features, labels, batch_size, args):
 
 
 def augmented_batches(encoder, loader, view, args):
-    """Features of freshly augmented images. Every process gets those of the global batch and trains the same
-    head."""
+    """Features of freshly augmented images: every process gets the global batch and trains the same head."""
     steps = args.epochs * loader.steps_per_epoch
     for step, batch in bar(loader.batches(0, steps), "linear probe, steps", steps):
         images, draw = batch["image"]
@@ -436,23 +438,27 @@ def augmented_batches(encoder, loader, view, args):
 
 
 def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
-    """Collective. A linear classifier on frozen features -> (zeroshot_metrics of the test split, head,
-    base_lr).
+    """Collective. A linear classifier on frozen features -> (test scores, head, base_lr).
 
     As MoCo v3 and SLIP: trained on crops and flips, lr = base_lr * batch / 256 (SimCLR: nesterov, weight
     decay 1e-6, zero_init, batch 4096). cached: on features of the eval view extracted once; the base_lr of
     LRS that is best on a held-out tenth of the train split then trains on all of it. The last epoch counts;
     nothing is ever chosen on the test split. args: an Args; kw: options of `extract`."""
-    test, test_labels = (x.to(device) for x in labelled(test_set, *extract(encoder, test_set, view, device, **kw)))
+
+    def extracted(dataset):
+        return (x.to(device) for x in labelled(dataset, *extract(encoder, dataset, view, device, **kw)))
+
+    test, test_labels = extracted(test_set)
     size, base_lr, b = (test.shape[1], len(train_set.classes)), args.base_lr, args.probe_batch
     if args.cached:
-        x, y = (x.to(device) for x in labelled(train_set, *extract(encoder, train_set, view, device, **kw)))
+        x, y = extracted(train_set)
         if len(y) < 10:
-            raise UserError(f"{train_set.name} has {len(y)} labelled images, too few to choose a learning rate with")
+            raise UserError(f"{train_set.name} has only {len(y)} labels, too few to choose a learning rate")
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
         held, rest = order[: len(y) // 10], order[len(y) // 10 :]
         b = min(b, len(rest))
-        heads = fit_heads(cached_batches(x[rest], y[rest], b, args), *size, [lr * b / 256 for lr in LRS], args, device)
+        lrs = [lr * b / 256 for lr in LRS]
+        heads = fit_heads(cached_batches(x[rest], y[rest], b, args), *size, lrs, args, device)
         scores = [zeroshot_metrics(head(x[held]).detach(), y[held])["top1"] for head in heads]
         base_lr, batches = LRS[scores.index(max(scores))], cached_batches(x, y, b, args)
     else:
@@ -465,9 +471,8 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
 
 # -------------------------------------------- command line --------------------------------------------
 def open_network(path, device, head_layer=0, random_weights=False):
-    """-> namespace of method, step, model, encoder, view, tokenizer (None without text). random_weights: a
-    network of the same shape before training. Raises UserError unless one of our method files wrote
-    `path`."""
+    """-> namespace of method, step, model, encoder, view, tokenizer (None without text). random_weights: as
+    before training. Raises UserError unless one of our method files wrote `path`."""
     saved = load_checkpoint(path)
     if not (isinstance(saved, dict) and saved.keys() >= {"method", "args", "model"}):
         raise UserError(f"{path} was not written by one of our method files: it lacks method, args or model")
@@ -487,14 +492,51 @@ def open_network(path, device, head_layer=0, random_weights=False):
     except TypeError as error:
         raise UserError(f"{name} has no --head-layer, its encoder ends before any head") from error
     tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
-    view, step = method.eval_view(args), saved.get("step")
-    return types.SimpleNamespace(method=name, step=step, model=model, encoder=encoder, view=view, tokenizer=tokenizer)
+    return types.SimpleNamespace(method=name, step=saved.get("step"), model=model, encoder=encoder,
+                                 view=method.eval_view(args), tokenizer=tokenizer)  # fmt: skip
+
+
+def _depth(state, prefix):
+    """Number of different modules prefix0, prefix1, ... in a state dict."""
+    return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+
+
+def _clip_of(state):
+    """A state dict with OpenAI's names -> clip.CLIP of the sizes read off its tensors."""
+    clip = importlib.import_module("clip")
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        layers = _depth(state, "visual.transformer.resblocks.")
+        tokens = len(state["visual.positional_embedding"])
+    else:
+        width, patch = len(state["visual.conv3.weight"]), None
+        layers = [_depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+        tokens = len(state["visual.attnpool.positional_embedding"])
+    text_width, embed_dim = state["text_projection"].shape
+    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
+    text_layers = _depth(state, "transformer.resblocks.")
+    return clip.CLIP(embed_dim, (patch or 32) * math.isqrt(tokens - 1), layers, width, patch, context_length,
+                     vocab_size, text_width, text_width // 64, text_layers)
+
+
+def _slip_of(state):
+    """A state dict with the names of SLIP_VIT{S,B,L}16 -> slip.SLIP of the sizes read off its tensors."""
+    slip = importlib.import_module("slip")
+    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
+    heads = next((heads for w, _, heads in slip.ARCHS.values() if w == width), width // 64)
+    image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
+    visual = slip.VisionTransformer(image_size, patch, width, _depth(state, "visual.blocks."), heads)
+    text_width, embed_dim = state["text_projection"].shape
+    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
+    ssl_emb_dim, ssl_mlp_dim = state["image_mlp.layer3.weight"].shape
+    return slip.SLIP(embed_dim, visual, width, context_length, vocab_size, text_width, text_width // 64,
+                     _depth(state, "transformer.resblocks."), ssl_mlp_dim, ssl_emb_dim)
 
 
 def load_released(path):
-    """A published CLIP (OpenAI's TorchScript archives included) or SLIP checkpoint, or a state dict with
-    their names -> (method module, model), loaded strictly. Only tensors and argparse's Namespace are
-    unpickled. Raises UserError."""
+    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state dict with
+    their names -> (method module, model in float32), loaded strictly. Nothing is unpickled but tensors and argparse's
+    Namespace. Raises UserError."""
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):  # not TorchScript
@@ -502,11 +544,15 @@ def load_released(path):
             state = load_checkpoint(path)
     state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    method = importlib.import_module("slip" if "visual.cls_token" in state else "clip")
+    for key in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
+        state.pop(key, None)
+    method, build = ("slip", _slip_of) if "visual.cls_token" in state else ("clip", _clip_of)
     try:
-        return method, method.from_state_dict(state)
+        model = build(state)
+        model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not hold a CLIP or SLIP model ({str(error).splitlines()[0]})") from error
+    return importlib.import_module(method), model
 
 
 def lines(path, flag) -> list[str]:
@@ -520,35 +566,41 @@ def lines(path, flag) -> list[str]:
     return found
 
 
-# A protocol: (network, train split or None, test split, args, options of `extract`) -> metrics, the headline first
-def zeroshot(net, train, test, args, options):
-    templates = TEMPLATES.get(args.templates) or (lines(args.templates, "--templates") if args.templates else [])
-    if not all("{}" in template for template in templates):
+# A protocol: (network, train split, test split, args, options of `extract`) -> metrics, the headline first
+def zeroshot(net, train, test, args, kw):
+    templates, names = TEMPLATES.get(args.templates), test.classes
+    if args.templates and not templates:
+        templates = lines(args.templates, "--templates")
+    if not all("{}" in template for template in templates or []):
         raise UserError(f"--templates {args.templates} needs {{}} in every line, it stands for the class")
-    names = test.classes
     if args.classnames:
-        names = [[name.strip() for name in line.split("|")] for line in lines(args.classnames, "--classnames")]
+        names = [re.split(r"\s*\|\s*", line) for line in lines(args.classnames, "--classnames")]
     elif all(re.fullmatch(r"n\d{8}", name) for name in names):
-        raise UserError(f"the classes of {test.name} are WordNet ids, give their names with --classnames FILE")
+        raise UserError(f"the classes of {args.data} are WordNet ids, give names with --classnames FILE")
     if len(names) != len(test.classes):
-        raise UserError(f"--classnames {args.classnames} has {len(names)} lines for {len(test.classes)} classes")
-    metrics, *_ = language_scores(net.model, net.tokenizer, test, classnames=names, templates=templates, **options)
+        raise UserError(f"--classnames {args.classnames} has {len(names)} lines, not {len(test.classes)}")
+    metrics, *_ = language_scores(net.model, net.tokenizer, test, classnames=names, templates=templates, **kw)
     headline = METRIC.get(test.name, "top1")
-    return {headline: metrics.pop(headline), **metrics, "chance": 50.0 if headline == "roc_auc" else 100 / len(names)}
+    metrics = {headline: metrics.pop(headline), **metrics}
+    if headline != "mean_top1_top5":
+        metrics.pop("mean_top1_top5", None)
+    return {**metrics, "chance": 50.0 if headline == "roc_auc" else 100 / len(names)}
 
 
-def retrieval(net, train, test, args, options):
-    _, metrics, n = language_scores(net.model, net.tokenizer, test, captions=True, **options)
+def retrieval(net, train, test, args, kw):
+    _, metrics, n = language_scores(net.model, net.tokenizer, test, captions=True, **kw)
     return {"mean_recall": metrics.pop("mean_recall"), **metrics, "chance@1": 100 / n}
 
 
-def knn_vote(net, train, test, args, options):
-    out = knn_eval(net.encoder, train, test, k=args.k, temperature=args.temperature, max_train=0, max_val=0, **options)
-    return {name.removeprefix("knn_"): value for name, value in out.items()}
+def knn_vote(net, train, test, args, kw):
+    kw |= {"k": args.k, "temperature": args.temperature, "max_train": 0, "max_val": 0}
+    found = knn_eval(net.encoder, train, test, **kw)
+    return {name.removeprefix("knn_"): value for name, value in found.items()}
 
 
-def linear(net, train, test, args, options):
-    metrics, _, base_lr = linear_probe(net.encoder, train, test, args=args, **options)
+def linear(net, train, test, args, kw):
+    metrics, _, base_lr = linear_probe(net.encoder, train, test, args=args, **kw)
+    metrics.pop("mean_top1_top5", None)
     return {**metrics, "chance": 100 / len(test.classes), "base_lr": base_lr}
 
 
@@ -558,10 +610,11 @@ PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn_vote, "lin
 def table(rows: dict[str, dict]) -> str:
     """{row: {column: number}} -> aligned text."""
     header = ["", *next(iter(rows.values()))]
-    header = [c.replace("image_to_text_recall", "i2t R").replace("text_to_image_recall", "t2i R") for c in header]
+    header = [c.replace("image_to_text_recall", "i2t").replace("text_to_image_recall", "t2i") for c in header]
     cells = [header] + [[name, *(f"{x:.2f}" for x in row.values())] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(map("  ".join, cells))
 
 
 def main(argv: list[str]):
@@ -570,7 +623,7 @@ def main(argv: list[str]):
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
     if protocol not in PROTOCOLS or not paths or not args.data:
-        raise UserError(f"use: evaluate.py {'|'.join(PROTOCOLS)} CHECKPOINT [CHECKPOINT ...] --data NAME (see --help)")
+        raise UserError(f"use: evaluate.py {'|'.join(PROTOCOLS)} CHECKPOINT ... --data NAME (see --help)")
     if not (args.k and args.temperature and args.probe_batch):
         raise UserError("--k, --temperature and --probe-batch must be above 0")
     device = init_distributed(args.device)
@@ -582,14 +635,15 @@ def main(argv: list[str]):
         raise UserError(f"{protocol} needs {needs}, which {args.data} does not have")
     if train and (args.split == "train" or train.classes != test.classes):
         raise UserError(f"{protocol} needs a --split other than train, with the same classes")
-    rows, kw = {}, {"dtype": args.dtype, "batch_size": args.batch_size, "workers": args.workers}
+    kw = {"device": device, "dtype": args.dtype, "batch_size": args.batch_size, "workers": args.workers}
+    rows = {}
     for path in map(Path, paths):
         result = {"protocol": protocol, "data": args.data, "split": args.split, "checkpoint": str(path)}
         for kind in ["metrics", "random weights"][: 1 + args.random]:
             net = open_network(path, device, args.head_layer, kind == "random weights")
             if protocol in ("zeroshot", "retrieval") and not net.tokenizer:
                 raise UserError(f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s")
-            result[kind] = PROTOCOLS[protocol](net, train, test, args, {"view": net.view, "device": device, **kw})
+            result[kind] = PROTOCOLS[protocol](net, train, test, args, {**kw, "view": net.view})
             rows[f"{path}, {kind}" if kind != "metrics" else str(path)] = result[kind]
         result |= {"method": net.method, "step": net.step, "command": shlex.join(["evaluate.py", *argv])}
         result["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision)}

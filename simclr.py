@@ -7,7 +7,7 @@ low temperature.
 Loss NT-Xent (Eq. 1), with z of unit length, tau the temperature, i and j the two views of one image:
     l(i, j) = -log( exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau) ),  L = mean over the 2B views,
     chance level ln(2B - 1)
-B global batch, b = B / processes, D features of the backbone, S image size in pixels, w width multiplier.
+B global batch, b = B / processes, D features of the backbone, E output of the head, S image size (pixels).
 
 Laptop        torchrun simclr.py
 1 GPU         torchrun simclr.py --data cifar10
@@ -18,10 +18,10 @@ Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the he
 memory are not here. Differences from the official code:
  - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, twice that. LARS
    absorbs the factor except for biases and norms.
- - One blur sigma per image; official: one per device and view. Crop and colour sampling are torchvision's:
-   official crops have uniform instead of log-uniform aspects. Max-pooling pads as torch does.
+ - One blur sigma per image; official: one per device and view. Crops (antialiased, log-uniform aspects) and
+   colour operations are torchvision's, brightness a factor as in version 2; official: TensorFlow's.
+ - A GPU computes in mixed precision; official: float32 (--dtype fp32). Max-pooling pads as torch does.
  - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
- - Brightness is a factor, as in version 2 and torchvision; version 1 adds.
 
 Diff against: nothing, this is where the self-supervised files start.
 """
@@ -54,22 +54,22 @@ class Args:
     arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it for the width multiplier w
     stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
     head_layers: int = 2  # of the projection head; 3 in version 2 (its Sec. 2)
-    head_dim: int = 128  # its output (Sec. 2.2)
+    head_dim: int = 128  # its output (Sec. 2.3)
     image_size: int = 224  # pixels
     jitter_strength: float = 1.0  # s of App. A; 0.5 for CIFAR-10 (App. B.9)
     blur: bool = True  # App. A; not for CIFAR-10 (App. B.9)
     temperature: float = 0.1  # tau (Table 5); 0.5 for CIFAR-10 (App. B.9)
-    epochs: int = 1000  # Table 6 (100 in the ablations)
+    epochs: int = 1000  # Sec. 6 (100 in the ablations)
     max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes together (Sec. 2.2)
+    batch_size: int = 4096  # global: all processes together (Sec. 2.3)
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
-    base_lr: float = 0.3  # lr = base_lr * batch / 256 (Sec. 2.2)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: lr = base_lr * sqrt(batch) (B.1)
+    base_lr: float = 0.3  # lr = base_lr * batch / 256 (Sec. 2.3)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: base_lr * sqrt(batch) (App. B.1)
     min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 2.2)
+    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 2.3)
     optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 2.2
     momentum: float = 0.9  # of either optimizer
-    weight_decay: float = 1e-6  # on everything but biases and batch norm (Sec. 2.2); 1e-4 in version 2
+    weight_decay: float = 1e-6  # on everything but biases and batch norm (Sec. 2.3); 1e-4 in version 2
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     workers: int = 8  # loader processes per training process
     seed: int = 0  # of weights, order and views
@@ -89,7 +89,7 @@ SMALL = dict(image_size=32, jitter_strength=0.5, blur=False, temperature=0.5)  #
 SGD = dict(optimizer="sgd", base_lr=0.12, weight_decay=5e-4, warmup_epochs=0.0)
 RECIPES = {
     "shapes": dict(SMALL, **SGD, arch="resnet18", stem="imagenet", epochs=2, batch_size=128),
-    "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),  # lightly's benchmark: kNN 84.8%
+    "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),  # as lightly
     "cifar10-paper": dict(SMALL, batch_size=1024, base_lr=1.0),  # App. B.9: linear probe 94.0%
     "imagenet": {},  # Table 6: linear probe 69.3%
     "imagenet-v2": dict(head_layers=3, epochs=800, base_lr=0.1, lr_scaling="sqrt", weight_decay=1e-4,
@@ -172,7 +172,7 @@ def resnet(arch, cifar_stem=False):
               "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
     match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
     if not match or match[1] not in depths:
-        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101 or 152, wider as in resnet50x2")
+        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101, 152 or wider, resnet50x2")
     return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
 
 
@@ -235,12 +235,12 @@ def image_encoder(model: SimCLR, head_layer: int = 0) -> nn.Module:
 
 # -------------------------------------------- loss --------------------------------------------
 def nt_xent_loss(z1, z2, temperature):
-    """NT-Xent (Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
+    """NT-Xent (SimCLR Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
-    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this
+    z1, z2: (b, E) of this process, the two views of the same b images, any length. Returns the mean over this
     process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
-    z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, D)
-    all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, D)
+    z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, E)
+    all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, E)
     b, first = len(z1), 0
     if len(all_z1) > b:
         first = b * torch.distributed.get_rank()
@@ -273,9 +273,9 @@ def train(args: Args) -> dict:
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    excluded = [p for p in model.parameters() if p.ndim < 2]  # batch norm
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": excluded, "weight_decay": 0.0}]  # fmt: skip
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]  # batch norm
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     scale = args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5
     peak = args.base_lr * scale
     if args.optimizer == "lars":

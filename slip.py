@@ -4,11 +4,11 @@ CLIP plus SimCLR on one image encoder: the language branch sees a lightly croppe
 self-supervised branch two strongly augmented views of the same image. Views without captions teach the
 encoder what captions do not mention, and zero-shot transfer improves too.
 
-Loss (Alg. 1), with I, T, v1, v2 of unit length, s = exp(t), tau = 0.1 and c = --ssl-scale: L      = L_clip +
-    c L_ssl,                      chance level ln B + c ln(2B - 1) L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T,
-    y) ],  y = (0, ..., B-1) L_ssl  = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i}
-    exp(v_i.v_k / tau) ),  j: i's other view B global batch, b = B / processes, N tokens, D width of a
-    transformer, E joint embedding, S image size in pixels.
+Loss, with I, T, v of unit length, s = exp(t), tau = 0.1, c = --ssl-scale, j the other view of i's image:
+    L = L_clip + c L_ssl,  chance level ln B + c ln(2B - 1)
+    L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)
+    L_ssl = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i} exp(v_i.v_k / tau) )
+B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image size.
 
 Laptop        torchrun slip.py
 1 GPU         torchrun slip.py --data flickr8k
@@ -22,8 +22,7 @@ Differences from that code:
    learns as an anchor only, never as a candidate, and 1 and 64 GPUs train differently. --no-gather-grad gives
    that back.
  - A caption that is too long keeps its end token, whose position is what is read out. Official: plain cut.
- - Blur is a true Gaussian of sigma pixels; Pillow's, used officially, is an approximation of it by box
-   filters.
+ - Blur is a true Gaussian of sigma pixels. Official: Pillow's approximation of it by box filters.
  - The three images of a pair go through the encoder in one batch. There is no batch norm in it: same numbers.
  - Losses are computed in float32; --accum-steps is exact. Official: fewer negatives per accumulation step.
 
@@ -41,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
 from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import EvalView, Loader, Tokenizer, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip
-from data import normalize, open_dataset, random_resized_crop, to_float
+from data import IMAGENET_MEAN, IMAGENET_STD, EvalView, Loader, Tokenizer, normalize, open_dataset
+from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop, to_float
 from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
 
 
@@ -53,26 +52,26 @@ class Args:
     data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch16"  # a key of ARCHS with _patchP behind it (Sec. 4)
-    embed_dim: int = 512  # joint embedding E
-    text_width: int = 512  # width of the text transformer, 64 per head (Sec. 4)
-    text_layers: int = 12  # blocks of the text transformer (Sec. 4)
+    arch: str = "vit_base_patch16"  # a key of ARCHS with _patchP behind it (official code)
+    embed_dim: int = 512  # joint embedding E (official code)
+    text_width: int = 512  # width of the text transformer, 64 per head (official code)
+    text_layers: int = 12  # blocks of the text transformer (official code)
     context_length: int = 77  # tokens of a caption, start and end included
-    ssl_mlp_dim: int = 4096  # width of the self-supervised projector (App. A)
+    ssl_mlp_dim: int = 4096  # width of the self-supervised projector (official code)
     ssl_emb_dim: int = 256  # its output
-    ssl_scale: float = 1.0  # c (Sec. 3.3)
+    ssl_scale: float = 1.0  # c (official code)
     temperature: float = 0.1  # tau of L_ssl
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
     vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
     image_size: int = 224  # pixels
-    epochs: int = 25  # Sec. 4 (50 and 100 in Table 5)
+    epochs: int = 25  # official code (50 and 100 in longer runs)
     max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes and accumulation steps together (Sec. 4)
+    batch_size: int = 4096  # global: all processes and accumulation steps together
     accum_steps: int = 1  # encode the batch in this many pieces, exactly
-    lr: float = 3e-3  # peak (Sec. 4)
+    lr: float = 3e-3  # peak (official code)
     min_lr: float = 1e-5  # end of the cosine (official code)
     warmup_epochs: float = 1.0  # from 1e-6 (official code; 2 in the 100-epoch runs)
-    weight_decay: float = 0.1  # on everything but gains and biases (Sec. 4)
+    weight_decay: float = 0.1  # on everything but gains and biases (official code)
     beta2: float = 0.98  # official code
     eps: float = 1e-8  # official code
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
@@ -91,21 +90,21 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3, batch_size=128)
-SMALL |= dict(ssl_mlp_dim=512, ssl_emb_dim=64)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
+SMALL |= dict(batch_size=128, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_emb_dim=64)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1, warmup_epochs=0.2),
-    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30, warmup_epochs=1.0),
+    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1),
+    "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
     "yfcc15m": dict(eval_data="imagenet"),
-    "cc3m": dict(eval_data="imagenet", epochs=40),  # Table 6
-    "cc12m": dict(eval_data="imagenet", epochs=35),  # Table 6
+    "cc3m": dict(eval_data="imagenet", epochs=40),
+    "cc12m": dict(eval_data="imagenet", epochs=35),
 }
 
 
 # -------------------------------------------- augmentation --------------------------------------------
 # Copied from clip.py: LanguageView
 class LanguageView:
-    """The image beside a caption: a random crop, nothing more (Sec. 2.3). Not flipped: captions say left."""
+    """The image beside a caption: a random crop (CLIP Sec. 2.3). Not flipped, since captions say left."""
 
     def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
                  mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
@@ -125,7 +124,7 @@ class LanguageView:
 
 
 class SSLView:
-    """One of the two views of L_ssl (Sec. 3.2, official code): MoCo v3's policy without solarisation."""
+    """One view of L_ssl, as in the official code: MoCo v2's, crops from 8%. The paper says MoCo v3's."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
         self.size, self.mean, self.std = size, mean, std
@@ -134,19 +133,18 @@ class SSLView:
         return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bilinear")
 
     def draw(self, rng):
-        jitter = draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
             "gray": rng.random() < 0.2,
             "blur": rng.random() < 0.5,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
-            **jitter,
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
         }
 
     def __call__(self, x, draw):
         x = hflip(to_float(x), draw["flip"])
-        factors = (draw[k] for k in ("brightness", "contrast", "saturation", "hue"))
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, draw["order"], draw["jitter"])
         x = grayscale(x, draw["gray"])
         x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
@@ -154,7 +152,7 @@ class SSLView:
 
 
 def eval_view(args) -> EvalView:
-    return EvalView(args.image_size, None, "bilinear", SSLView(1).mean, SSLView(1).std)
+    return EvalView(args.image_size, None, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 
 
 # -------------------------------------------- backbone --------------------------------------------
@@ -173,7 +171,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+    """Pre-norm block of the image encoder, with timm's names. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -190,25 +188,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbed(nn.Module):
-    """(B, 3, S, S) -> (B, N, D)."""
-
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
-    """ViT with timm's parameter names. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -219,7 +207,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x):
-        x = self.patch_embed(x)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1) + self.pos_embed.to(x)
         return self.norm(self.blocks(x)[:, 0])
 
@@ -294,35 +282,26 @@ class SLIP(nn.Module):
         self.image_mlp.add_module("layer3", nn.Linear(ssl_mlp_dim, ssl_emb_dim))
         init_text(self)
 
-    def text_features(self, text):
-        """(B, N <= context_length) token ids, any padding after the end token -> (B, D)."""
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer(x))
-        return x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token is the largest id
-
     def encode_image(self, image):
         """(B, 3, S, S) -> (B, E), not normalised."""
         return self.visual(image) @ self.image_projection
 
     def encode_text(self, text):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
-        return self.text_features(text) @ self.text_projection
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        x = self.ln_final(self.transformer(x))
+        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token, the largest id
+        return x @ self.text_projection
 
     def forward(self, image, text, view1, view2):
-        """-> features of image (B, D), text (B, D), view1 (B, D), view2 (B, D)."""
+        """-> embeddings of image and text (B, E), features of the two views (B, D), for image_mlp."""
         image, view1, view2 = self.visual(torch.cat([image, view1, view2])).chunk(3)
-        return image, self.text_features(text), view1, view2
-
-    def heads(self, image, text, view1, view2):
-        """Features -> embeddings (B, E), (B, E), (B, ssl_emb_dim), (B, ssl_emb_dim). Batch norm sees each
-        view on its own."""
-        image_embed, text_embed = image @ self.image_projection, text @ self.text_projection
-        return image_embed, text_embed, self.image_mlp(view1), self.image_mlp(view2)
+        return image @ self.image_projection, self.encode_text(text), view1, view2
 
 
 # Copied from clip.py: init_text
 def init_text(model):
-    """Initialises the text side in place; the image side keeps torch's defaults, as in OpenAI's code."""
+    """Initialises the text side in place, as OpenAI's code does."""
     width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
@@ -334,12 +313,12 @@ def init_text(model):
         nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
 
-ARCHS = {  # width, layers, heads; vit_small has 12 heads as in MoCo v3, not 6 (below it: our own)
-    "vit_micro": (128, 4, 2),
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 12),
-    "vit_base": (768, 12, 12),
-    "vit_large": (1024, 24, 16),
+ARCHS = {  # layers, width, heads; vit_small has 12 heads as in MoCo v3, not 6 (below it: our own)
+    "vit_micro": (4, 128, 2),
+    "vit_tiny": (12, 192, 3),
+    "vit_small": (12, 384, 12),
+    "vit_base": (12, 768, 12),
+    "vit_large": (24, 1024, 16),
 }
 
 
@@ -347,10 +326,10 @@ def build_model(args) -> SLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
     if name not in ARCHS or not patch.lstrip("0").isdecimal():
-        raise UserError(f"--arch {args.arch} is unknown, choose X_patchP with X one of {', '.join(ARCHS)}")
+        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {', '.join(ARCHS)}")
     if args.image_size % int(patch):
         raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)} ({args.arch})")
-    width, layers, heads = ARCHS[name]
+    layers, width, heads = ARCHS[name]
     if args.text_width % 64:
         raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
     visual = VisionTransformer(args.image_size, int(patch), width, layers, heads)
@@ -363,29 +342,10 @@ def image_encoder(model: SLIP) -> nn.Module:
     return model.visual
 
 
-def from_state_dict(state: dict) -> SLIP:
-    """A released SLIP_VIT{S,B,L}16 state dict -> SLIP, its sizes read off the tensors. Raises KeyError,
-    ValueError or RuntimeError when the names or shapes are not the official ones."""
-
-    def depth(prefix):
-        return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-
-    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    heads = next((heads for w, _, heads in ARCHS.values() if w == width), width // 64)
-    image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
-    visual = VisionTransformer(image_size, patch, width, depth("visual.blocks."), heads)
-    text_width, embed_dim = state["text_projection"].shape
-    model = SLIP(embed_dim, visual, width, *state["positional_embedding"].shape[:1],
-                 *state["token_embedding.weight"].shape[:1], text_width, text_width // 64,
-                 depth("transformer.resblocks."), *state["image_mlp.layer3.weight"].shape[::-1])  # fmt: skip
-    model.load_state_dict(state, strict=True)
-    return model
-
-
 # -------------------------------------------- loss --------------------------------------------
 # Copied from clip.py: clip_loss
 def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
-    """Symmetric cross-entropy of Fig. 3 over the global batch, in nats; chance level ln B.
+    """Symmetric cross-entropy (Fig. 3 of CLIP) over the global batch, in nats; chance level ln B.
 
     image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
     tensor. Returns the mean over this process's rows: the mean over processes is the loss of the global
@@ -406,12 +366,12 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
 
 # Copied from simclr.py: nt_xent_loss
 def nt_xent_loss(z1, z2, temperature):
-    """NT-Xent (Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
+    """NT-Xent (SimCLR Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
-    z1, z2: (b, D) of this process, the two views of the same b images, any length. Returns the mean over this
+    z1, z2: (b, E) of this process, the two views of the same b images, any length. Returns the mean over this
     process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
-    z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, D)
-    all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, D)
+    z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, E)
+    all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, E)
     b, first = len(z1), 0
     if len(all_z1) > b:
         first = b * torch.distributed.get_rank()
@@ -458,9 +418,10 @@ def train(args: Args) -> dict:
     text_source = captions(dataset) if args.tokenizer == "train" else None
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
     if tokenizer.eot != tokenizer.vocab_size - 1:
-        raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id, use another")
+        raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     views = {
-        "image": LanguageView(args.image_size, (0.5, 1.0), "bilinear", SSLView(1).mean, SSLView(1).std),
+        # official code: at least half of the area
+        "image": LanguageView(args.image_size, (0.5, 1.0), "bilinear", IMAGENET_MEAN, IMAGENET_STD),
         "view1": SSLView(args.image_size),
         "view2": SSLView(args.image_size),
     }
@@ -490,10 +451,10 @@ def train(args: Args) -> dict:
         with autocast:
             return ddp(image[piece], text[piece], view1[piece], view2[piece])
 
-    def loss_of(*features):
-        with autocast:
-            image_embed, text_embed, view1_embed, view2_embed = model.heads(*features)
+    def loss_of(image_embed, text_embed, features1, features2):
         clip = clip_loss(image_embed, text_embed, model.logit_scale.exp(), args.gather_grad)
+        with autocast:  # not in forward: batch norm sees the whole batch, each view on its own
+            view1_embed, view2_embed = model.image_mlp(features1), model.image_mlp(features2)
         ssl = nt_xent_loss(view1_embed, view2_embed, args.temperature)
         loss = clip + args.ssl_scale * ssl
         clip_chance, ssl_chance = math.log(args.batch_size), math.log(2 * args.batch_size - 1)
@@ -530,7 +491,8 @@ def train(args: Args) -> dict:
             run.save()
 
     save_curves(run.dir)
-    return run.finish(f"python evaluate.py retrieval {run.dir} --data {args.data}")
+    protocol = "zeroshot" if dataset.classes else "retrieval"
+    return run.finish(f"python evaluate.py {protocol} {run.dir} --data {args.data}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
-r"""Where samples come from: open_dataset finds out how a dataset is stored, and indexes it. data.py does the
-rest.
+r"""Where samples come from: finds out how a dataset is stored, and indexes it. data.py does the rest.
 
 Only the index is held in memory; pictures and captions are read when a sample is asked for. One row:
 
-    open_dataset("yfcc15m", data_dir="/data")[7] == Sample( image=b"\xff\xd8\xff\xe0...",                    #
-        an image file, or a uint8 array (H, W, 3), or a PIL image captions=["Our dog", "First time at the
-        sea"],   # one of them is drawn per epoch label=-1,                                        # -1: none,
-        else the position in dataset.classes key="00012.tar:000120034.jpg")                   # names the
-        sample in messages
+    open_dataset("yfcc15m", data_dir="/data")[7] == Sample(
+        image=b"\xff\xd8\xff\xe0...",           # an image file, or a uint8 array (H, W, 3), or a PIL image
+        captions=["Our dog", "First time at the sea"],           # one of them is drawn per epoch
+        label=-1,                               # -1: none, else the position in dataset.classes
+        key="00012.tar:000120034.jpg")          # names the sample in messages
 
 Layouts, told apart by looking at the files (docs/data.md: how to make each):
 
-    shapes                            drawn here, needs no files *.tar                             WebDataset
-    shards, as img2dataset writes them: 0.jpg 0.txt and/or 0.json, 0.cls *.csv *.tsv *.jsonl
-    image path, caption(s), label *.npz                             JPEG files end to end: arrays jpeg,
-    offsets, labels dataset_*.json + pictures         Karpathy's splits of coco, flickr30k and flickr8k
-    annotations/captions_*2017.json   coco as published *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's
-    code keeps it class/picture.jpg, picture.jpg    ImageFolder, or just pictures cifar10 cifar100 stl10
-    food101    the files that torchvision downloads """
+    shapes                            drawn here, needs no files
+    *.tar                             WebDataset shards of img2dataset: 0.jpg, 0.txt and/or 0.json, 0.cls
+    *.csv *.tsv *.jsonl               image path, caption(s), label
+    *.npz                             JPEG files end to end: arrays jpeg, offsets, labels
+    dataset_*.json + pictures         Karpathy's splits of coco, flickr30k and flickr8k
+    annotations/captions_*2017.json   coco as published
+    *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's code keeps it
+    class/picture.jpg, picture.jpg    ImageFolder, or just pictures
+    cifar10 cifar100 stl10 food101    the files that torchvision downloads
+"""
 
 import contextlib
 import csv
 import difflib
+import fcntl
 import functools
 import io
 import itertools
@@ -40,7 +43,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torchvision
 from common import UserError, rank, world_size
 from PIL import Image, ImageDraw
@@ -51,9 +53,10 @@ NAMES = ["shapes", *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m y
 SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["test", "val", "validation"]}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MEMBERS = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}  # of a sample in a tar
-IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # in a row of a table
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, struct.error,
-              csv.Error, pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
+              csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
+              zipfile.BadZipFile)  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -64,9 +67,9 @@ class Sample(NamedTuple):
 
 
 def open_dataset(name, data_dir=None, split="train"):
-    """name: one of NAMES, looked for in data_dir (else $DATA_DIR, else ./data), or a path. Called by all
-    processes. -> dataset with len, [i] -> Sample (ValueError or OSError if it cannot be read), .name,
-    .classes (list of str or None) and .captioned. Raises UserError."""
+    """name: one of NAMES, looked for in data_dir (else $DATA_DIR, else ./data), or a path.
+    -> dataset with len, [i] -> Sample (ValueError or OSError if it cannot be read), .name, .classes (list of
+    str or None) and .captioned. Raises UserError."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split}, choose one of {', '.join(SPLITS)}")
     base = Path(data_dir or os.environ.get("DATA_DIR") or "data").expanduser()
@@ -91,8 +94,9 @@ def _open(root, split):
     if root.is_file() and split == "train":
         return _open_files(root.parent, [root.name], root.parent)
     names, parts = _names(root) if root.is_dir() else [], {}
+    mark = re.compile(r"(train|validation|val|test)(?![a-z])(.*\.(tar|npz|csv|tsv|jsonl))?", re.I)
     for name in names:  # train/, train.csv, val-0001.tar ...
-        if match := re.fullmatch(r"(train|validation|val|test)(?![a-z])(.*\.(?:tar|npz|csv|tsv|jsonl))?", name, re.I):
+        if match := mark.fullmatch(name):
             parts.setdefault(match[1].lower(), []).append(name)
     if root.name in TORCHVISION and not parts:
         return Torchvision(root, split)
@@ -107,7 +111,7 @@ def _open(root, split):
         return _open_files(root, names, root)
     part = next((parts[word] for word in SPLITS[split] if word in parts), None)
     if part is None:
-        raise UserError(f"{root} has no {split} split: no folder {split}/ and no {split}*.tar, {split}.csv or the like")
+        raise UserError(f"{root} has no {split} split, no folder {split}/, {split}*.tar, {split}.csv ...")
     if files := [n for n in part if "." in n]:
         return _open_files(root, files, root)
     return _open_files(root / part[0], _names(root / part[0]), root)
@@ -124,15 +128,15 @@ def _open_files(folder, names, root):
         return Tars(tars, classes)
     tables = [folder / n for n in names if n.endswith((".npz", ".csv", ".tsv", ".jsonl"))]
     if len(tables) > 1:
-        raise UserError(f"give the path of one of the tables in {folder}: {', '.join(t.name for t in tables)}")
+        raise UserError(f"give the path of one table of {folder}: {', '.join(t.name for t in tables)}")
     for table in tables:
         if table.suffix == ".npz":
             return Npz(table, classes)
         return Rows(folder, table if table.suffix == ".jsonl" else _index_rows(table, _table_rows), classes)
     cut = len(os.path.join(folder, ""))
-    found = (os.path.join(where, n)[cut:] for where, _, files in os.walk(folder, followlinks=True) for n in files
-             if n.lower().endswith(PICTURES) and n[0] != ".")  # fmt: skip
-    paths = sorted(found, key=lambda path: path.split(os.sep))
+    walk = ((where, name) for where, _, files in os.walk(folder, followlinks=True) for name in files)
+    paths = (os.path.join(*p)[cut:] for p in walk if p[1].lower().endswith(PICTURES) and p[1][0] != ".")
+    paths = sorted(paths, key=lambda path: path.split(os.sep))
     tops = {top: i for i, top in enumerate(sorted({path.split(os.sep)[0] for path in paths}))}
     labelled = len(tops) > 1 and all(os.sep in path for path in paths)  # one folder per class
     if labelled and len(classes or tops) != len(tops):
@@ -241,45 +245,60 @@ class _Plain(pickle.Unpickler):
     def find_class(self, module, name):
         if module.split(".")[0] == "numpy" and name in ("dtype", "scalar"):
             return np.dtype if name == "dtype" else lambda dtype, data: np.frombuffer(data, dtype)[0]
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code, not only numbers and texts")
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, not only numbers and texts")
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Waits until no other process is here with this path, if files can be locked (not on some NFS)."""
+    handle = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _index(path, ending, write):
-    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in ~/.cache where
-    that may not be written. The stamp in it is the size and time of `path`; when these have changed it is
-    made again."""
+    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in ~/.cache if that
+    may not be written. The stamp in it is size and time of `path`; when these change it is made again."""
     path, stamp = os.path.abspath(path), [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    places = [path + ending, os.path.expanduser("~/.cache/contrastive/") + re.sub(r"\W", "_", path)[-200:] + ending]
-    for place in places:
-        with contextlib.suppress(*UNREADABLE), open(place, "rb") as file:
-            if stamp == (np.load(file)["stamp"].tolist() if ending.endswith("npz") else json.loads(file.readline())):
+    cache = os.path.expanduser("~/.cache/contrastive/")
+    places = [path + ending, cache + re.sub(r"\W", "_", path)[-200:] + ending]
+    with _alone(path):
+        for place in places:
+            with contextlib.suppress(*UNREADABLE), open(place, "rb") as file:
+                npz = ending == ".idx.npz"
+                if stamp == (np.load(file)["stamp"].tolist() if npz else json.loads(file.readline())):
+                    return Path(place)
+        for place in places:
+            draft = Path(f"{place}.{os.urandom(6).hex()}")
+            try:
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                if not draft.parent.stat().st_mode & 0o222:
+                    continue  # marked read-only: root, who could write there, leaves it alone too
+                file = open(draft, "wb")
+            except OSError:
+                continue
+            try:
+                with file:
+                    write(file, stamp)
+                os.replace(draft, place)  # processes that do not wait see the whole index or none
                 return Path(place)
-    for place in places:
-        draft = Path(f"{place}.{os.urandom(6).hex()}")
-        try:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            if not draft.parent.stat().st_mode & 0o222:
-                continue  # marked read-only: root, who could write there, leaves it alone too
-            file = open(draft, "wb")
-        except OSError:
-            continue
-        try:
-            with file:
-                write(file, stamp)
-            os.replace(draft, place)  # other processes see the whole index or none
-            return Path(place)
-        except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        finally:
-            draft.unlink(missing_ok=True)
-    raise UserError(f"no index of {path} can be written, neither beside it nor in ~/.cache: allow one of the two")
+            except UNREADABLE as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+            finally:
+                draft.unlink(missing_ok=True)
+    raise UserError(f"the index of {path} can be written neither beside it nor in ~/.cache: allow one")
 
 
 def _index_rows(path, make, *args):
     """Index of JSON lines: the stamp, then the rows that make(path, *args) yields."""
 
     def write(file, stamp):
-        file.writelines(json.dumps(row).encode() + b"\n" for row in itertools.chain([stamp], make(path, *args)))
+        rows = itertools.chain([stamp], make(path, *args))
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
     return _index(path, "".join(f".{a}" for a in args) + ".idx", write)
 
@@ -310,7 +329,7 @@ class Tars:
     """WebDataset shards, read at random."""
 
     def __init__(self, shards, classes=None):
-        turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())  # each process starts elsewhere
+        turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())  # others elsewhere
         bar = tqdm(turns, f"index of {shards[0].parent}", leave=False, delay=2, disable=rank() > 0 or None)
         members = {s: np.load(_index_tar(shards[s]))["members"] for s in bar}
         self.shards, self.members, self.classes = shards, [members[s] for s in range(len(shards))], classes
@@ -323,7 +342,7 @@ class Tars:
     def __getitem__(self, i):
         shard = int(np.searchsorted(self.ends, i, side="right"))
         path, (picture, *others) = self.shards[shard], self.members[shard][i - self.ends[shard]].tolist()
-        data = _read(path, 512 * picture[0] - 512, 512 + picture[1])  # the block in front of it holds its name
+        data = _read(path, 512 * picture[0] - 512, 512 + picture[1])  # the block before holds its name
         text, meta, label = (_read(path, 512 * block, size) for block, size in others)
         captions = _captions(_object(meta)) if meta else []
         captions = captions or ([text.decode(errors="replace").strip()] if text else [])
@@ -343,9 +362,9 @@ class Npz:
         except UNREADABLE:
             good = False
         if not good:
-            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1 rising positions in it) and labels (n)")
+            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1, rising) and labels (n)")
         if classes and self.labels.max(initial=0) >= len(classes):
-            raise UserError(f"{path} has label {self.labels.max()}, but classnames.txt only {len(classes)} lines")
+            raise UserError(f"{path} has label {self.labels.max()}, but classnames.txt {len(classes)} lines")
         self.path, self.classes = path, classes
 
     def __len__(self):
@@ -357,8 +376,7 @@ class Npz:
 
 
 class Torchvision:
-    """cifar10, cifar100, stl10 (the labelled pictures) and food101. The first process downloads what is
-    missing."""
+    """cifar10, cifar100, stl10 (what is labelled), food101; downloaded when missing."""
 
     captioned = False
 
@@ -367,14 +385,11 @@ class Torchvision:
         part = {"train": part == "train"} if "cifar" in root.name else {"split": part}
         make = functools.partial(getattr(torchvision.datasets, TORCHVISION[root.name]), root, **part)
         try:
-            if rank() == 0:
-                root.mkdir(parents=True, exist_ok=True)
-                make(download=True)  # does nothing when it is there
-            if world_size() > 1:
-                torch.distributed.barrier()
-            self.data = make()
+            root.mkdir(parents=True, exist_ok=True)
+            with _alone(root):
+                self.data = make(download=True)  # what is there is only checked
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{root.name} is not in {root} and cannot be downloaded there: {error}") from error
+            raise UserError(f"{root} does not hold {root.name}, nor can it be downloaded: {error}") from error
         self.classes = [name.replace("_", " ") for name in self.data.classes]
 
     def __len__(self):
@@ -400,8 +415,7 @@ def _read(path, start, size):
 
 
 def _read_zip(path, name):
-    """A member of a zip. zipfile would parse the whole directory: 2.3 ms for 1,000 members, this takes 0.1
-    ms."""
+    """A member of a zip. zipfile would parse the whole directory: 2.3 ms for 1,000 members, this 0.1 ms."""
     size = os.path.getsize(path)
     tail = _read(path, max(0, size - 2**17), min(size, 2**17))  # the directory is at the end
     entry = tail[max(0, tail.find(name.encode()) - 46) :][:46]
@@ -432,13 +446,13 @@ def _outlines():
     polygon = lambda n: -1j * np.exp(2j * math.pi * np.arange(n) / n)  # noqa: E731
     arc = lambda a: np.exp(1j * math.pi * np.linspace(a, 2 - a, 36))  # noqa: E731
     disc, arm = polygon(48), np.array([1.1 - 0.36j, 1.1 + 0.36j, 0.36 + 0.36j])
-    heart = 16 * np.sin(t) ** 3 - 1j * (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    down = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
     return {
         "circle": disc,
         "square": 1.15 * np.exp(0.25j * math.pi) * polygon(4),
         "triangle": 1.25 * polygon(3) + 0.2j,
         "star": polygon(10) * np.where(np.arange(10) % 2, 0.5, 1.2),
-        "heart": heart / 15,
+        "heart": (16 * np.sin(t) ** 3 - 1j * down) / 15,
         "cross": np.concatenate([arm, 1j * arm, -arm, -1j * arm]),
         "ring": np.concatenate([disc, disc[:1], 0.58 * disc[:1], 0.58 * disc[::-1]]),
         "diamond": np.array([-1.3j, 0.75, 1.3j, -0.75]),
@@ -448,8 +462,7 @@ def _outlines():
 
 
 class Shapes:
-    """Captioned scenes of 64 x 64 pixels, functions of the index: a main object, up to two small ones, a
-    background."""
+    """Captioned scenes, 64 x 64, functions of the index: an object, up to two small ones, a background."""
 
     classes, captioned = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES], True
 
@@ -472,8 +485,9 @@ class Shapes:
             small = rng.uniform(0.28, 0.42) * radius
             places = [(rng.uniform(small, 64 - small), rng.uniform(small, 64 - small)) for _ in range(8)]
             free = [p for p in places if all(math.dist(p, o[3:]) > 1.1 * o[2] + small for o in objects)]
-            other = rng.choice([c for c in COLOURS if c != ground]), rng.choice([s for s in SHAPES if s != shape])
-            objects += [(*other, small, *place) for place in free[:1]]
+            other_colour = rng.choice([c for c in COLOURS if c != ground])
+            other_shape = rng.choice([s for s in SHAPES if s != shape])
+            objects += [(other_colour, other_shape, small, *place) for place in free[:1]]
         image = self.background(rng, ground, texture)
         for name, kind, size, *place in objects:
             fill = tuple(min(255, v + rng.randint(-16, 16)) for v in COLOURS[name])
@@ -489,10 +503,12 @@ class Shapes:
         angle, pitch = rng.uniform(0, math.pi), rng.uniform(0.5, 0.9)
         u = pitch * (right * math.cos(angle) + down * math.sin(angle))
         v = pitch * (down * math.cos(angle) - right * math.sin(angle))
-        if texture == "shaded":
-            dark = (u - u.min()) / np.ptp(u)
-        else:
-            dark = {"plain": 0 * u, "striped": 0.5 + 2 * np.sin(u), "spotted": 4 * np.sin(u) * np.sin(v) - 1}[texture]
+        dark = {
+            "plain": np.zeros_like(u),
+            "striped": 0.5 + 2 * np.sin(u),
+            "spotted": 4 * np.sin(u) * np.sin(v) - 1,
+            "shaded": (u - u.min()) / np.ptp(u),
+        }[texture]
         pixels = np.multiply.outer(0.88 - 0.23 * dark.clip(0, 1), COLOURS[ground]).astype(np.uint8)
         return Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST)
 

@@ -1,0 +1,156 @@
+"""Turns a run directory into results/NAME.json: what was run, on what, for how long, and what came of it.
+
+    python benchmarks/record.py runs/slip_shapes_... --name slip_shapes
+    python benchmarks/record.py runs/simclr_cifar10_... --name simclr_cifar10 --note "first of three seeds"
+
+Every number is read, none is typed: arguments from args.json, machine and commit from env.json, curve and minutes from
+metrics.jsonl, and what evaluate.py found from results.jsonl (of several rows with the same protocol and options the
+last one counts; --result chooses rows). `python benchmarks/table.py` then brings README.md and docs/ up to date.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = ("--output-dir", "--data-dir", "--workers", "--log-every", "--batch-size", "--device")  # no number depends on
+CLOCK = ("step", "epoch", "lr", "images_per_sec", "data_wait", "end")
+POINTS = 60  # of a curve, at most, and as many evaluations
+
+
+def rounded(value):
+    """Floats to 7 significant digits, in whatever they are nested."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def read(path):
+    """-> the object in a .json, the list of objects in a .jsonl. Ends the script when that is impossible."""
+    try:
+        text = path.read_text()
+        return [json.loads(x) for x in text.splitlines() if x] if path.suffix == ".jsonl" else json.loads(text)
+    except (OSError, ValueError) as error:
+        sys.exit(f"record.py: {path} cannot be read ({error})")
+
+
+def without(words, flags):
+    """Command line words without these flags and their values."""
+    out, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        name = word.split("=")[0].replace("_", "-")
+        if name not in flags:
+            out.append(word)
+        elif "=" not in word and words and not words[0].startswith("--"):
+            words.pop(0)
+    return out
+
+
+def training_command(env):
+    script, *flags = shlex.split(env["command"])
+    launcher = f"torchrun --nproc_per_node={env['processes']}" if env["processes"] > 1 else "python"
+    flags = without(flags, [p for p in PLACES if p != "--batch-size"])
+    return shlex.join([*launcher.split(), Path(script).name, *flags])
+
+
+def evaluation_name(row):
+    """Protocol, data, split and what else was not the default: "linear cifar10 val --cached"."""
+    _, _, *words = shlex.split(row["command"])
+    flags = words[next((i for i, w in enumerate(words) if w.startswith("--")), len(words)) :]
+    flags = without(flags, (*PLACES, "--data", "--split", "--json", "--random"))
+    return " ".join([row["protocol"], row["data"], row["split"], *flags])
+
+
+def training_minutes(rows, batch_size):
+    """Of the optimizer steps, without the evaluations between them: each row says how fast the steps before it were."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if "images_per_sec" in row:
+            seconds += (row["step"] - before) * batch_size / row["images_per_sec"]
+            before = row["step"]
+    return seconds / 60
+
+
+def thinned(rows, most=POINTS):
+    """At most that many, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
+def record(directory, name, note="", chosen=None):
+    """-> what results/NAME.json holds."""
+    args, env = read(directory / "args.json"), read(directory / "env.json")
+    rows = read(directory / "metrics.jsonl")
+    log, evals = ([r for r in rows if ("loss" in r) == kind] for kind in (True, False))
+    training = {k: v for row in (log[-1:] + evals[-1:]) for k, v in row.items() if k not in CLOCK}
+    metrics = {"training": {"step": rows[-1]["step"], "epochs": log[-1]["epoch"], **training}}
+    metrics["training"]["images_per_sec"] = statistics.median(r["images_per_sec"] for r in log[1:] or log)
+    found = read(directory / "results.jsonl") if (directory / "results.jsonl").exists() else []
+    for i, row in enumerate(found):
+        if chosen is None or i in chosen:
+            label = evaluation_name(row)
+            metrics[label] = {**row["metrics"], "step": row["step"]}
+            if "random weights" in row:
+                metrics[label + ", random weights"] = row["random weights"]
+    points = sorted(thinned(log) + thinned(evals), key=lambda row: row["step"])
+    curve = {}
+    for row in points:
+        keep = {k: v for k, v in row.items() if k not in CLOCK and "chance" not in k}
+        curve.setdefault(row["step"], {}).update(rounded(keep))
+    on_gpu = env["gpu"] and args["device"] != "cpu"
+    return {
+        "name": name,
+        "method": args["method"],
+        "data": args["data"] if re.fullmatch(r"\w+", args["data"]) else Path(args["data"]).name,
+        "command": training_command(env),
+        "commit": env.get("commit", ""),
+        "date": time.strftime("%Y-%m-%d", time.localtime((directory / "metrics.jsonl").stat().st_mtime)),
+        "hardware": f"{env['processes']} x {env['gpu']}" if on_gpu else f"{env['cpus']} CPU cores",
+        "minutes": rounded(training_minutes(log, args["batch_size"])),
+        "metrics": rounded(metrics),
+        "curve": [[step, values] for step, values in curve.items()],
+        "note": note,
+        "args": {k: v for k, v in args.items() if k not in ("output_dir", "data_dir", "method")},
+        "versions": {"torch": env["torch"], "python": env["python"]},
+    }
+
+
+def write(path, content):
+    """JSON with a line for each point of the curve."""
+    lines = ",\n".join("  " + json.dumps(point) for point in content["curve"])
+    text = json.dumps({**content, "curve": "CURVE"}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace('"CURVE"', f"[\n{lines}\n ]", 1) + "\n")
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--name", required=True, help="of the file below results/, such as slip_shapes")
+    parser.add_argument("--result", type=int, action="append", metavar="ROW",
+                        help="row of results.jsonl, from 0, may be repeated (default: all)")  # fmt: skip
+    parser.add_argument("--note", default="", help="one sentence that the numbers need")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="directory (default: results)")
+    return parser
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if not re.fullmatch(r"[\w-]+", args.name):
+        sys.exit(f"record.py: --name {args.name} may have letters, digits, _ and - only")
+    content = record(args.run, args.name, args.note, args.result)
+    if "dirty" in content["commit"] or not content["commit"]:
+        print(f"warning: recorded from commit {content['commit'] or 'unknown'}, others cannot repeat it", file=sys.stderr)
+    write(args.out / f"{args.name}.json", content)
+    print(f"{args.out / args.name}.json; now run: python benchmarks/table.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Brings README.md and docs/*.md up to date with the tree and with results/*.json.
+
+    python benchmarks/table.py              # rewrites them
+    python benchmarks/table.py --check      # names those that differ, exit status 1
+
+Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->, <!-- curves METHOD -->,
+<!-- speed --> and the same with a slash, and the line numbers in links such as [`clip_loss`](clip.py#L364).
+"""
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- (methods|speed|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
+PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe"}
+IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
+
+
+# -------------------------------------------- the tree --------------------------------------------
+def methods():
+    """{name: (title, arXiv id, parent's name or None)} of the method files, parents before children."""
+    found = {}
+    for path in sorted(ROOT.glob("*.py")):
+        source = path.read_text()
+        if "class Args" not in source or "\ndef train(" not in source:
+            continue
+        text = ast.get_docstring(ast.parse(source))
+        parent = re.search(r"Diff against: (\w+)\.py", text)
+        found[path.stem] = text.split(":")[0], re.search(r"arXiv (\d+\.\d+)", text)[1], parent and parent[1]
+
+    def below(parent):
+        return [x for name in found if found[name][2] == parent for x in (name, *below(name))]
+
+    return {name: found[name] for name in below(None)}
+
+
+def line_count(path):
+    return path.read_bytes().count(b"\n")
+
+
+def diff_size(a, b):
+    """Lines that `git diff --no-index a b` takes away and adds."""
+    git = ["git", "-c", "diff.algorithm=myers", "diff", "--no-ext-diff", "--no-index", "--numstat", a, b]
+    added, removed, _ = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split(maxsplit=2)
+    return int(removed), int(added)
+
+
+def definition_line(path, name):
+    """Line of a definition or assignment; a dot goes into a class."""
+    body, node = ast.parse(path.read_text()).body, None
+    for part in name.split("."):
+        node = next((n for n in body if getattr(n, "name", None) == part
+                     or part in [getattr(t, "id", None) for t in getattr(n, "targets", [])]), None)  # fmt: skip
+        if node is None:
+            sys.exit(f"table.py: {path.name} does not define {name}, which a link names")
+        body = getattr(node, "body", [])
+    return node.lineno
+
+
+# -------------------------------------------- the results --------------------------------------------
+def results():
+    """{name: record} of the runs, in the order of methods()."""
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))]
+    order = list(methods())
+    runs = [r for r in found if "curve" in r and r["method"] in order]
+    return {r["name"]: r for r in sorted(runs, key=lambda r: order.index(r["method"]))}
+
+
+def number(x):
+    return f"{x:.1f}" if abs(x) >= 10 or x == 0 else f"{x:.2f}"
+
+
+def scores(record):
+    """[(what, number, chance or None)] in percent: what evaluate.py found; without that, the last evaluation in the
+    loop."""
+    out = []
+    for label, metrics in record["metrics"].items():
+        protocol, *words = label.split()
+        if protocol in PROTOCOLS:
+            chance = metrics.get("chance")
+            random = label.endswith("random weights")
+            where = " ".join(w for w in words if w != record["data"]).replace(", random weights", "")
+            name = f"{PROTOCOLS[protocol]} {where}" + (", random weights" if random else "")
+            out.append((name, next(iter(metrics.values())), chance))
+    training = record["metrics"]["training"]
+    loop = [(IN_LOOP[k] + " in training", training[k], training.get(re.split("_top|@", k)[0] + "_chance"))
+            for k in IN_LOOP if k in training]  # fmt: skip
+    return out or loop
+
+
+def table(header, rows):
+    rows = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def said(score):
+    what, value, chance = score
+    return f"{what} {number(value)}" + (f" (chance {number(chance)})" if chance else "")
+
+
+def methods_table(prefix):
+    header, rows = ["method", "file (lines)", "paper", "measured here, %", "docs", "diff from its parent"], []
+    for name, (title, arxiv, parent) in methods().items():
+        mine = [r for r in results().values() if r["method"] == name]
+        measured = "; ".join(f"{r['data']}: {said(scores(r)[0])}" for r in mine if scores(r))
+        diff = "none, a first file"
+        if parent:
+            diff = "`diff {0}.py {1}.py`: -{2} +{3}".format(parent, name, *diff_size(f"{parent}.py", f"{name}.py"))
+        lines = line_count(ROOT / f"{name}.py")
+        rows.append([title, f"[{name}.py]({prefix}{name}.py) ({lines})", f"[{arxiv}](https://arxiv.org/abs/{arxiv})",
+                     measured or "not run yet", f"[docs/{name}.md]({prefix}docs/{name}.md)", diff])  # fmt: skip
+    return table(header, rows)
+
+
+def results_table(prefix, method=None):
+    rows, header = [], ["run", "setting", "hardware", "minutes", "result in percent", "commit"]
+    for name, r in results().items():
+        if r["method"] == (method or r["method"]):
+            args, training = r["args"], r["metrics"]["training"]
+            setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, batch {args['batch_size']}, "
+            setting += f"{training['step']} steps ({training['epochs']:.3g} epochs), seed {args['seed']}"
+            told = "; ".join(map(said, scores(r))) or f"loss {training['loss']:.3f}"
+            rows.append([f"[{name}]({prefix}results/{name}.json)", setting, r["hardware"], f"{r['minutes']:.1f}",
+                         told + (f". {r['note']}" if r["note"] else ""), r["commit"]])  # fmt: skip
+    if not rows:
+        return "Nothing is recorded yet.\n"
+    commands = [f"{name}: `{r['command']}`" for name, r in results().items() if r["method"] == (method or r["method"])]
+    return table(header, rows) + "\n" + "".join(f"- {line}\n" for line in commands)
+
+
+def curves(prefix, method):
+    """Of each run up to eight evaluations, with the loss at the nearest row of the log."""
+    text = ""
+    for name, r in results().items():
+        if r["method"] != method:
+            continue
+        evals = [(s, v) for s, v in r["curve"] if any(k in v for k in IN_LOOP)]
+        losses = [(s, v["loss"]) for s, v in r["curve"] if "loss" in v]
+        points = [evals[round(i * (len(evals) - 1) / 7)] for i in range(8)] if len(evals) > 8 else evals
+        columns = [k for k in IN_LOOP if points and k in points[-1][1]]
+        rows = [[str(s), f"{min(losses, key=lambda p: abs(p[0] - s))[1]:.3f}", *(number(v[c]) for c in columns)]
+                for s, v in points]  # fmt: skip
+        if len(rows) > 1:
+            chance = {c: r["metrics"]["training"].get(re.split("_top|@", c)[0] + "_chance") for c in columns}
+            header = ["step", f"loss (chance {r['metrics']['training']['chance']:.3f})"]
+            header += [f"{IN_LOOP[c]} (chance {number(chance[c])})" for c in columns]
+            text += f"{name}:\n\n" + table(header, rows) + "\n"
+    return text or "No curve is recorded yet.\n"
+
+
+def speed(prefix):
+    """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
+    rows = []
+    for path in sorted((ROOT / "results").glob("*.json")):
+        r = json.loads(path.read_text())
+        link, machine = f"[{path.stem}]({prefix}results/{path.name})", r.get("gpu") or r.get("cpu")
+        if path.stem.startswith("augment"):
+            for policy, found in r["results"].items():
+                pil, ratio = found["ms"]["pil"][0], found["times_faster_than_pil"]
+                rows.append([link, f"two 224 px views ({policy}), {machine}, one thread", f"PIL pipeline {pil:.1f} ms",
+                             f"loader worker {found['ms']['worker'][0]:.1f} ms", f"{ratio['worker'][0]:.1f}x"])
+                rows.append([link, "the same with the device's part on that thread too", f"PIL pipeline {pil:.1f} ms",
+                             f"{found['ms']['worker+device'][0]:.1f} ms", f"{ratio['worker+device'][0]:.1f}x"])
+        elif path.stem.startswith("step"):
+            for found in r["results"].values():
+                (peer, theirs), ours = next(iter(found["rows"].items())), found["rows"]["here"]
+                rows.append([link, f"training step, {found['setting']}, {machine}, {r['dtype']}",
+                             f"{peer} {theirs['ms_min']:.0f} ms", f"{ours['ms_min']:.0f} ms",
+                             f"{theirs['ms_min'] / ours['ms_min']:.2f}x"])  # fmt: skip
+        elif path.stem.startswith("loss_memory"):
+            for loss, points in r["results"].items():
+                first, last = points[0], points[-1]
+                rows.append([link, f"bytes that {loss} keeps for backward per local x global pair",
+                             f"{first['matrix_bytes_per_b_x_B']:.1f} at {first['local_batch']} x {first['global_batch']}",
+                             f"{last['matrix_bytes_per_b_x_B']:.1f} at {last['local_batch']} x {last['global_batch']}",
+                             ""])  # fmt: skip
+    return table(["record", "what", "beside", "here", "ratio"], rows) if rows else "Nothing is recorded yet.\n"
+
+
+# -------------------------------------------- writing --------------------------------------------
+def updated(path):
+    prefix = "../" if path.parent.name == "docs" else ""
+
+    def block(match):
+        kind, _, method = match[2].partition(" ")
+        make = {"methods": methods_table, "results": results_table, "curves": curves, "speed": speed}[kind]
+        return match[1] + make(prefix, *([method] if method else [])) + match[3]
+
+    def link(match):
+        name, up, file = match[1], match[2], match[3]
+        return f"[`{name}`]({up}{file}#L{definition_line(ROOT / file, name)})"
+
+    return LINK.sub(link, BLOCK.sub(block, path.read_text()))
+
+
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, name the files that are not up to date")
+    return parser
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    stale = [path for path in pages() if path.read_text() != updated(path)]
+    if args.check and stale:
+        sys.exit(f"not up to date, run python benchmarks/table.py: {', '.join(path.name for path in stale)}")
+    for path in stale:
+        path.write_text(updated(path))
+    print("up to date" if args.check or not stale else f"wrote {', '.join(path.name for path in stale)}")
+
+
+if __name__ == "__main__":
+    main()

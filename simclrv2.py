@@ -1,0 +1,394 @@
+"""SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners (2020, arXiv 2006.10029).
+
+Stages 2 and 3 of three; stage 1 is simclr.py. The pretrained network becomes a classifier with the labels of
+a small part of the images; that classifier then teaches a student on all images, without their labels. What
+makes it work: fine-tuning from inside the projection head, and bigger networks where labels are fewer.
+
+Losses, with f(x) the C logits of an image x, tau the temperature, P(y|x; tau) = softmax(f(x) / tau)[y]:
+    finetune   L = -mean over the labelled x of log P(y|x; 1)
+    distill    L = -mean over all x of sum_y P_T(y|x; tau) log P_S(y|x; tau)                      (Eq. 2)
+               or alpha times this plus 1 - alpha times that of finetune                          (Eq. 3)
+    chance level of each: ln C
+B global batch, b = B / processes, N images, D features of the backbone, T teacher, S student.
+
+Laptop     torchrun simclrv2.py --checkpoint runs/simclr_shapes_...
+           torchrun simclrv2.py --recipe shapes-distill --teacher runs/simclrv2_shapes_...
+1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN      (then --recipe cifar10-distill)
+8 GPUs     torchrun --nproc_per_node=8 simclrv2.py --data imagenet --checkpoint RUN
+           torchrun --nproc_per_node=8 simclrv2.py --data imagenet --recipe imagenet-distill --teacher RUN
+
+Differences from the official code:
+ - Eq. 2 is logged in nats as the paper has it, and multiplied by tau^2 for the update as in the official
+   notebook: its gradient grows as tau falls, and --temperature would be a learning rate as well.
+ - Eq. 3 has sums over the labelled and over all images, here both are means; the notebook has no Eq. 3.
+ - The labelled images are drawn by --seed; official: lists of files. Crops are torchvision's (see simclr.py).
+ - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
+
+Diff against: simclr.py.
+"""
+
+import contextlib
+import json
+import math
+import re
+import types
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import LARS, Run, UserError, all_gather, init_distributed, load_checkpoint, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import EvalView, Loader, hflip, open_dataset, random_resized_crop, to_float
+from evaluate import evaluation_set, extract, labelled, save_curves, save_views, zeroshot_metrics
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    stage: Literal["finetune", "distill"] = "finetune"  # set by --recipe NAME-distill
+    checkpoint: str = ""  # run of simclr.py to start from (distill: default is a new network)
+    teacher: str = ""  # distill: run of this file to learn from
+    label_fraction: float = 0.01  # finetune: class-balanced part of the labels; distill: the teacher's
+    head_layer: int = 1  # layers of the projection head kept; 0 with all labels and in students (Sec. 3.1)
+    temperature: float = 1.0  # distill: tau; 1.0 for a smaller student, 0.1 for an equal one (Sec. 3.1)
+    alpha: float = 1.0  # distill: weight of the teacher in Eq. 3; 1 needs no labels
+    arch: str = ""  # resnet{18,34,50,101,152}, may end in x2, x3, x4 (default: checkpoint's or teacher's)
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: the checkpoint's or teacher's
+    image_size: int | None = None  # pixels (default: the checkpoint's or teacher's)
+    epochs: int = 60  # Sec. 3.1; 30 with 10% or all labels, 400 to distill
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 1024  # global: all processes together (Sec. 3.1)
+    accum_steps: int = 1  # more is refused: batch norm needs the whole batch
+    base_lr: float = 0.005  # lr = base_lr * sqrt(batch) (Sec. 3.1); 0.002 for wide networks, 0.1 to distill
+    min_lr: float = 0.0  # end of the cosine
+    warmup_epochs: float = 0.0  # linear, from 0 (Sec. 3.1)
+    optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 3.1
+    momentum: float = 0.9  # of either optimizer
+    weight_decay: float = 0.0  # on everything but biases and batch norm (Sec. 3.1); 1e-4 to distill
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order, views and the choice of labels
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log there
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+DISTILL = dict(stage="distill", head_layer=0, base_lr=0.1, weight_decay=1e-4)  # Sec. 3.1
+RECIPES = {
+    "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128),
+    "shapes-distill": dict(DISTILL, epochs=2, batch_size=128),
+    "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
+    "cifar10-distill": dict(DISTILL, epochs=200, warmup_epochs=10.0, batch_size=512),
+    "imagenet": {},  # 1% of the labels: ResNet-50 57.9%
+    "imagenet-10": dict(label_fraction=0.1, epochs=30),  # 68.4%
+    "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),  # 76.3%
+    "imagenet-distill": dict(DISTILL, arch="resnet50", epochs=400, warmup_epochs=20.0, batch_size=4096),
+}
+
+
+# -------------------------------------------- augmentation --------------------------------------------
+class CropFlipView:
+    """The only view (Sec. 3.1); the teacher sees the same one as its student. Images stay in [0, 1]."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this
+        sample."""
+        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {"flip": rng.random() < 0.5}
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float in [0, 1]."""
+        return hflip(to_float(x), draw["flip"])
+
+
+# Copied from simclr.py: eval_view
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+
+
+# -------------------------------------------- backbone --------------------------------------------
+# Copied from simclr.py: ResNet
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) -> (B, D)."""
+
+    def __init__(self, block, layers, width=1, cifar_stem=False):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, zero_init_residual=True)
+        self.conv1 = nn.Conv2d(3, 64 * width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        if cifar_stem:
+            self.conv1 = nn.Conv2d(3, 64 * width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.feature_dim, self.fc = self.fc.in_features * width, nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
+                std = module.weight[0].numel() ** -0.5 / 0.87962566
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = 64 * self.width
+        return super()._make_layer(block, planes * self.width, blocks, stride, dilate)
+
+
+# Copied from simclr.py: resnet
+def resnet(arch, cifar_stem=False):
+    """"resnet50" or, with a width multiplier, "resnet50x2" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]), "50": (bottleneck, [3, 4, 6, 3]),
+              "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
+    if not match or match[1] not in depths:
+        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101, 152 or wider, resnet50x2")
+    return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
+
+
+# -------------------------------------------- model --------------------------------------------
+# Adapted from simclr.py: ProjectionHead, only layers below its output, which all end in ReLU
+class HeadLayers(nn.Module):
+    """The first `layers` layers of the projection head; none: identity. (B, D) -> (B, D)."""
+
+    def __init__(self, dim, layers):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(layers))
+        for linear in self.linears:
+            nn.init.normal_(linear.weight, std=0.01)
+
+    def forward(self, h):
+        for linear, norm in zip(self.linears, self.norms):
+            h = F.relu(norm(linear(h)))
+        return h
+
+
+class Classifier(nn.Module):
+    """f of Sec. 2. Its last layer starts at 0, as the official code can, and the loss thereby at ln C."""
+
+    def __init__(self, backbone, head_layer, num_classes):
+        super().__init__()
+        self.backbone = backbone
+        self.head = HeadLayers(backbone.feature_dim, head_layer)
+        self.classifier = nn.Linear(backbone.feature_dim, num_classes)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x):
+        """(B, 3, S, S) -> logits (B, C)."""
+        return self.classifier(self.head(self.backbone(x)))
+
+
+def build_model(args) -> Classifier:
+    """args: as train() completes them."""
+    return Classifier(resnet(args.arch, args.stem == "cifar"), args.head_layer, args.num_classes)
+
+
+def image_encoder(model: Classifier) -> nn.Module:
+    """Module from images to pooled features (B, D), those that the classifier sees."""
+    return nn.Sequential(model.backbone, model.head)
+
+
+# -------------------------------------------- loss --------------------------------------------
+def supervised_loss(logits, labels):
+    """Mean cross-entropy over the labelled images of the global batch, in nats; chance level ln C.
+
+    logits (b, C), labels (b,) of this process, -1: none. The mean over processes is the mean over all labelled
+    images, however many of them a process has; 0 when there is none at all."""
+    all_labels = all_gather(labels)  # (B,)
+    share = (all_labels >= 0).sum().clamp(min=1) / len(all_labels)
+    return F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum") / (len(labels) * share)
+
+
+def distillation_loss(student_logits, teacher_logits, temperature):
+    """Eq. 2: cross-entropy of the student with the softened prediction of the teacher, in nats; chance level
+    ln C. It cannot fall below the entropy of that prediction, distillation_loss(teacher, teacher, temperature).
+
+    (b, C) each, of this process: the mean over processes is the loss of the global batch. A gradient
+    step changes predictions in proportion to 1 / temperature^2: multiply by its inverse to be rid of that."""
+    target = F.softmax(teacher_logits.float() / temperature, dim=-1)
+    return F.cross_entropy(student_logits.float() / temperature, target)
+
+
+# -------------------------------------------- training --------------------------------------------
+def labelled_part(dataset, fraction, seed):
+    """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class (rounded, at
+    least one, all where there are fewer). A function of the seed, contained in what a larger fraction gives.
+    Reads samples in random order until it has enough: 2 to 3% of ImageNet for a fraction of 1%."""
+    chosen = torch.full((len(dataset),), fraction == 1)
+    missing = [max(1, round(fraction * len(dataset) / len(dataset.classes)))] * len(dataset.classes)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    while fraction < 1 and order and any(missing):
+        with contextlib.suppress(OSError, ValueError):  # a broken sample
+            index = order.pop()
+            label = dataset[index].label
+            if label >= 0 and missing[label]:
+                missing[label] -= 1
+                chosen[index] = True
+    return chosen
+
+
+def earlier_stages(args):
+    """-> checkpoints of --checkpoint and --teacher, None where there is none. What `args` leave open about
+    the network is taken from them. Raises UserError when they are not what the stage needs."""
+    if RECIPES.get(args.recipe or args.data, {}).get("stage", "finetune") != args.stage:
+        raise UserError(f"--stage {args.stage} needs one of its own recipes: {', '.join(RECIPES)}")
+    if (args.stage == "distill") != bool(args.teacher) or not (args.teacher or args.checkpoint):
+        raise UserError("fine-tuning needs --checkpoint, distilling --teacher and --recipe NAME-distill")
+    found = []
+    for path, method in ((args.checkpoint, "simclr"), (args.teacher, "simclrv2")):
+        found.append(load_checkpoint(path) if path else None)
+        if path and not (isinstance(found[-1], dict) and found[-1].get("method") == method):
+            raise UserError(f"{path} was not written by {method}.py, give a run that was")
+    before = (found[0] or found[1])["args"]
+    args.arch, args.image_size = args.arch or before["arch"], args.image_size or before["image_size"]
+    if args.stem == "auto":
+        cifar_stem = before["stem"] == "cifar" or before["stem"] == "auto" and before["image_size"] <= 32
+        args.stem = "cifar" if cifar_stem else "imagenet"
+    return found
+
+
+def accuracy(model, val, view, device, workers):
+    """Collective. -> {"val_top1", "val_top5", "val_chance"} on all of a split, in percent."""
+    logits, labels = labelled(val, *extract(model, val, view, device, workers=workers))
+    metrics = zeroshot_metrics(logits, labels)
+    scores = {f"val_{name}": metrics[name] for name in ("top1", "top5") if name in metrics}
+    return {**scores, "val_chance": 100 / logits.shape[1]}
+
+
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+    if args.accum_steps > 1:
+        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+    if not 0 < args.label_fraction <= 1 or args.alpha > 1 or not args.temperature:
+        raise UserError("--label-fraction and --temperature must be above 0, and no fraction or --alpha above 1")
+    pretrained, taught = earlier_stages(args)
+
+    # data
+    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    known = [dataset.classes, args.label_fraction, args.seed] if not taught else json.loads(taught["labels"])
+    classes, fraction, seed = known
+    if not classes or dataset.classes != classes and args.alpha < 1:
+        raise UserError(f"{dataset.name} does not have the labels that are needed, see docs/data.md")
+    args.num_classes = len(classes)  # not a flag, but build_model needs it
+    if not taught or args.alpha < 1:
+        has_label = labelled_part(dataset, fraction, seed).to(device)  # (N,)
+    if not taught:
+        name, dataset = dataset.name, torch.utils.data.Subset(dataset, has_label.nonzero().flatten().tolist())
+        dataset.name, dataset.classes, dataset.captioned = f"{100 * fraction:g}% of {name}", classes, False
+    view = CropFlipView(args.image_size)
+    views = {"view": view}
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model, teacher = build_model(args), None
+    if pretrained:
+        names = [name for name in model.state_dict() if not name.startswith("classifier.")]
+        try:
+            model.load_state_dict({name: pretrained["model"][name] for name in names}, strict=False)
+        except (KeyError, RuntimeError) as error:
+            fit = f"--arch {args.arch} --stem {args.stem} --head-layer {args.head_layer}"
+            raise UserError(f"{args.checkpoint} does not fit {fit}") from error
+    if taught:
+        teacher = build_model(types.SimpleNamespace(**taught["args"])).requires_grad_(False).eval()
+        teacher.load_state_dict(taught["model"])
+        teacher.to(device, memory_format=torch.channels_last)
+    model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    weight = model.classifier.weight  # official: LARS does not scale it either; its decay is in the loss
+    excluded = [p for p in model.parameters() if p.ndim < 2 or p is weight]  # and batch norm, biases
+    scaled = [p for p in model.parameters() if p.ndim >= 2 and p is not weight]
+    groups = [{"params": scaled, "weight_decay": args.weight_decay},
+              {"params": excluded, "weight_decay": 0.0}]  # fmt: skip
+    scale = args.batch_size**0.5
+    peak = args.base_lr * scale
+    if args.optimizer == "lars":
+        groups[1]["exclude"] = True
+        optimizer = LARS(groups, lr=peak, momentum=args.momentum, lr_in_momentum=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
+
+    # run directory; continues from its checkpoint if it has one
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("simclrv2", args, loader, state, {"labels": json.dumps(known)})
+    run.say(f"lr = {args.base_lr} * {scale:g} (sqrt scaling) = {peak:g}")
+    if val and val.classes != classes:
+        val = run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    chance = math.log(len(classes))
+
+    for step, batch in loader.batches(run.step, run.last):
+        x, labels = view(*batch["view"]), batch["label"]
+        if step == 0:
+            save_views(run.dir, {"view": x}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+
+        with autocast:
+            logits = ddp(x)
+            with torch.no_grad():
+                teacher_logits = teacher(x) if teacher else None
+        if not teacher:
+            loss = supervised_loss(logits, labels)
+            terms = {"loss": (loss, chance)}
+        else:
+            imitation = distillation_loss(logits, teacher_logits, args.temperature)
+            entropy = distillation_loss(teacher_logits, teacher_logits, args.temperature)
+            terms = {"distill_loss": (imitation, chance), "teacher_entropy": (entropy, None)}
+            soft, hard = args.alpha * args.temperature**2, 1 - args.alpha
+            loss = soft * imitation
+            if hard:
+                label_loss = supervised_loss(logits, labels.where(has_label[batch["index"]], -1))
+                loss, terms["label_loss"] = loss + hard * label_loss, (label_loss, chance)
+            terms = {"loss": (loss, (soft + hard) * chance), **terms}
+        decay = args.weight_decay / 2 * weight.square().sum()
+        scaler.scale(loss + decay).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        run.log(terms, lr=lr)
+        if val and run.due(args.eval_every):
+            run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    recipe = f"{args.data if args.data in RECIPES else 'imagenet'}-distill"
+    return run.finish(f"torchrun simclrv2.py --data {args.data} --recipe {recipe} --teacher {run.dir}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

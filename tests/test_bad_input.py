@@ -1,0 +1,590 @@
+"""What a user can cause ends in one sentence and status 2, and overwrites nothing; what is only odd trains on."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runs import FLAGS, METHODS, ROOT, command, environment, make_photos, module_of, rows
+
+# Importing torch takes longer than most of these commands, so one process imports it once and forks for each of them.
+# The fork runs the script as __main__ and ends as the script ends: status, stdout and stderr are the program's own.
+SERVER = """
+import json, os, runpy, signal, sys
+import torch, torch._dynamo, torchvision, PIL.Image, tokenizers, common, data, evaluate
+sys.modules["matplotlib"] = None  # curves.png takes longer than the runs
+started = []
+for line in sys.stdin:
+    job = json.loads(line)
+    if "poll" in job:
+        pid, status = os.waitpid(job["poll"], os.WNOHANG)
+        print(os.waitstatus_to_exitcode(status) if pid else "running", flush=True)
+        continue
+    if pid := os.fork():
+        started.append(pid)
+        print(pid, flush=True)
+        continue
+    os.setsid()
+    for number, path in enumerate(["/dev/null", job["out"], job["err"]]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    sys.argv = job["argv"]
+    exec(job["before"])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()
+for pid in started:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class Program:
+    """A command that runs in a fork of the server. before: Python to run first, in the same process."""
+
+    def __init__(self, server, script, *flags, before="", env=None):
+        self.server, self.where = server, server.root / f"command{next(server.numbers)}"
+        self.where.mkdir()
+        job = {"argv": [str(ROOT / script), *map(str, flags)], "env": env or {}, "before": before}
+        self.pid = int(server.ask(out=f"{self.where}.out", err=f"{self.where}.err", cwd=str(self.where), **job))
+
+    def wait(self):
+        """-> CompletedProcess, as subprocess.run gives it."""
+        for _ in range(24000):
+            status = self.server.ask(poll=self.pid)
+            if status != "running":
+                texts = [Path(f"{self.where}.{end}").read_text() for end in ("out", "err")]
+                return subprocess.CompletedProcess([], int(status), *texts)
+            time.sleep(0.005)
+        os.killpg(self.pid, signal.SIGKILL)
+        raise TimeoutError(Path(f"{self.where}.err").read_text())
+
+
+class Server:
+    def __init__(self, root):
+        self.root, self.numbers = root, itertools.count()
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER], env=environment(), **pipes)
+
+    def ask(self, **job):
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return self.process.stdout.readline().strip()
+
+    def run(self, script, *flags, **options):
+        return Program(self, script, *flags, **options).wait()
+
+    def run_on_two(self, script, *flags, before=("", "")):
+        """Two processes in one group, with the environment that torchrun gives them. -> both, finished."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        both = [Program(self, script, *flags, before=before[r], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
+                for r in range(2)]  # fmt: skip
+        return [program.wait() for program in both]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.process.stdin.close()
+    server.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+def assert_sentence(done, script, *parts):
+    """Status 2; one line that names the script; nothing else but what was said about the data before."""
+    said = [line for line in done.stderr.splitlines() if not line.startswith("no evaluation while training")]
+    assert done.returncode == 2, done
+    assert len(said) == 1 and said[0].startswith(f"{script}: error: ") and len(said[0]) < 500, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    for part in parts:
+        assert part in said[0], (part, said[0])
+
+
+def contents(folder):
+    """Every file below it. args.json keeps the latest of the flags that may change, such as --max-steps."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name not in (".lock", "args.json")]
+    return {path: path.is_dir() or path.read_bytes() for path in paths}
+
+
+@contextlib.contextmanager
+def unchanged(*folders):
+    before = [contents(folder) for folder in folders]
+    yield
+    assert [contents(folder) for folder in folders] == before
+
+
+# ------------------------------------------------ arguments ------------------------------------------------
+MISTAKES = [  # method, flags after those of tests/runs.py ({0} is a folder with the things named below), sentence
+    ("slip", "--batch-sise 4", "unknown argument --batch-sise, did you mean --batch-size?"),
+    ("simclr", "--blurr", "unknown argument --blurr, did you mean --blur?"),
+    ("clip", "yfcc15m", "unknown argument yfcc15m"),
+    ("clip", "--batch-size many", "--batch-size: invalid int value: 'many'"),
+    ("clip", "--batch-size", "--batch-size: expected one argument"),
+    ("simclr", "--lr-scaling cubic", "--lr-scaling: invalid choice: 'cubic'"),
+    ("slip", "--dtype fp8", "--dtype: invalid choice: 'fp8'"),
+    ("slip", "--lr nan", "--lr nan must be at least 0"),
+    ("slip", "--lr inf", "--lr inf must be at least 0 and finite"),
+    ("slip", "--lr 1e39", "--lr 1e+39 must be at least 0 and finite"),  # no float32
+    ("slip", "--lr -1", "--lr -1.0 must be at least 0"),
+    ("slip", "--seed 99999999999999999999", "--seed 99999999999999999999 must be"),
+    ("slip", "--epochs 0", "--epochs 0 must be above 0"),
+    ("slip", "--batch-size 0", "--batch-size 0 must be above 0"),
+    ("slip", "--text-width 0", "--text-width 0 must be above 0"),
+    ("slip", "--text-width 100", "--text-width 100 is not a multiple of 64"),
+    ("simclr", "--head-layers 0", "--head-layers 0 must be above 0"),
+    ("clip", "--recipe yfcc", "unknown recipe yfcc, choose one of shapes, flickr8k, yfcc15m"),
+    ("clip", "--arch vit_huge_patch16", "--arch vit_huge_patch16 is unknown, choose"),
+    ("clip", "--arch vit_base", "--arch vit_base is unknown"),
+    ("clip", "--arch vit_base_patch0", "--arch vit_base_patch0 is unknown"),
+    ("clip", "--arch resnet50_patch16", "--arch resnet50_patch16 is unknown"),
+    ("slip", "--arch resnet50", "--arch resnet50 is unknown, choose"),
+    ("slip", "--arch vit_base_patch00", "--arch vit_base_patch00 is unknown"),
+    ("simclr", "--arch resnet20", "--arch resnet20 is unknown, choose resnet18"),
+    ("clip", "--arch resnet50 --image-size 100", "--image-size 100 is not a multiple of 32"),
+    ("slip", "--image-size 33", "--image-size 33 is not a multiple of 16"),
+    ("clip", "--batch-size 99", "52 samples"),
+    ("slip", "--batch-size 1", "--batch-size 1 leaves no other sample"),
+    ("simclr", "--accum-steps 2", "--accum-steps"),
+    ("clip", "--arch resnet50 --text-width 64 --accum-steps 2", "for resnet50"),
+    ("slip", "--accum-steps 3", "--accum-steps 3 does not divide the 8 samples"),
+    ("clip", "--device cuda", "--device cuda is not available here, use cpu"),
+    ("clip", "--device tpu", "--device tpu is not available here"),
+    ("clip", "--device cpu:x", "--device cpu:x is not available here"),
+    ("slip", "--tokenizer {0}/nothing.json", "nothing.json: [Errno 2]"),
+    ("slip", "--tokenizer {0}/file", "tokenizer {0}/file: "),
+    ("slip", "--vocab-size 100", "its 514 tokens are more than --vocab-size 100"),
+    ("slip", "--data imagenet --data-dir {0}", "there is no data at {0}/imagenet, see docs/data.md"),
+    ("slip", "--data flickr8", "did you mean flickr8k?"),
+    ("slip", "--data {0}/nowhere", "there is no data at {0}/nowhere, see docs/data.md"),
+    ("slip", "--data {0}/empty", "{0}/empty holds no pictures"),
+    ("simclr", "--data {0}/empty", "{0}/empty holds no pictures"),
+    ("slip", "--data {0}/classes", "classes has no captions, docs/data.md"),
+    ("clip", "--data {0}/classes", "classes has no captions, docs/data.md"),
+    ("simclr", "--data {0}/tar", "{0}/tar/shard.tar cannot be read: "),
+    ("slip", "--data {0}/table", "the columns of {0}/table/train.csv are ['a', 'b']"),
+    ("simclr", "--data {0}/gone", "a hundred samples of gone in a row are bad"),
+    ("simclr", "--data {0}/gone --workers 1", "a hundred samples of gone in a row are bad"),
+    ("slip", "--output-dir {0}/file", "{0}/file cannot hold a run"),
+    ("slip", "--output-dir {0}/full", "{0}/full is not empty and holds no run"),
+    ("slip", "--output-dir {0}/half", "{0}/half cannot hold a run"),
+    ("slip", "--output-dir /dev/null/run", "/dev/null/run cannot hold a run"),  # not even root may write there
+]
+
+
+def picture(size=(40, 30), mode="RGB", **options):
+    """The bytes of an image file full of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, **options)
+    return file.getvalue()
+
+
+def write_rows(folder, samples):
+    """train.jsonl of (picture, caption) pairs."""
+    text = "".join(json.dumps({"image": image, "captions": [caption]}) + "\n" for image, caption in samples)
+    (folder / "train.jsonl").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    root, jpeg = tmp_path_factory.mktemp("things"), picture(format="JPEG")
+    for name in ("empty", "full", "half", "tar", "table", "gone", "classes/train/a", "classes/train/b"):
+        (root / name).mkdir(parents=True)
+    (root / "file").write_text("mine\n")
+    (root / "full" / "thesis.txt").write_text("mine\n")
+    (root / "half" / "args.json").write_text('{"method')
+    (root / "table" / "train.csv").write_text("a,b\n1,2\n")
+    write_rows(root / "gone", [(f"{i}.jpg", "gone") for i in range(20)])
+    for i in range(20):
+        (root / "classes" / "train" / "ab"[i % 2] / f"{i}.jpg").write_bytes(jpeg)
+    with tarfile.open(root / "tar" / "shard.tar", "w") as tar:
+        for i in range(20):
+            info = tarfile.TarInfo(f"{i}.jpg")
+            info.size = len(jpeg)
+            tar.addfile(info, io.BytesIO(jpeg))
+    os.truncate(root / "tar" / "shard.tar", 9000)
+    return root
+
+
+@pytest.mark.parametrize("name, flags, sentence", MISTAKES)
+def test_a_mistake_is_a_sentence(server, photos, things, name, flags, sentence):
+    argv = [f"{name}.py", *FLAGS[name], "--data", photos, *flags.format(things).split()]
+    with unchanged(photos, things):
+        program = Program(server, *argv)
+        assert_sentence(program.wait(), argv[0], sentence.format(things))
+    assert not contents(program.where) or "gone" in flags  # found out after the run has begun
+
+
+def test_underscores_are_dashes(server, photos):
+    texts = [server.run("slip.py", *FLAGS["slip"], "--data", photos, *flag).stderr
+             for flag in (["--batch-size", 99], ["--batch_size", 99], ["--batch-size=99"], ["--batch_size=99"])]
+    assert len(set(texts)) == 1 and "99" in texts[0] and "52 samples" in texts[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_has_every_flag_with_its_comment(server, name):
+    done = server.run(f"{name}.py", "--help", env={"COLUMNS": "1000"})
+    assert done.returncode == 0 and not done.stderr
+    text = " ".join(done.stdout.split())
+    source = (ROOT / f"{name}.py").read_text().split("class Args:")[1].split("\n\n")[0]
+    fields = re.findall(r"^ +(\w+): .*?(?:  # (.*))?$", source, re.M)
+    assert [field for field, _ in fields] == list(vars(module_of(name).Args()))
+    for field, comment in fields:
+        assert comment, f"{field} has no comment"
+        flag = "--" + field.replace("_", "-")
+        assert re.search(rf"{flag}\b.*? {re.escape(' '.join(comment.split()))} \(default: ", text), field
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_missing_package(server, photos, tmp_path, package):
+    hide = f"sys.modules[{package!r}] = None"  # as if it were not installed
+    argv = ["slip.py", *FLAGS["slip"], "--data", photos, "--output-dir", tmp_path / "run", f"--{package}"]
+    assert_sentence(server.run(*argv, before=hide), "slip.py", f"`pip install {package}` or leave its flag out")
+    first, second = server.run_on_two(*argv, before=(hide, hide))
+    assert_sentence(first, "slip.py", f"`pip install {package}`")
+    assert second.returncode == 2 and not second.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--batch-size 7", "batch size 7 cannot be divided among 2 processes"),
+    ("--batch-size 1", "batch size 1 cannot be divided among 2 processes"),
+    ("--accum-steps 3", "--accum-steps 3 does not divide the 4 samples of a process"),
+    ("--output-dir {0}/full", "{0}/full is not empty and holds no run"),
+])  # fmt: skip
+def test_two_processes_say_it_once(server, photos, things, flags, sentence):
+    with unchanged(things):
+        first, second = server.run_on_two("slip.py", *FLAGS["slip"], "--data", photos, *flags.format(things).split())
+    assert_sentence(first, "slip.py", sentence.format(things))
+    assert second.returncode == 2 and not second.stderr
+
+
+def test_the_same_under_torchrun(photos):
+    """It adds a report of its own below the sentence."""
+    done = command("slip.py", *FLAGS["slip"], "--data", photos, "--batch-size", "7", processes=2)
+    said = "slip.py: error: batch size 7 cannot be divided among 2 processes\n"
+    assert done.returncode and done.stderr.count(said) == 1
+    assert str(ROOT / "common.py") not in done.stderr  # no traceback through our files
+
+
+def test_memory_that_does_not_suffice(server, photos, tmp_path):
+    """The first mistake on a GPU: what torch raises there."""
+    full = """
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 1 GiB.")
+torch.nn.functional.cross_entropy = full
+"""
+    argv = ["clip.py", *FLAGS["clip"], "--data", photos, "--output-dir", tmp_path / "run"]
+    assert_sentence(server.run(*argv, before=full), "clip.py", "CUDA out of memory: lower --batch-size")
+
+
+# ------------------------------------------------ checkpoints ------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(server, photos, tmp_path_factory):
+    """A run of one step and a folder of files that are not such a checkpoint, although they bear its name."""
+    root = tmp_path_factory.mktemp("finished")
+    argv = ["--data", photos, "--output-dir", root / "run", *FLAGS["slip"], "--max-steps", 1, "--eval-every", 0]
+    done = server.run("slip.py", *argv)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    good = root / "run" / "checkpoint.pt"
+
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {root}/executed",)
+
+    (root / "empty.pt").touch()
+    (root / "text.pt").write_text("hello\n")
+    (root / "cut.pt").write_bytes(good.read_bytes()[:20000])
+    torch.save({"model": Code()}, root / "code.pt")
+    torch.save({"model": Code()}, root / "code_old_format.pt", _use_new_zipfile_serialization=False)
+    (root / "code_pickle.pt").write_bytes(pickle.dumps(Code(), protocol=2))
+    torch.save([1, 2], root / "list.pt")
+    torch.save(torch.load(good, weights_only=True)["model"], root / "weights.pt")
+    return root
+
+
+BROKEN = ["empty", "text", "cut", "code", "code_old_format", "code_pickle"]
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "list", "weights", "nothing"])
+def test_no_checkpoint_to_evaluate(server, photos, finished, name):
+    with unchanged(finished):
+        done = server.run("evaluate.py", "retrieval", finished / f"{name}.pt", "--data", photos, "--device", "cpu")
+    reason = "is no checkpoint, is damaged or holds code, which is never run" if name in BROKEN else "checkpoint"
+    reason = "was not written by one of our method files" if name in ("list", "weights") else reason
+    assert_sentence(done, "evaluate.py", f"{finished / name}.pt", reason)
+    assert not (finished / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["empty", "cut", "code", "list", "weights"])
+def test_no_checkpoint_to_continue(server, photos, finished, tmp_path, name):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.copy(finished / f"{name}.pt", tmp_path / "run" / "checkpoint.pt")
+    with unchanged(tmp_path):
+        done = server.run("slip.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["slip"])
+        assert_sentence(done, "slip.py", f"{tmp_path}/run/checkpoint.pt")
+    assert not (finished / "executed").exists()
+
+
+def test_a_finished_run_stays_as_it_is(server, photos, finished):
+    argv = ["--data", photos, "--output-dir", finished / "run", *FLAGS["slip"], "--max-steps", 1, "--eval-every", 0]
+    before = (finished / "run" / "checkpoint.pt").read_bytes(), rows(finished / "run")
+    done = server.run("slip.py", *argv)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert ((finished / "run" / "checkpoint.pt").read_bytes(), rows(finished / "run")) == before
+
+
+# ------------------------------------------------ Ctrl-C ------------------------------------------------
+def losses_of(run):
+    """The rows of metrics.jsonl that are not evaluations."""
+    return [row for row in rows(run) if "loss" in row]
+
+
+def wait_for_rows(folder, count):
+    for _ in range(6000):
+        log = list(folder.rglob("metrics.jsonl"))
+        if log and len(rows(log[0].parent)) >= count:
+            return log[0].parent
+        time.sleep(0.01)
+    raise TimeoutError("there was no step")
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(server, photos):
+    """The terminal sends it to the loader's worker as well. Then the command that was printed is run."""
+    flags = ["--data", photos, *FLAGS["slip"], "--epochs", 400, "--eval-every", 0, "--workers", 1]
+    program = Program(server, "slip.py", *flags)
+    run = wait_for_rows(program.where, 3)
+    os.killpg(program.pid, signal.SIGINT)
+    done = program.wait()
+    assert done.returncode == 128 + signal.SIGINT and not done.stderr, done.stderr
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert step == rows(run)[-1]["step"] >= 3
+    python, script, *again = shlex.split(done.stdout.split("continue with: ")[1].splitlines()[0])
+    assert python == "python" and f"{run.parent.name}/{run.name}" in again
+    continued = server.run(script, *again, "--output-dir", run, "--max-steps", step + 2)
+    assert continued.returncode == 0 and not continued.stderr, continued.stderr
+    assert f"continued at step {step}" in continued.stdout
+    assert [row["step"] for row in losses_of(run)] == list(range(1, step + 3))
+
+
+def test_ctrl_c_under_torchrun(photos, tmp_path):
+    """torchrun gets the signal too, hands it on and adds its own traceback; the program must have saved by then."""
+    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS["slip"], "--epochs", 400, "--eval-every", 0]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "slip.py"]
+    process = subprocess.Popen(list(map(str, launcher + flags)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=environment(), start_new_session=True)  # fmt: skip
+    wait_for_rows(tmp_path, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "continue with: python" in out and (tmp_path / "run" / "checkpoint.pt").exists()
+    assert str(ROOT) not in err  # no traceback through our files
+
+
+def test_ctrl_c_before_the_first_step(server, photos):
+    """While the data is being indexed, say: nothing to save, and no traceback either."""
+    press = "common.init_distributed = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
+    program = Program(server, "slip.py", "--data", photos, *FLAGS["slip"], before=press)
+    done = program.wait()
+    assert done.returncode == 130 and not done.stdout + done.stderr and not contents(program.where)
+
+
+# ------------------------------------------------ training goes wrong ------------------------------------------------
+# The eleventh cross-entropy is the first of L_ssl in SLIP's third step.
+NAN = """
+import itertools
+calls, cross_entropy = itertools.count(1), torch.nn.functional.cross_entropy
+def broken(*args, **options):
+    return cross_entropy(*args, **options) * (float("nan") if next(calls) == 11 else 1)
+torch.nn.functional.cross_entropy = broken
+"""
+# One weight overflows in the fourth update, after a loss that was finite.
+OVERFLOW = """
+import itertools
+calls = itertools.count(1)
+def overflow(optimizer, *_):
+    if next(calls) == 4:
+        weight = optimizer.param_groups[0]["params"][3].data
+        weight[(0,) * weight.ndim] = float("inf")
+from torch.optim.optimizer import register_optimizer_step_post_hook
+register_optimizer_step_post_hook(overflow)
+"""
+
+
+def assert_good_checkpoint(run, step):
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == step and all(t.isfinite().all() for t in saved["model"].values())
+    assert not list(run.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("log_every", [1, 0])
+def test_nan_names_step_and_term(server, photos, tmp_path, log_every):
+    run = tmp_path / "run"
+    flags = ["--data", photos, "--output-dir", run, *FLAGS["slip"], "--save-every", 1, "--eval-every", 0,
+             "--max-steps", 4, "--log-every", log_every]  # fmt: skip
+    sentence = "ssl_loss is nan at step 3, try a lower lr; {}/checkpoint.pt holds the last good state".format(run)
+    done = server.run("slip.py", *flags, before=NAN)
+    assert_sentence(done, "slip.py", sentence)
+    assert "clip_loss" not in done.stderr
+    assert_good_checkpoint(run, 2)
+    assert server.run("slip.py", *flags).returncode == 0  # the last good state can be continued
+    assert_good_checkpoint(run, 4)
+
+
+def test_nan_on_one_process_stops_both(server, photos, tmp_path):
+    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS["slip"], "--eval-every", 0, "--save-every", 2]
+    first, second = server.run_on_two("slip.py", *flags, before=("", NAN))
+    said = first.stderr.splitlines()[-1]
+    assert said.startswith("slip.py: error: ") and "ssl_loss is nan at step 3" in said
+    assert first.returncode == second.returncode == 2 and "Traceback" not in first.stderr + second.stderr
+    assert_good_checkpoint(tmp_path / "run", 2)
+
+
+def test_absurd_learning_rate(server, photos, tmp_path):
+    """The warm-up starts at 0, so the first step is good and saved."""
+    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS["clip"], "--lr", "1e18", "--save-every", 1]
+    assert_sentence(server.run("clip.py", *flags, "--eval-every", 0), "clip.py", "loss is nan at step", "try a lower lr")
+    assert_good_checkpoint(tmp_path / "run", torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_that_overflow_are_not_saved(server, photos, tmp_path, name):
+    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS[name], "--save-every", 2, "--eval-every", 0]
+    done = server.run(f"{name}.py", *flags, "--log-every", 6, before=OVERFLOW)
+    assert_sentence(done, f"{name}.py", "weights are not finite after step 4")
+    assert_good_checkpoint(tmp_path / "run", 2)
+
+
+# ------------------------------------------------ hostile samples ------------------------------------------------
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """200 samples, of which two cannot be used: exactly 1% of an epoch."""
+    folder, jpeg = tmp_path_factory.mktemp("hostile"), picture(format="JPEG")
+    deep = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (30, 40), dtype=np.uint16))
+    deep.save(folder / "16bit.png")
+    files = {
+        "good.jpg": jpeg,
+        "cmyk.jpg": picture(mode="CMYK", format="JPEG"),
+        "grey.jpg": picture(mode="L", format="JPEG"),
+        "palette.png": picture(mode="P", format="PNG"),
+        "alpha.png": picture(mode="RGBA", format="PNG"),
+        "pixel.png": picture(size=(1, 1), format="PNG"),
+        "line.png": picture(size=(3000, 1), format="PNG"),
+        "corrupt.jpg": jpeg[:300] + bytes(300),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    samples = [(name, f"a {name}") for name in [*files, "16bit.png"]]
+    samples += [("good.jpg", ""), ("good.jpg", "word " * 2000), ("good.jpg", "\ud800 \0 \u202e \U0001f600")]
+    samples += [("good.jpg", f"photo {i}") for i in range(200 - len(samples))]
+    write_rows(folder, samples)
+    return folder
+
+
+TINY = ["--image-size", "16", "--batch-size", "100", "--max-steps", "4", "--eval-every", "0"]  # two epochs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hostile_samples_train_on(server, hostile, tmp_path, name):
+    flags = ["--data", hostile, "--output-dir", tmp_path / "run", *FLAGS[name], *TINY]
+    done = server.run(f"{name}.py", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("no evaluation")]
+    wanted = ["corrupt.jpg: broken image", "good.jpg: no caption"][: 1 if name == "simclr" else 2]
+    assert len(said) == len(wanted)  # once, although there are two epochs
+    for text in wanted:
+        assert any(text in line and " is replaced" in line for line in said), said
+    losses = [row["loss"] for row in losses_of(tmp_path / "run")]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("name", ["slip", "simclr"])
+def test_over_one_percent_of_bad_samples_stop_the_run(server, hostile, tmp_path, name):
+    folder = tmp_path / "worse"
+    shutil.copytree(hostile, folder)
+    text = (folder / "train.jsonl").read_text()
+    more = [json.dumps({"image": image, "captions": ["one more"]}) for image in ("corrupt.jpg", "missing.jpg")]
+    (folder / "train.jsonl").write_text(text.replace('"photo 1"', '""') + "\n".join(more) + "\n")
+    flags = ["--data", folder, "--output-dir", tmp_path / "run", *FLAGS[name], *TINY]
+    done = server.run(f"{name}.py", *flags, "--batch-size", 101)
+    said = done.stderr.splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr and all(len(line) < 400 for line in said)
+    assert re.search(r"error: \d samples of worse are bad, over 1% of an epoch.*broken image", said[-1])
+    named = [line for line in said if " is replaced" in line]
+    assert len(named) == len(set(named)) >= 3
+
+
+# ------------------------------------------------ chance ------------------------------------------------
+def chances(name, batch_size):
+    clip, ssl = math.log(batch_size), math.log(2 * batch_size - 1)
+    return {"clip": {"chance": clip}, "simclr": {"chance": ssl},
+            "slip": {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}}[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_chance_stands_beside_every_loss(server, photos, tmp_path, name):
+    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS[name], "--max-steps", 1, "--eval-every", 0]
+    done = server.run(f"{name}.py", *flags, "--batch-size", 6)
+    assert done.returncode == 0, done.stderr
+    for row in losses_of(tmp_path / "run"):
+        losses = [key for key in row if key.endswith("loss")]
+        assert len(losses) == len(chances(name, 6))
+        for key, chance in chances(name, 6).items():
+            assert row[key] == pytest.approx(chance)
+            assert f"(chance {chance:.3f})" in done.stdout
+    if name == "slip":  # --ssl-scale weighs the sum, not its parts
+        shutil.rmtree(tmp_path / "run")
+        assert server.run(f"{name}.py", *flags, "--ssl-scale", 0.5).returncode == 0
+        row = losses_of(tmp_path / "run")[0]
+        assert row["chance"] == pytest.approx(math.log(8) + 0.5 * math.log(15))
+        assert row["ssl_chance"] == pytest.approx(math.log(15))
+
+
+@pytest.mark.parametrize("name, terms", [("clip", ["loss"]), ("slip", ["clip_loss"]), ("simclr", ["loss"])])
+def test_a_loss_at_chance_is_warned_about(server, tmp_path, name, terms):
+    """Pictures and captions that are all the same leave nothing to tell them apart by."""
+    data, same = tmp_path / "same", ["--lr", 0] if name != "simclr" else ["--temperature", 1000]
+    data.mkdir()
+    Image.new("RGB", (32, 32), (90, 120, 60)).save(data / "0.png")
+    write_rows(data, [("0.png", "the same")] * 16)
+    flags = ["--data", data, *FLAGS[name], *same, "--eval-every", 0, "--max-steps", 4, "--output-dir"]
+    done = server.run(f"{name}.py", *flags, tmp_path / "run")
+    for term in terms:
+        chance = chances(name, 8)[term.replace("loss", "chance")]
+        warning = re.findall(rf"warning: after (\d+) steps {term} is still at .*chance.*{chance:.3f}", done.stdout)
+        assert len(warning) == 1 and int(warning[0]) > 2, done.stdout  # the first epoch of two steps is the warm-up
+    if name == "clip":
+        done = server.run(f"{name}.py", *flags, tmp_path / "warming", "--warmup-epochs", 2)
+        assert done.returncode == 0 and "warning" not in done.stdout
+
+
+def test_a_loss_that_falls_is_not_warned_about(server, tmp_path):
+    flags = ["--data", make_photos(tmp_path / "few", train=16, val=4), "--output-dir", tmp_path / "run"]
+    done = server.run("clip.py", *flags, *FLAGS["clip"], "--epochs", 40, "--log-every", 0, "--eval-every", 0)
+    assert done.returncode == 0 and "warning" not in done.stdout + done.stderr
+    assert losses_of(tmp_path / "run")[-1]["loss"] < 0.8 * math.log(8)

@@ -1,0 +1,239 @@
+"""What README.md and docs/ say is true: commands parse, files, flags, links and names exist, numbers are the tree's."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import math
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+import torch.distributed.run as torchrun
+
+import common
+from copies import ROOT, method_files
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import record  # noqa: E402
+import table  # noqa: E402
+
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in table.pages()}
+OURS = {path.name: path for folder in (".", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
+# What our pages name of other projects, or of a run, and so is nowhere in this tree
+FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad", "--no-index"}
+OF_A_RUN = {"args.json", "env.json", "views.png", "metrics.jsonl", "curves.png", "checkpoint.pt", "results.jsonl",
+            "classnames.txt", "slip_base_25ep.pt", "ViT-B-32.pt"}  # fmt: skip
+
+
+def commands(text):
+    """Every line of a fenced block, and every inline code span, that starts one of our files; comments cut off."""
+    text = text.replace("\\\n", " ")
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).splitlines()
+    spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    for line in [*fenced, *(span.replace("\n", " ") for span in spans)]:
+        for part in line.split("&&"):
+            if match := COMMAND.search(re.sub(r"\s#.*", "", part)):
+                yield match[0].strip()
+
+
+def method_docstrings():
+    for path in [*method_files(), ROOT / "evaluate.py"]:
+        for line in ast.get_docstring(ast.parse(path.read_text())).splitlines():
+            if match := re.search(r"(?:torchrun|python) (?:\S+ )*?\w+\.py(?: [^ (]\S*)*", line):
+                yield path.name, match[0]
+
+
+def split_launcher(command):
+    """-> script and its arguments; what stands before it is parsed by torchrun itself."""
+    launcher, *words = shlex.split(command)
+    if launcher == "python":
+        return words[0], words[1:]
+    parsed = torchrun.parse_args(words)
+    return parsed.training_script, parsed.training_script_args
+
+
+def parse(script, words):
+    """Raises whatever is wrong with the arguments of one of our files."""
+    path = ROOT / script
+    assert path.exists(), f"there is no {script}"
+    if path.parent != ROOT:
+        known = set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+        assert {w.split("=")[0] for w in words if w.startswith("--")} <= known, f"{script} has only {known}"
+        return
+    module = importlib.import_module(path.stem)
+    if path.stem == "evaluate":
+        first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        assert words[0] in module.PROTOCOLS or words[0] == "PROTOCOL", words
+        assert first > 1, "no checkpoint"
+        if words[0] == "PROTOCOL":  # the synopsis
+            return
+        assert common.parse_args(module.Args, {}, words[first:]).data
+    elif "--help" not in words:
+        args = common.parse_args(module.Args, module.RECIPES, words)
+        if args.arch:
+            with torch.device("meta"):  # names and sizes fit, no memory is touched
+                module.build_model(args)
+
+
+ALL = [(page, c) for page, text in PAGES.items() for c in commands(text)] + list(method_docstrings())
+
+
+@pytest.mark.parametrize("page, command", ALL, ids=[f"{page}: {command}" for page, command in ALL])
+def test_command_parses(page, command):
+    parse(*split_launcher(command))
+
+
+def test_commands_are_found():
+    """A change of style in the pages must not turn the test above into one of nothing."""
+    count = {page: sum(p == page for p, _ in ALL) for page in PAGES}
+    assert count["README.md"] >= 15 and all(count[f"docs/{x}.md"] >= 4 for x in ("clip", "slip", "simclr", "evaluation"))
+    assert any(command == "torchrun slip.py" for _, command in ALL)
+
+
+@pytest.mark.parametrize("line", ["torchrun slip.py --dat x", "python evaluate.py knn runs/x --data a --kk 3",
+                                  "torchrun --nproc=8 --nope slip.py", "python nothere.py"])  # fmt: skip
+def test_a_wrong_command_is_noticed(line):
+    with pytest.raises((common.UserError, AssertionError, SystemExit)):
+        parse(*split_launcher(line))
+
+
+def known_flags():
+    modules = [importlib.import_module(path.stem) for path in [*method_files(), ROOT / "evaluate.py"]]
+    flags = {"--" + name.replace("_", "-") for module in modules for name in vars(module.Args())}
+    flags |= {"--no-" + flag[2:] for flag in flags} | {"--help"}
+    flags |= {w for path in OURS.values() for w in re.findall(r'"(--[\w-]+)"', path.read_text())}
+    flags |= {w for action in torchrun.get_args_parser()._actions for w in action.option_strings}
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_and_files_exist(page):
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S))
+    flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
+    assert flags - FOREIGN_FLAGS <= known_flags()
+    files = {name for span in spans for name in re.findall(r"^\.?[\w/.-]+\.(?:py|md|txt|json|jsonl|pt|png)$", span)}
+    places = ("", "tests/", "benchmarks/", "docs/")
+    lost = {f for f in files - OF_A_RUN if not any((ROOT / (place + f)).exists() for place in places)}
+    assert not lost
+
+
+def anchors(text):
+    """GitHub's names of the headings."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}|https://github\.com/\S+", target), target
+            continue
+        name, _, anchor = target.partition("#")
+        path = (folder / name).resolve() if name else ROOT / page
+        assert path.exists(), f"{page} links {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path.read_text()), f"{page} links {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks(page):
+    """They are Python, and what they import of our modules is there."""
+    for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.py" in OURS:
+                assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_logarithms(page):
+    """ln(128) = 4.852 and the like, which people compare their loss with."""
+    for terms, value in re.findall(r"((?:ln\(\d+\)(?: \+ )?)+) = ([\d.]+)", PAGES[page]):
+        assert f"{sum(math.log(int(n)) for n in re.findall(r'[0-9]+', terms)):.3f}" == value
+
+
+def test_tables_are_up_to_date():
+    table.main(["--check"])
+
+
+def test_line_counts_and_diffs():
+    """Counted again, in another way than benchmarks/table.py does."""
+    rows = re.findall(r"^\| \S.*?\| \[(\w+)\.py\]\(\w+\.py\) \((\d+)\) .*\| (.*) \|$", PAGES["README.md"], re.M)
+    assert {name for name, *_ in rows} == {path.stem for path in method_files()}
+    for name, lines, diff in rows:
+        mine = (ROOT / f"{name}.py").read_text().splitlines()
+        assert int(lines) == len(mine)
+        if match := re.fullmatch(r"`diff (\w+)\.py \w+\.py`: -(\d+) \+(\d+)", diff):
+            parent = len((ROOT / f"{match[1]}.py").read_text().splitlines())
+            assert parent - int(match[2]) + int(match[3]) == len(mine)  # whatever is called a line taken away
+
+
+def test_console_output_is_of_a_recorded_run():
+    """What README shows of torchrun slip.py is what results/slip_shapes.json recorded."""
+    shown = re.search(r"<!-- output: slip -->\n```\n(.*?)```\n<!-- /output -->", PAGES["README.md"], re.S)[1]
+    curve = dict(json.loads((ROOT / "results/slip_shapes.json").read_text())["curve"])
+    rows = re.findall(r"^step (\d+)(?:/\d+ |: )(.*)$", shown, re.M)
+    assert len(rows) >= 5
+    for step, text in rows:
+        for name, value in re.findall(r"\b([a-z]+(?:_\w+|@1)?) ([\d.]+)(?= \(|,|$)", text):
+            if "chance" not in name and name in curve[int(step)]:
+                digits = len(value.partition(".")[2])
+                assert math.isclose(curve[int(step)][name], float(value), abs_tol=0.51 * 10**-digits), (step, name)
+
+
+# -------------------------------------------- the scripts behind the tables --------------------------------------------
+@pytest.fixture
+def run(tmp_path):
+    """The files of a run of 30 steps, one evaluation, with a result of evaluate.py."""
+    args = {"method": "slip", "data": "/some/where/photos", "batch_size": 8, "device": "", "output_dir": str(tmp_path),
+            "data_dir": "", "arch": "vit_micro_patch8", "image_size": 48, "seed": 0}  # fmt: skip
+    env = {"command": f"/x/slip.py --data shapes --data-dir=/y --output-dir {tmp_path} --lr 1e-3 --no-gather-grad",
+           "processes": 1, "gpu": None, "cpus": 2, "torch": "2.6", "python": "3.11", "commit": "abc"}  # fmt: skip
+    log = [{"step": s, "epoch": s / 30, "loss": 3 - s / 30, "chance": 4.0, "lr": 0.1, "images_per_sec": 4.0,
+            "data_wait": 0.0} for s in (1, 10, 20, 30)]  # fmt: skip
+    log.insert(3, {"step": 25, "zeroshot_top1": 5.5, "zeroshot_chance": 1.0})
+    found = {"protocol": "zeroshot", "data": "shapes", "split": "val", "metrics": {"top1": 7.25, "chance": 1.0}, "step": 30,
+             "command": "evaluate.py zeroshot runs/x runs/y --data shapes --workers 2 --templates t.txt",
+             "random weights": {"top1": 1.5, "chance": 1.0}}  # fmt: skip
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    (tmp_path / "env.json").write_text(json.dumps(env))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "results.jsonl").write_text(json.dumps(found) + "\n")
+    return tmp_path
+
+
+def test_record(run):
+    record.main([str(run), "--name", "mine", "--note", "a note", "--out", str(run / "out")])
+    found = json.loads((run / "out/mine.json").read_text())
+    assert found["command"] == "python slip.py --data shapes --lr 1e-3 --no-gather-grad"
+    assert found["minutes"] == 1.0 and found["hardware"] == "2 CPU cores" and found["data"] == "photos"
+    assert found["metrics"]["training"] | {"step": 30, "loss": 2.0, "zeroshot_top1": 5.5} == found["metrics"]["training"]
+    assert found["metrics"]["zeroshot shapes val --templates t.txt"] == {"top1": 7.25, "chance": 1.0, "step": 30}
+    assert found["metrics"]["zeroshot shapes val --templates t.txt, random weights"]["top1"] == 1.5
+    assert found["curve"][3] == [25, {"zeroshot_top1": 5.5}] and len(found["curve"]) == 5
+    assert str(run) not in (run / "out/mine.json").read_text()
+
+
+def test_tables_hold_what_is_recorded(run, monkeypatch):
+    """And a number that is changed by hand is noticed."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        copy = run / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+    monkeypatch.setattr(table, "ROOT", run)
+    record.main([str(run), "--name", "mine", "--out", str(run / "results")])
+    with pytest.raises(SystemExit, match="README.md"):
+        table.main(["--check"])
+    table.main([])
+    table.main(["--check"])
+    text = (run / "README.md").read_text()
+    assert "zero-shot shapes val --templates t.txt 7.25 (chance 1.00)" in text and "results/mine.json" in text
+    assert "../results/mine.json" in (run / "docs/slip.md").read_text()
+    (run / "README.md").write_text(text.replace("7.25", "8.25"))
+    with pytest.raises(SystemExit, match="README.md"):
+        table.main(["--check"])

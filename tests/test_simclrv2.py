@@ -1,0 +1,325 @@
+"""simclrv2.py, which needs runs of earlier stages: fine-tuning starts from a tiny simclr.py run, distilling from that."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import evaluate
+import simclr
+import simclrv2
+from common import UserError, load_checkpoint
+from data import Loader, decode, open_dataset
+from runs import COMMON, argv_of, command, environment, make_photos, rows
+from runs import train_here as train_method
+from test_resume import assert_same_run
+from test_structure import BANNER, SECTIONS, backward, cut
+
+FLAGS = {
+    "finetune": ["--label-fraction", "0.5", "--base-lr", "0.05", "--warmup-epochs", "0", "--log-every", "1"],
+    "distill": ["--recipe", "shapes-distill", "--alpha", "0.5", "--temperature", "0.5", "--warmup-epochs", "1"],
+}
+
+
+def argv_for(stage, photos, stages, directory, *flags):
+    start = ["--checkpoint", stages / "simclr"] if stage == "finetune" else ["--teacher", stages / "finetune"]
+    paths = ["--data", photos, "--output-dir", directory, *start]
+    return [*map(str, paths), *COMMON, *FLAGS[stage], *flags]
+
+
+def train_here(argv):
+    """Runs train() in this process (or in all processes of this group) -> gradients of its last step."""
+    grads = []
+
+    def keep(optimizer, *_):
+        grads[:] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        simclrv2.train(simclrv2.parse_args(simclrv2.Args, simclrv2.RECIPES, argv))
+    finally:
+        handle.remove()
+    return grads
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """52 and 12 pictures of four classes."""
+    folder = make_photos(tmp_path_factory.mktemp("photos"))
+    (folder / "classnames.txt").write_text("a\nb\nc\nd\n")
+    for split in ("train", "val"):
+        lines = (folder / f"{split}.jsonl").read_text().splitlines()
+        labelled = [json.dumps({**json.loads(line), "label": i % 4}) for i, line in enumerate(lines)]
+        (folder / f"{split}.jsonl").write_text("\n".join(labelled) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(photos, tmp_path_factory):
+    """A folder with a run of simclr.py, head of three layers, and one of each stage of simclrv2.py, of 12 and 10 steps."""
+    root = tmp_path_factory.mktemp("stages")
+    train_method("simclr", photos, root / "simclr", "--max-steps", "2", "--head-layers", "3", "--eval-every", "0")
+    for stage in ("finetune", "distill"):
+        train_here(argv_for(stage, photos, root, root / stage, "--max-steps", "10", "--eval-every", "4"))
+    return root
+
+
+@pytest.mark.parametrize("stage", FLAGS)
+def test_five_and_five(stage, photos, stages, tmp_path):
+    train_here(argv_for(stage, photos, stages, tmp_path, "--max-steps", "5", "--eval-every", "4"))
+    assert rows(tmp_path)[-1]["step"] == 5
+    train_here(argv_for(stage, photos, stages, tmp_path, "--max-steps", "10", "--eval-every", "4", "--workers", "1"))
+    assert_same_run(stages / stage, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
+    flags = ["--max-steps", "8", "--eval-every", "4"]
+    one = {stage: train_here(argv_for(stage, photos, stages, tmp_path / f"{stage}_1", *flags)) for stage in FLAGS}
+    jobs = [argv_for(stage, photos, stages, tmp_path / stage, *flags) for stage in FLAGS]
+    argv = argv_of("tests/test_simclrv2.py", json.dumps(jobs), processes=processes)
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in FLAGS:
+        single, several = ([r for r in rows(tmp_path / name) if "loss" in r] for name in (f"{stage}_1", stage))
+        assert len(single) == 8 and len({row["loss"] for row in single}) == 8
+        for a, b in zip(single, several, strict=True):
+            assert a.keys() == b.keys()
+            for name, value in a.items():
+                assert b[name] == pytest.approx(value, rel=1e-4), (stage, a["step"], name)
+        many = torch.load(tmp_path / stage / "grads.pt", weights_only=True)
+        largest = max(g.abs().max() for g in one[stage])
+        assert sum(bool(g.any()) for g in many) > 50  # the network is reached
+        for a, b in zip(one[stage], many, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(largest))
+        evaluations = [[r for r in rows(tmp_path / name) if "val_top1" in r] for name in (f"{stage}_1", stage)]
+        assert len(evaluations[0]) == 2 and [e["step"] for e in evaluations[1]] == [4, 8]
+
+
+def test_losses_fall_and_chance_stands_beside_them(stages):
+    finetune, distill = ([r for r in rows(stages / stage) if "loss" in r] for stage in FLAGS)
+    assert finetune[0]["loss"] == pytest.approx(math.log(4), rel=1e-6)  # the classifier starts at 0
+    assert finetune[-1]["loss"] < 0.8 * math.log(4) == pytest.approx(0.8 * finetune[0]["chance"])
+    for row in distill:
+        assert row["distill_chance"] == row["label_chance"] == pytest.approx(math.log(4))
+        assert row["chance"] == pytest.approx((0.5 * 0.5**2 + 0.5) * math.log(4))
+        assert row["loss"] == pytest.approx(0.5 * 0.5**2 * row["distill_loss"] + 0.5 * row["label_loss"], rel=1e-5)
+        assert row["teacher_entropy"] < row["distill_loss"] * (1 + 1e-6)
+    assert distill[0]["distill_loss"] == pytest.approx(math.log(4), rel=1e-6)
+    assert distill[-1]["loss"] < distill[0]["loss"]
+
+
+# ------------------------------------------------ losses ------------------------------------------------
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
+def test_distillation_loss(temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    loss = simclrv2.distillation_loss(student, teacher, temperature)
+    expected = 0.0
+    for s, t in zip(student.detach().double().tolist(), teacher.double().tolist()):  # Eq. 2, as it stands
+        s, t = ([math.exp(f / temperature) for f in row] for row in (s, t))
+        expected -= sum(p / sum(t) * math.log(q / sum(s)) for p, q in zip(t, s)) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, student)
+    target = F.softmax(teacher / temperature, dim=1)
+    kl = F.kl_div(F.log_softmax(student / temperature, dim=1), target, reduction="batchmean")
+    torch.testing.assert_close(grad, *torch.autograd.grad(kl, student))
+    entropy = simclrv2.distillation_loss(teacher, teacher, temperature)
+    assert loss.item() - entropy.item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
+    uniform = simclrv2.distillation_loss(torch.zeros(6, 5), teacher, temperature)
+    assert uniform.item() == pytest.approx(math.log(5), rel=1e-6)
+    half = simclrv2.distillation_loss(student.bfloat16(), teacher.bfloat16(), temperature)
+    assert half.dtype == torch.float32
+
+
+def test_supervised_loss():
+    logits, labels = torch.randn(6, 5), torch.tensor([3, 0, -1, 4, -1, 1])
+    loss = simclrv2.supervised_loss(logits, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[labels >= 0], labels[labels >= 0]))
+    assert simclrv2.supervised_loss(logits, torch.full((6,), -1)) == 0
+    assert simclrv2.supervised_loss(torch.zeros(6, 5), labels).item() == pytest.approx(math.log(5))
+
+
+# ------------------------------------------------ labels ------------------------------------------------
+class Labels:
+    """A dataset of labels alone; asking for a broken one raises."""
+
+    def __init__(self, labels, broken=()):
+        self.labels, self.broken, self.reads, self.classes = labels, set(broken), 0, ["a", "b", "c"]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        if i in self.broken:
+            raise ValueError("broken")
+        return types.SimpleNamespace(label=self.labels[i])
+
+
+def test_labelled_part_is_balanced_and_a_function_of_the_seed():
+    labels = torch.arange(3).repeat(500)
+    dataset = Labels(labels.tolist())
+    part = simclrv2.labelled_part(dataset, 0.1, seed=0)
+    assert part.dtype == torch.bool and part.shape == (1500,) and labels[part].bincount().tolist() == [50, 50, 50]
+    assert dataset.reads < 300
+    torch.manual_seed(5)
+    assert torch.equal(part, simclrv2.labelled_part(dataset, 0.1, seed=0))
+    assert not torch.equal(part, simclrv2.labelled_part(dataset, 0.1, seed=1))
+    assert not (part & ~simclrv2.labelled_part(dataset, 0.2, seed=0)).any()  # nested
+    assert simclrv2.labelled_part(dataset, 1.0, seed=0).all()
+    assert labels[simclrv2.labelled_part(dataset, 1e-6, seed=0)].tolist() == [0, 1, 2]  # at least one
+
+
+def test_labelled_part_of_a_set_that_is_uneven_broken_or_partly_unlabelled():
+    labels = [0] * 90 + [1] * 4 + [2] * 90 + [-1] * 16
+    part = simclrv2.labelled_part(Labels(labels, broken=range(0, 80)), 0.15, seed=0)  # 10 of each class
+    chosen = torch.tensor(labels)[part]
+    assert (chosen >= 0).all() and chosen.bincount().tolist() == [10, 4, 10] and not part[:80].any()
+
+
+def test_a_student_sees_the_labels_of_its_teacher_alone(photos, stages, tmp_path, monkeypatch):
+    seen, original = [], simclrv2.supervised_loss
+    monkeypatch.setattr(simclrv2, "supervised_loss", lambda x, y: seen.append(y.clone()) or original(x, y))
+    flags = ["--max-steps", "6", "--eval-every", "0", "--seed", "7", "--label-fraction", "1.0"]
+    train_here(argv_for("distill", photos, stages, tmp_path, *flags))
+    dataset = open_dataset(str(photos))
+    part = simclrv2.labelled_part(dataset, 0.5, seed=0)  # what the teacher was trained with
+    assert part.sum() == 24
+    order = Loader(dataset, {}, {}, 8, seed=7).order(0, 6)
+    expected = [[dataset[i].label if part[i] else -1 for _, i in batch] for batch in order]
+    assert [y.tolist() for y in seen] == expected
+
+
+def test_unlabelled_images_are_enough_for_a_student(photos, stages, tmp_path):
+    folder = make_photos(tmp_path / "unlabelled")
+    argv = argv_for("distill", folder, stages, tmp_path / "run", "--alpha", "1", "--max-steps", "2")
+    train_here([*argv, "--eval-data", str(photos)])
+    assert rows(tmp_path / "run")[-1].keys() >= {"val_top1", "val_chance"} and "label_loss" not in rows(tmp_path / "run")[0]
+    with pytest.raises(UserError, match="labels"):
+        train_here([*argv, "--alpha", "0.9", "--output-dir", str(tmp_path / "other")])
+    train_here([*argv, "--output-dir", str(tmp_path / "other")])  # nothing to evaluate on
+    assert not any("val_top1" in row for row in rows(tmp_path / "other"))
+
+
+# ------------------------------------------------ network ------------------------------------------------
+@pytest.mark.parametrize("head_layer", [0, 1, 2])
+def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
+    flags = ["--max-steps", "1", "--base-lr", "0", "--head-layer", str(head_layer), "--eval-every", "0"]
+    train_here(argv_for("finetune", photos, stages, tmp_path, *flags))
+    before, after = (evaluate.open_network(d, torch.device("cpu")) for d in (stages / "simclr", tmp_path))
+    names = {name.split(".")[0] + name.split(".")[2] for name, _ in after.model.named_parameters() if "head." in name}
+    assert names == {f"head{k}" for k in range(head_layer)}
+    expected = simclr.image_encoder(before.model, head_layer)
+    for a, b in ((before.model, after.model),):  # one step in training mode has moved the running statistics
+        b.load_state_dict({k: v for k, v in a.state_dict().items() if k in b.state_dict()}, strict=False)
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(expected.eval()(x), after.encoder.eval()(x), rtol=0, atol=0)
+    unmoved = after.model.state_dict()
+    for name, value in load_checkpoint(tmp_path)["model"].items():
+        if not name.startswith("classifier") and "running" not in name and "num_batches" not in name:
+            assert torch.equal(value, unmoved[name]), name
+    assert not after.model.classifier.weight.any()
+
+
+def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):
+    for stage in FLAGS:
+        net = evaluate.open_network(stages / stage, torch.device("cpu"))
+        assert net.method == "simclrv2" and net.step == 10
+        val, scores = open_dataset(str(photos), split="val"), []
+        for i in range(len(val)):  # what the loop logged, by hand
+            x = net.view(net.view.crop(decode(val[i].image))[None])
+            scores.append(net.model.eval()(x).argmax().item() == val[i].label)
+        logged = [row for row in rows(stages / stage) if "val_top1" in row][-1]
+        assert logged["step"] == 10 and logged["val_chance"] == 25
+        assert logged["val_top1"] == pytest.approx(100 * sum(scores) / len(scores))
+    head, no_head = (evaluate.open_network(stages / stage, torch.device("cpu")).encoder for stage in FLAGS)
+    assert len(head[1].linears) == 1 and len(no_head[1].linears) == 0
+
+
+def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
+    flags = ["--arch", "resnet34", "--stem", "cifar", "--max-steps", "1", "--eval-every", "0"]
+    train_here(argv_for("distill", photos, stages, tmp_path / "other", *flags))
+    net = evaluate.open_network(tmp_path / "other", torch.device("cpu"))
+    assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (1, 1)
+    argv = argv_for("distill", photos, stages, tmp_path / "started", "--max-steps", "1", "--base-lr", "0")
+    train_here([*argv, "--checkpoint", str(stages / "simclr"), "--head-layer", "1"])
+    started, before = load_checkpoint(tmp_path / "started")["model"], load_checkpoint(stages / "simclr")["model"]
+    for name in ("backbone.layer4.1.conv2.weight", "head.linears.0.weight"):
+        assert torch.equal(started[name], before[name])
+
+
+def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
+    """LARS decays the other weights itself, and biases and batch norm not at all."""
+    argv = argv_for("finetune", photos, stages, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    plain = train_here(argv)
+    decayed = train_here([*argv, "--weight-decay", "0.5", "--output-dir", str(tmp_path / "decayed")])
+    assert len(plain) == len(decayed)
+    weights = load_checkpoint(tmp_path / "run")["model"]
+    # step 1 has the same gradients in both; what differs at step 2 in the classifier is 0.5 times its weight then
+    shape = weights["classifier.weight"].shape
+    a, b = ([g for g in grads if g.shape == shape] for grads in (plain, decayed))
+    assert len(a) == len(b) == 1 and not torch.equal(a[0], b[0])
+
+
+# ------------------------------------------------ bad input ------------------------------------------------
+def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
+    def refused(stage, *flags):
+        argv = argv_for(stage, photos, stages, tmp_path / "run", *flags)
+        with pytest.raises(UserError) as error:
+            train_here(argv)
+        assert not (tmp_path / "run").exists() and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "was not written by simclr.py" in refused("finetune", "--checkpoint", str(stages / "finetune"))
+    assert "was not written by simclrv2.py" in refused("distill", "--teacher", str(stages / "simclr"))
+    assert "there is no checkpoint" in refused("finetune", "--checkpoint", str(tmp_path / "nothing"))
+    assert "needs --checkpoint" in refused("finetune", "--checkpoint", "")
+    assert "--teacher" in refused("distill", "--teacher", "")
+    assert "--teacher" in refused("finetune", "--teacher", str(stages / "finetune"))
+    assert "shapes-distill" in refused("finetune", "--stage", "distill")
+    assert "--head-layer 3" in refused("finetune", "--head-layer", "3")
+    assert "--arch resnet34" in refused("finetune", "--arch", "resnet34")
+    assert "--stem cifar" in refused("finetune", "--stem", "cifar")
+    assert "--label-fraction" in refused("finetune", "--label-fraction", "1.5")
+    assert "--label-fraction" in refused("finetune", "--label-fraction", "0")
+    assert "--accum-steps" in refused("finetune", "--accum-steps", "2")
+    assert "fewer than the batch size" in refused("finetune", "--label-fraction", "0.01")
+    assert "labels" in refused("finetune", "--data", str(make_photos(tmp_path / "unlabelled")))
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"no checkpoint")
+    assert "no checkpoint" in refused("finetune", "--checkpoint", str(broken))
+    torch.save([1, 2], broken)
+    assert "was not written by" in refused("finetune", "--checkpoint", str(broken))
+
+
+def test_status_2_and_no_traceback(photos, stages, tmp_path):
+    done = command("simclrv2.py", *argv_for("finetune", photos, stages, tmp_path, "--checkpoint", stages / "finetune"))
+    assert done.returncode == 2 and "simclrv2.py: error: " in done.stderr and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------ layout ------------------------------------------------
+def test_layout_and_paste():
+    assert BANNER.findall(Path(simclrv2.__file__).read_text()) == SECTIONS
+    space = cut(["ResNet", "Classifier"], file="simclrv2.py")
+    backbone = space["ResNet"](space["torchvision"].models.resnet.BasicBlock, [1, 1, 1, 1], cifar_stem=True)
+    backward(space["Classifier"](backbone, 1, 10)(torch.randn(4, 3, 32, 32)))
+    loss = cut(["supervised_loss"], ["all_gather"], file="simclrv2.py")["supervised_loss"]
+    loss(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()
+    loss = cut(["distillation_loss"], file="simclrv2.py")["distillation_loss"]
+    loss(torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), 0.1).backward()
+
+
+if __name__ == "__main__":  # under torchrun: python test_simclrv2.py JOBS, a json list of command lines
+    for argv in json.loads(sys.argv[1]):
+        grads = train_here(argv)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(grads, Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")
