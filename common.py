@@ -290,8 +290,8 @@ class Run:
         self.writers = self._writers() if rank() == 0 else []
         size, at = args.batch_size, f", continued at step {self.step}" if self.step else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-        self.say(f"{method}: {len(loader.dataset)} samples, batch {size} = {world_size()} x {size // world_size()}"
-                 f", {self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
+        self.say(f"{method}: {len(loader.dataset)} samples, batch {size} = {world_size()} x "
+                 f"{size // world_size()}, {self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),

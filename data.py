@@ -63,36 +63,6 @@ def decode(image):
         raise ValueError(f"broken image ({str(error).split(' <')[0]})") from error
 
 
-class EvalView:
-    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP does with PIL images."""
-
-    def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
-        self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
-        self.filter = Image.Resampling[interpolation.upper()]
-
-    def crop(self, image, rng=None):
-        """In a worker: uint8 (3, H, W) -> uint8 (3, size, size)."""
-        h, w = image.shape[1:]
-        long = 20 * min(h, w)  # resized in full, a line of 1 x 60,000 pixels would take gigabytes
-        if max(h, w) > long:
-            image = image[:, max(0, (h - long) // 2) :, max(0, (w - long) // 2) :][:, :long, :long]
-            h, w = image.shape[1:]
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        if min(h, w) != self.resize:
-            shape = self.resize * w // min(h, w), self.resize * h // min(h, w)
-            picture = picture.resize(shape, self.filter)
-        left, top = (round((side - self.size) / 2) for side in picture.size)
-        picture = picture.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-    def draw(self, rng=None):
-        return {}
-
-    def __call__(self, x, draw=None):
-        """On the device: uint8 (B, 3, size, size) -> float."""
-        return normalize(to_float(x), self.mean, self.std)
-
-
 class Loader:
     """Batches are a function of (seed, step): the same for any number of workers and after a restart, and
     together the same for any number of processes.
@@ -121,10 +91,12 @@ class Loader:
             self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
             pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator(),
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None)  # fmt: skip
-        batches = iter(loader)
+        batches, threads = iter(loader), torch.get_num_threads()
         for step in range(start, stop):
             begin = time.perf_counter()
+            torch.set_num_threads(threads if self.workers else 1)  # small crops take longer on several threads
             batch = next(batches)
+            torch.set_num_threads(threads)
             self.wait += time.perf_counter() - begin
             if isinstance(batch, UserError):
                 batch.alone = True  # other processes may have better samples
@@ -381,7 +353,7 @@ class Tokenizer:
     """Captions to token ids [sot, ..., eot]. spec: "clip" (its published merges, from data_dir, an installed
     open_clip or the Hugging Face hub), "train" (CLIP's form learnt from captions, at most vocab_size tokens),
     the path of a tokenizer.json or bpe_simple_vocab_16e6.txt.gz, the text of a tokenizer.json, or a hub name.
-    A long caption is cut to context_length ids, the last one eot if restore_eot. Raises UserError."""
+    A long caption is cut to context_length ids, the last eot if restore_eot. Raises UserError."""
 
     def __init__(self, spec, context_length=77, captions=(), vocab_size=None, data_dir=None, restore_eot=True):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns when loader workers are forked

@@ -29,16 +29,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from common import UserError, all_gather, init_distributed, load_checkpoint, mixed_precision, parse_args, rank
 from common import user_errors, world_size
-from data import Loader, Tokenizer, decode, hflip, open_dataset, random_resized_crop
+from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, decode, hflip, normalize
+from data import open_dataset, random_resized_crop, to_float
 
 
 @dataclass
@@ -99,6 +102,36 @@ def hit_rank(scores, right):
 def percent(hits):
     """Share of True in a boolean tensor."""
     return 100 * hits.sum().item() / hits.numel()
+
+
+class EvalView:
+    """Resize the shorter side, crop the centre, normalise: bit for bit what CLIP does with PIL images."""
+
+    def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
+        self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
+        self.filter = Image.Resampling[interpolation.upper()]
+
+    def crop(self, image, rng=None):
+        """In a worker: uint8 (3, H, W) -> uint8 (3, size, size)."""
+        h, w = image.shape[1:]
+        long = 20 * min(h, w)  # resized in full, a line of 1 x 60,000 pixels would take gigabytes
+        if max(h, w) > long:
+            image = image[:, max(0, (h - long) // 2) :, max(0, (w - long) // 2) :][:, :long, :long]
+            h, w = image.shape[1:]
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        if min(h, w) != self.resize:
+            shape = self.resize * w // min(h, w), self.resize * h // min(h, w)
+            picture = picture.resize(shape, self.filter)
+        left, top = (round((side - self.size) / 2) for side in picture.size)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def draw(self, rng=None):
+        return {}
+
+    def __call__(self, x, draw=None):
+        """On the device: uint8 (B, 3, size, size) -> float."""
+        return normalize(to_float(x), self.mean, self.std)
 
 
 @torch.no_grad()
@@ -523,7 +556,7 @@ def _slip_of(state):
     """A state dict with the names of SLIP_VIT{S,B,L}16 -> slip.SLIP of the sizes read off its tensors."""
     slip = importlib.import_module("slip")
     width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    heads = next((heads for w, _, heads in slip.ARCHS.values() if w == width), width // 64)
+    heads = next((heads for _, w, heads in slip.ARCHS.values() if w == width), width // 64)
     image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
     visual = slip.VisionTransformer(image_size, patch, width, _depth(state, "visual.blocks."), heads)
     text_width, embed_dim = state["text_projection"].shape
@@ -534,9 +567,9 @@ def _slip_of(state):
 
 
 def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state dict with
-    their names -> (method module, model in float32), loaded strictly. Nothing is unpickled but tensors and argparse's
-    Namespace. Raises UserError."""
+    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
+    dict with their names -> (method module, model in float32), loaded strictly. Nothing is unpickled but tensors
+    and argparse's Namespace. Raises UserError."""
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):  # not TorchScript

@@ -39,9 +39,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
 from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import EvalView, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip
+from data import Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip
 from data import open_dataset, random_resized_crop, to_float
-from evaluate import evaluation_set, knn_eval, save_curves, save_views
+from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
 
 
 # -------------------------------------------- arguments --------------------------------------------

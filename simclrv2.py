@@ -18,8 +18,8 @@ Laptop     torchrun simclrv2.py --checkpoint runs/simclr_shapes_...
            torchrun --nproc_per_node=8 simclrv2.py --data imagenet --recipe imagenet-distill --teacher RUN
 
 Differences from the official code:
- - Eq. 2 is logged in nats as the paper has it, and multiplied by tau^2 for the update as in the official
-   notebook: its gradient grows as tau falls, and --temperature would be a learning rate as well.
+ - Losses are the paper's, in nats; the update takes tau^2 times them, as the official notebook does. Without
+   it gradients would grow as tau falls, and --temperature would be a learning rate as well.
  - Eq. 3 has sums over the labelled and over all images, here both are means; the notebook has no Eq. 3.
  - The labelled images are drawn by --seed; official: lists of files. Crops are torchvision's (see simclr.py).
  - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
@@ -43,8 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import LARS, Run, UserError, all_gather, init_distributed, load_checkpoint, mixed_precision
 from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import EvalView, Loader, hflip, open_dataset, random_resized_crop, to_float
-from evaluate import evaluation_set, extract, labelled, save_curves, save_views, zeroshot_metrics
+from data import Loader, hflip, open_dataset, random_resized_crop, to_float
+from evaluate import EvalView, evaluation_set, extract, labelled, save_curves, save_views, zeroshot_metrics
 
 
 # -------------------------------------------- arguments --------------------------------------------
@@ -58,7 +58,7 @@ class Args:
     checkpoint: str = ""  # run of simclr.py to start from (distill: default is a new network)
     teacher: str = ""  # distill: run of this file to learn from
     label_fraction: float = 0.01  # finetune: class-balanced part of the labels; distill: the teacher's
-    head_layer: int = 1  # layers of the projection head kept; 0 with all labels and in students (Sec. 3.1)
+    head_layer: int = 1  # of the projection head's, kept (0: none, for all labels and for students; Sec. 3.1)
     temperature: float = 1.0  # distill: tau; 1.0 for a smaller student, 0.1 for an equal one (Sec. 3.1)
     alpha: float = 1.0  # distill: weight of the teacher in Eq. 3; 1 needs no labels
     arch: str = ""  # resnet{18,34,50,101,152}, may end in x2, x3, x4 (default: checkpoint's or teacher's)
@@ -92,9 +92,9 @@ class Args:
 DISTILL = dict(stage="distill", head_layer=0, base_lr=0.1, weight_decay=1e-4)  # Sec. 3.1
 RECIPES = {
     "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128),
-    "shapes-distill": dict(DISTILL, epochs=2, batch_size=128),
+    "shapes-distill": dict(DISTILL, temperature=0.1, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
-    "cifar10-distill": dict(DISTILL, epochs=200, warmup_epochs=10.0, batch_size=512),
+    "cifar10-distill": dict(DISTILL, temperature=0.1, epochs=200, batch_size=512),
     "imagenet": {},  # 1% of the labels: ResNet-50 57.9%
     "imagenet-10": dict(label_fraction=0.1, epochs=30),  # 68.4%
     "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),  # 76.3%
@@ -216,8 +216,8 @@ def image_encoder(model: Classifier) -> nn.Module:
 def supervised_loss(logits, labels):
     """Mean cross-entropy over the labelled images of the global batch, in nats; chance level ln C.
 
-    logits (b, C), labels (b,) of this process, -1: none. The mean over processes is the mean over all labelled
-    images, however many of them a process has; 0 when there is none at all."""
+    logits (b, C), labels (b,) of this process, -1: none. The mean over processes is that of the global batch,
+    however many labels a process has; 0 when there is none at all."""
     all_labels = all_gather(labels)  # (B,)
     share = (all_labels >= 0).sum().clamp(min=1) / len(all_labels)
     return F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum") / (len(labels) * share)
@@ -225,7 +225,7 @@ def supervised_loss(logits, labels):
 
 def distillation_loss(student_logits, teacher_logits, temperature):
     """Eq. 2: cross-entropy of the student with the softened prediction of the teacher, in nats; chance level
-    ln C. It cannot fall below the entropy of that prediction, distillation_loss(teacher, teacher, temperature).
+    ln C, lowest possible value the entropy of that prediction: distillation_loss(teacher, teacher, ...).
 
     (b, C) each, of this process: the mean over processes is the loss of the global batch. A gradient
     step changes predictions in proportion to 1 / temperature^2: multiply by its inverse to be rid of that."""
@@ -287,7 +287,8 @@ def train(args: Args) -> dict:
     if args.accum_steps > 1:
         raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
     if not 0 < args.label_fraction <= 1 or args.alpha > 1 or not args.temperature:
-        raise UserError("--label-fraction and --temperature must be above 0, and no fraction or --alpha above 1")
+        limits = "--label-fraction and --temperature must be above 0, --label-fraction and --alpha up to 1"
+        raise UserError(limits)
     pretrained, taught = earlier_stages(args)
 
     # data
@@ -322,11 +323,10 @@ def train(args: Args) -> dict:
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    weight = model.classifier.weight  # official: LARS does not scale it either; its decay is in the loss
-    excluded = [p for p in model.parameters() if p.ndim < 2 or p is weight]  # and batch norm, biases
-    scaled = [p for p in model.parameters() if p.ndim >= 2 and p is not weight]
-    groups = [{"params": scaled, "weight_decay": args.weight_decay},
-              {"params": excluded, "weight_decay": 0.0}]  # fmt: skip
+    last = model.classifier.weight  # official: LARS neither scales nor decays it, its decay is in the loss
+    decay = [p for p in model.parameters() if p.ndim >= 2 and p is not last]
+    no_decay = [p for p in model.parameters() if p.ndim < 2 or p is last]  # batch norm, biases
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     scale = args.batch_size**0.5
     peak = args.base_lr * scale
     if args.optimizer == "lars":
@@ -343,7 +343,7 @@ def train(args: Args) -> dict:
         val = run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
-    chance = math.log(len(classes))
+    chance, factor = math.log(len(classes)), args.temperature**2 if taught else 1.0
 
     for step, batch in loader.batches(run.step, run.last):
         x, labels = view(*batch["view"]), batch["label"]
@@ -356,21 +356,18 @@ def train(args: Args) -> dict:
             logits = ddp(x)
             with torch.no_grad():
                 teacher_logits = teacher(x) if teacher else None
-        if not teacher:
-            loss = supervised_loss(logits, labels)
-            terms = {"loss": (loss, chance)}
+        if not taught:
+            loss, parts = supervised_loss(logits, labels), {}
         else:
-            imitation = distillation_loss(logits, teacher_logits, args.temperature)
-            entropy = distillation_loss(teacher_logits, teacher_logits, args.temperature)
-            terms = {"distill_loss": (imitation, chance), "teacher_entropy": (entropy, None)}
-            soft, hard = args.alpha * args.temperature**2, 1 - args.alpha
-            loss = soft * imitation
-            if hard:
+            loss = distillation_loss(logits, teacher_logits, args.temperature)
+            least = distillation_loss(teacher_logits, teacher_logits, args.temperature)
+            parts = {"teacher_entropy": (least, None)}
+            if args.alpha < 1:
                 label_loss = supervised_loss(logits, labels.where(has_label[batch["index"]], -1))
-                loss, terms["label_loss"] = loss + hard * label_loss, (label_loss, chance)
-            terms = {"loss": (loss, (soft + hard) * chance), **terms}
-        decay = args.weight_decay / 2 * weight.square().sum()
-        scaler.scale(loss + decay).backward()
+                parts |= {"distill_loss": (loss, chance), "label_loss": (label_loss, chance)}
+                loss = args.alpha * loss + (1 - args.alpha) * label_loss  # Eq. 3
+        penalty = args.weight_decay / 2 * last.square().sum()
+        scaler.scale(factor * loss + penalty).backward()
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -378,7 +375,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        run.log(terms, lr=lr)
+        run.log({"loss": (loss, chance), **parts}, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
         if run.interrupted() or run.due(args.save_every):

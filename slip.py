@@ -40,9 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
 from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, EvalView, Loader, Tokenizer, normalize, open_dataset
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop, to_float
-from evaluate import captions, evaluation_set, language_eval, save_curves, save_views
+from evaluate import EvalView, captions, evaluation_set, language_eval, save_curves, save_views
 
 
 # -------------------------------------------- arguments --------------------------------------------

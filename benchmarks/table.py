@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (methods|speed|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe"}
+SHARED = {"common.py": "arguments, processes, checkpoints, log", "data.py": "loader, image operations, tokenizer",
+          "sources.py": "where samples come from", "evaluate.py": "evaluation"}  # fmt: skip
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 
 
@@ -76,22 +78,29 @@ def number(x):
     return f"{x:.1f}" if abs(x) >= 10 or x == 0 else f"{x:.2f}"
 
 
+def said(what, value, chance=None):
+    return f"{what} {number(value)}" + (f" (chance {chance:.3g})" if chance else "")
+
+
+def chance_of(name, metrics):
+    """The chance level of a metric of the training loop: knn_top1 has knn_chance, recall@1 has recall_chance."""
+    return metrics.get(re.split("_top|@", name)[0] + "_chance")
+
+
 def scores(record):
-    """[(what, number, chance or None)] in percent: what evaluate.py found; without that, the last evaluation in the
-    loop."""
+    """Texts, in percent: what evaluate.py found; without that, the last evaluation in the training loop."""
     out = []
     for label, metrics in record["metrics"].items():
         protocol, *words = label.split()
         if protocol in PROTOCOLS:
-            chance = metrics.get("chance")
-            random = label.endswith("random weights")
-            where = " ".join(w for w in words if w != record["data"]).replace(", random weights", "")
-            name = f"{PROTOCOLS[protocol]} {where}" + (", random weights" if random else "")
-            out.append((name, next(iter(metrics.values())), chance))
+            where = " ".join(w for w in words if w != record["data"])
+            text = said(f"{PROTOCOLS[protocol]} {where}", next(iter(metrics.values())), metrics.get("chance"))
+            for way in ("image_to_text", "text_to_image") if protocol == "retrieval" else ():
+                found = "/".join(number(metrics[f"{way}_recall@{k}"]) for k in (1, 5, 10))
+                text += f", {way.replace('_', ' ')} R@1/5/10 {found}"
+            out.append(text)
     training = record["metrics"]["training"]
-    loop = [(IN_LOOP[k] + " in training", training[k], training.get(re.split("_top|@", k)[0] + "_chance"))
-            for k in IN_LOOP if k in training]  # fmt: skip
-    return out or loop
+    return out or [said(f"{IN_LOOP[k]} in training", training[k], chance_of(k, training)) for k in IN_LOOP if k in training]
 
 
 def table(header, rows):
@@ -99,23 +108,20 @@ def table(header, rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def said(score):
-    what, value, chance = score
-    return f"{what} {number(value)}" + (f" (chance {number(chance)})" if chance else "")
-
-
 def methods_table(prefix):
-    header, rows = ["method", "file (lines)", "paper", "measured here, %", "docs", "diff from its parent"], []
+    header = ["method", "file (lines)", "paper", "measured here, %", "docs", "diff from its parent (lines)"]
+    rows = []
     for name, (title, arxiv, parent) in methods().items():
         mine = [r for r in results().values() if r["method"] == name]
-        measured = "; ".join(f"{r['data']}: {said(scores(r)[0])}" for r in mine if scores(r))
+        measured = "; ".join(f"{r['data']}: {scores(r)[0]}" for r in mine if scores(r))
         diff = "none, a first file"
         if parent:
-            diff = "`diff {0}.py {1}.py`: -{2} +{3}".format(parent, name, *diff_size(f"{parent}.py", f"{name}.py"))
+            diff = "{0}.py: -{1} +{2}".format(parent, *diff_size(f"{parent}.py", f"{name}.py"))
         lines = line_count(ROOT / f"{name}.py")
         rows.append([title, f"[{name}.py]({prefix}{name}.py) ({lines})", f"[{arxiv}](https://arxiv.org/abs/{arxiv})",
                      measured or "not run yet", f"[docs/{name}.md]({prefix}docs/{name}.md)", diff])  # fmt: skip
-    return table(header, rows)
+    shared = [f"[{x}]({prefix}{x}) ({line_count(ROOT / x)}): {what}" for x, what in SHARED.items()]
+    return table(header, rows) + f"\nShared: {'; '.join(shared)}. Diffs are those of `git diff --no-index clip.py slip.py`.\n"
 
 
 def results_table(prefix, method=None):
@@ -124,8 +130,8 @@ def results_table(prefix, method=None):
         if r["method"] == (method or r["method"]):
             args, training = r["args"], r["metrics"]["training"]
             setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, batch {args['batch_size']}, "
-            setting += f"{training['step']} steps ({training['epochs']:.3g} epochs), seed {args['seed']}"
-            told = "; ".join(map(said, scores(r))) or f"loss {training['loss']:.3f}"
+            setting += f"{training['step']} steps (epochs: {training['epochs']:.3g}), seed {args['seed']}"
+            told = "; ".join(scores(r)) or f"loss {training['loss']:.3f}"
             rows.append([f"[{name}]({prefix}results/{name}.json)", setting, r["hardware"], f"{r['minutes']:.1f}",
                          told + (f". {r['note']}" if r["note"] else ""), r["commit"]])  # fmt: skip
     if not rows:
@@ -135,22 +141,23 @@ def results_table(prefix, method=None):
 
 
 def curves(prefix, method):
-    """Of each run up to eight evaluations, with the loss at the nearest row of the log."""
+    """Of each run up to eight points: evaluations, with the loss at the nearest row of the log; or the loss alone."""
     text = ""
     for name, r in results().items():
         if r["method"] != method:
             continue
-        evals = [(s, v) for s, v in r["curve"] if any(k in v for k in IN_LOOP)]
-        losses = [(s, v["loss"]) for s, v in r["curve"] if "loss" in v]
-        points = [evals[round(i * (len(evals) - 1) / 7)] for i in range(8)] if len(evals) > 8 else evals
-        columns = [k for k in IN_LOOP if points and k in points[-1][1]]
-        rows = [[str(s), f"{min(losses, key=lambda p: abs(p[0] - s))[1]:.3f}", *(number(v[c]) for c in columns)]
-                for s, v in points]  # fmt: skip
-        if len(rows) > 1:
-            chance = {c: r["metrics"]["training"].get(re.split("_top|@", c)[0] + "_chance") for c in columns}
-            header = ["step", f"loss (chance {r['metrics']['training']['chance']:.3f})"]
-            header += [f"{IN_LOOP[c]} (chance {number(chance[c])})" for c in columns]
-            text += f"{name}:\n\n" + table(header, rows) + "\n"
+        losses = [(step, values["loss"]) for step, values in r["curve"] if "loss" in values]
+        evals = [(step, values) for step, values in r["curve"] if any(k in values for k in IN_LOOP)]
+        columns = [k for k in IN_LOOP if k in evals[-1][1]] if len(evals) > 1 else []
+        points = evals if columns else [(step, {}) for step, _ in losses]
+        if len(points) > 8:
+            points = [points[round(i * (len(points) - 1) / 7)] for i in range(8)]
+        training = r["metrics"]["training"]
+        header = ["step", f"loss (chance {training['chance']:.3f})"]
+        header += [f"{IN_LOOP[k]} (chance {chance_of(k, training):.3g})" for k in columns]
+        rows = [[str(step), f"{min(losses, key=lambda p: abs(p[0] - step))[1]:.3f}",
+                 *(number(values[k]) for k in columns)] for step, values in points]  # fmt: skip
+        text += f"{name}:\n\n" + table(header, rows) + "\n"
     return text or "No curve is recorded yet.\n"
 
 

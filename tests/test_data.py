@@ -28,7 +28,8 @@ from torchvision import transforms
 import data
 import sources
 from common import UserError
-from data import EvalView, Loader, decode, open_dataset
+from data import Loader, decode, open_dataset
+from evaluate import EvalView
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,7 +78,11 @@ def tars(root):
         samples = {"__key__": {"notes": b"nothing"}}
         for i in range(3 * shard, 3 * shard + 3):
             members = {"jpg": JPEG[i], "json": json.dumps({"captions": CAPTIONS[i], "url": "x"}).encode()}
-            samples[f"./part/{i:05d}"] = members | {"txt": b"another text", "cls": b"%d\n" % i, "seg.png": b"?"}
+            samples[f"./part/{i:05d}"] = members | {
+                "txt": b"another text",
+                "cls": b"%d\n" % i,
+                "seg.png": b"?",
+            }
         write_tar(root / f"{shard:05d}.tar", samples)
     (root / "00000_stats.json").write_text("{}")
     (root / "00000.parquet").write_text("")
@@ -103,7 +108,9 @@ def table(root, ending, delimiter):
 
 def jsonl(root):
     pictures_in(root / "pictures")
-    rows = [json.dumps({"filename": f"pictures/{i}.jpg", "caption": CAPTIONS[i], "label": i}) for i in range(N)]
+    rows = [
+        json.dumps({"filename": f"pictures/{i}.jpg", "caption": CAPTIONS[i], "label": i}) for i in range(N)
+    ]
     (root / "pairs.jsonl").write_text("\n" + "\n\n".join(rows))
     return [str(root / f"pictures/{i}.jpg") for i in range(N)], range(N)
 
@@ -121,7 +128,10 @@ def jsonl_of_zip(root):
 
 def npz(root, **changes):
     root.mkdir(parents=True, exist_ok=True)
-    arrays = {"jpeg": np.frombuffer(b"".join(JPEG), np.uint8), "offsets": np.cumsum([0] + [len(j) for j in JPEG])}
+    arrays = {
+        "jpeg": np.frombuffer(b"".join(JPEG), np.uint8),
+        "offsets": np.cumsum([0] + [len(j) for j in JPEG]),
+    }
     np.savez(root / "train.npz", **(arrays | {"labels": np.arange(N, dtype=np.uint8)} | changes))
     (root / "classnames.txt").write_text("".join(f"class {i}\n" for i in range(N)))
     return [f"train.npz[{i}]" for i in range(N)], range(N)
@@ -144,7 +154,9 @@ def karpathy(root):
     images = [{"filename": "gone.jpg", "split": "val", "sentences": [{"raw": "?"}]}]
     for i in range(N):
         sentences = [{"raw": caption, "tokens": []} for caption in CAPTIONS[i]]
-        images.append({"filename": f"{i}.jpg", "split": "restval" if i % 2 else "train", "sentences": sentences})
+        images.append(
+            {"filename": f"{i}.jpg", "split": "restval" if i % 2 else "train", "sentences": sentences}
+        )
     (root / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     return [str(root / f"Images/{i}.jpg") for i in range(N)], [-1] * N
 
@@ -154,7 +166,10 @@ def coco(root):
     (root / "annotations").mkdir()
     images = [{"id": 100 + i, "file_name": f"{i}.jpg"} for i in range(N)]
     captions = [
-        {"image_id": 100 + i, "caption": c} for turn in (0, 1) for i, cs in enumerate(CAPTIONS) for c in cs[turn::2]
+        {"image_id": 100 + i, "caption": c}
+        for turn in (0, 1)
+        for i, cs in enumerate(CAPTIONS)
+        for c in cs[turn::2]
     ]
     tables = {"images": images, "annotations": captions}
     (root / "annotations/captions_train2017.json").write_text(json.dumps(tables))
@@ -219,7 +234,8 @@ def test_karpathy_splits(tmp_path):
 def test_karpathy_coco_has_its_pictures_one_level_deeper(tmp_path):
     pictures_in(tmp_path / "val2014")
     rows = [
-        {"filename": f"{i}.jpg", "filepath": "val2014", "split": "test", "sentences": [{"raw": "x"}]} for i in range(N)
+        {"filename": f"{i}.jpg", "filepath": "val2014", "split": "test", "sentences": [{"raw": "x"}]}
+        for i in range(N)
     ]
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": rows}))
     assert open_dataset(str(tmp_path), split="test")[3].image == JPEG[3]
@@ -448,7 +464,11 @@ def damaged(name, root):
     end = whole.index(b"001.jpg")
     cuts = {"tar cut in a picture": end + 700, "tar cut in a header": end + 100, "tar cut between members": end,
             "tar without an end": end + 512 + -(-len(JPEG[1]) // 512) * 512}  # fmt: skip
-    content = whole[: cuts[name]] if name in cuts else {"tar empty": b"", "tar of something else": b"x" * 5000}[name]
+    content = (
+        whole[: cuts[name]]
+        if name in cuts
+        else {"tar empty": b"", "tar of something else": b"x" * 5000}[name]
+    )
     (path / "a.tar").write_bytes(content)
     return path, "a.tar cannot be read"
 
@@ -504,7 +524,12 @@ def test_index_is_made_once_and_when_the_shard_changes(tmp_path, scans):
     path = tmp_path / "a.tar"
     index = tmp_path / "a.tar.idx.npz"
     shard(path, "abc")
-    assert texts(tmp_path) == list("abc") and texts(tmp_path) == list("abc") and len(scans) == 1 and index.exists()
+    assert (
+        texts(tmp_path) == list("abc")
+        and texts(tmp_path) == list("abc")
+        and len(scans) == 1
+        and index.exists()
+    )
     size, when = path.stat().st_size, path.stat().st_mtime_ns
     shard(path, "de")
     path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # same size, another time
@@ -534,7 +559,9 @@ def test_index_of_a_read_only_folder_is_in_the_cache(how, tmp_path, home, scans,
             return plain(file, mode, *args, **options)
 
         monkeypatch.setattr(sources, "open", read_only, raising=False)
-    assert texts(tmp_path / "set") == list("abc") and texts(tmp_path / "set") == list("abc") and len(scans) == 1
+    assert (
+        texts(tmp_path / "set") == list("abc") and texts(tmp_path / "set") == list("abc") and len(scans) == 1
+    )
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["a.tar"]
     assert len(list((home / ".cache/contrastive").iterdir())) == 1
     (tmp_path / "set").chmod(0o755)
@@ -589,7 +616,10 @@ def test_processes_share_the_indexing(tmp_path, scans, monkeypatch):
         firsts.append([Path(path).name for path in scans])
         for index in tmp_path.glob("*.idx.npz"):
             index.unlink()
-    assert firsts == [["0.tar", "2.tar", "4.tar", "1.tar", "3.tar"], ["1.tar", "3.tar", "0.tar", "2.tar", "4.tar"]]
+    assert firsts == [
+        ["0.tar", "2.tar", "4.tar", "1.tar", "3.tar"],
+        ["1.tar", "3.tar", "0.tar", "2.tar", "4.tar"],
+    ]
 
 
 def test_index_of_rows(tmp_path):
@@ -647,7 +677,9 @@ def test_decode_what_is_unusual(name, recwarn):
     if name.startswith("16 bits"):
         expected = np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None].repeat(3, 2)
     else:
-        expected = np.array(plain.convert("RGBA").convert("RGB") if plain.mode == "P" else plain.convert("RGB"))
+        expected = np.array(
+            plain.convert("RGBA").convert("RGB") if plain.mode == "P" else plain.convert("RGB")
+        )
     assert (out.permute(1, 2, 0).numpy() == expected).all()
     assert torch.equal(decode(plain), out) and torch.equal(decode(expected), out)
 
@@ -700,7 +732,9 @@ def test_eval_view_equals_torchvision(size, resize, interpolation):
 def test_eval_view_of_a_line_takes_little_memory():
     for shape in ((1, 60000, 3), (60000, 1, 3)):
         image = decode(np.zeros(shape, np.uint8))
-        image[:, shape[0] // 2 - 3 : shape[0] // 2 + 3, shape[1] // 2 - 3 : shape[1] // 2 + 3] = 200  # the middle
+        image[:, shape[0] // 2 - 3 : shape[0] // 2 + 3, shape[1] // 2 - 3 : shape[1] // 2 + 3] = (
+            200  # the middle
+        )
         assert EvalView(224).crop(image).float().mean() == 200
 
 
@@ -731,7 +765,9 @@ def test_shapes_are_labelled_and_described():
                 words = re.findall(r"\w+", caption)
                 assert re.search(rf"{colour} {shape}|{shape} in {colour}", caption), caption
                 assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", caption), caption
-                main = [w for w in words if w in sources.SHAPES][0]  # what is said of other objects comes later
+                main = [w for w in words if w in sources.SHAPES][
+                    0
+                ]  # what is said of other objects comes later
                 assert main == shape
                 wordings.add(re.sub("|".join([*sources.COLOURS, *sources.SHAPES]), "_", caption))
             seen.add(hashlib.sha256(sample.image.tobytes()).digest())
@@ -746,7 +782,9 @@ def test_shapes_are_not_told_by_their_colours():
         dataset = open_dataset("shapes", split=split)
         samples = [dataset[i] for i in range(count)]
         cells = [(s.image.reshape(-1, 3) // 64).astype(int) @ [16, 4, 1] for s in samples]
-        return np.stack([np.bincount(c, minlength=64) for c in cells]) ** 0.5, np.array([s.label for s in samples])
+        return np.stack([np.bincount(c, minlength=64) for c in cells]) ** 0.5, np.array(
+            [s.label for s in samples]
+        )
 
     (train, labels), (val, wanted) = features("train", 2000), features("val", 300)
     found = labels[((val[:, None] - train[None]) ** 2).sum(2).argmin(1)]
@@ -793,7 +831,9 @@ class Toy:
 
     def __getitem__(self, i):
         captions = ["", "  \n"] if i in self.mute else [f"caption {'x' * k} of {i}" for k in range(4)]
-        return sources.Sample(b"" if i in self.broken else np.asarray(picture(i, 20, 20)), captions, i % 7, f"toy-{i}")
+        return sources.Sample(
+            b"" if i in self.broken else np.asarray(picture(i, 20, 20)), captions, i % 7, f"toy-{i}"
+        )
 
 
 def loader_of(dataset, batch_size=8, **options):
@@ -805,7 +845,9 @@ def flat(batch):
     out = {}
     for key, value in batch.items():
         parts = (
-            {"": value} if torch.is_tensor(value) else {".pixels": value[0]} | {"." + k: v for k, v in value[1].items()}
+            {"": value}
+            if torch.is_tensor(value)
+            else {".pixels": value[0]} | {"." + k: v for k, v in value[1].items()}
         )
         out |= {key + name: part for name, part in parts.items()}
     return out
@@ -914,7 +956,9 @@ def test_epochs_are_permutations_without_a_pause():
     steps, batches = zip(*loader.batches(0, 18))
     order = torch.stack([b["index"] for b in batches]).view(3, 48)
     assert steps == tuple(range(18)) and all(len(set(epoch.tolist())) == 48 for epoch in order)
-    assert len({tuple(epoch.tolist()) for epoch in order}) == 3 and order[0].tolist() != sorted(order[0].tolist())
+    assert len({tuple(epoch.tolist()) for epoch in order}) == 3 and order[0].tolist() != sorted(
+        order[0].tolist()
+    )
     other = torch.stack([b["index"] for _, b in loader_of(Toy(50), 8, seed=6).batches(0, 6)])
     assert other.flatten().tolist() != order[0].tolist()
 
@@ -954,7 +998,9 @@ def test_an_empty_caption_may_be_drawn_when_another_is_not():
         def __getitem__(self, i):
             return super().__getitem__(i)._replace(captions=["title", ""])
 
-    lengths = {int((row > 0).sum()) for _, batch in loader_of(TitleOnly()).batches(0, 6) for row in batch["text"]}
+    lengths = {
+        int((row > 0).sum()) for _, batch in loader_of(TitleOnly()).batches(0, 6) for row in batch["text"]
+    }
     assert lengths == {0, 10}
 
 
@@ -975,7 +1021,9 @@ def test_more_than_one_percent_of_bad_samples(n, broken, stops, capfd):
     for _ in loader.batches(0, loader.steps_per_epoch + 1):  # the next epoch has begun
         pass
     if stops:
-        with pytest.raises(UserError, match=rf"{broken} samples of toy are bad, over 1% of an epoch: toy-\d+: bro"):
+        with pytest.raises(
+            UserError, match=rf"{broken} samples of toy are bad, over 1% of an epoch: toy-\d+: bro"
+        ):
             loader.check_bad()
     else:
         loader.check_bad()
@@ -983,7 +1031,9 @@ def test_more_than_one_percent_of_bad_samples(n, broken, stops, capfd):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_but_bad_samples(workers):
-    with pytest.raises(UserError, match="a hundred samples of toy in a row are bad: toy-[0-9]+: broken image") as error:
+    with pytest.raises(
+        UserError, match="a hundred samples of toy in a row are bad: toy-[0-9]+: broken image"
+    ) as error:
         list(loader_of(Toy(200, broken=range(200)), workers=workers).batches(0, 3))
     assert "\n" not in str(error.value)
 
@@ -1033,4 +1083,85 @@ for step, batch in loader_of(Toy(), workers=2).batches(0, 10**6):
     assert process.stdout.readline() == "stopped at a step\n"
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)  # it ends, and its workers with it
-    assert process.returncode != 0 and err.count("Traceback") == 1 and err.strip().endswith("KeyboardInterrupt"), err
+    assert (
+        process.returncode != 0 and err.count("Traceback") == 1 and err.strip().endswith("KeyboardInterrupt")
+    ), err
+
+
+# ------------------------------------------------ docs/data.md ------------------------------------------------
+def test_conversions_in_the_docs(tmp_path, monkeypatch):
+    """Every Python script of docs/data.md, and the shell commands that need no internet, on small files."""
+    text = (ROOT / "docs/data.md").read_text()
+    photos, yfcc, there, npy, redcaps = re.findall(r"```python\n(.*?)```", text, re.S)
+    pack, rename = [
+        c for c in re.findall(r"```bash\n(.*?)```", text, re.S) if "part." in c or "captions.txt" in c
+    ]
+    monkeypatch.chdir(tmp_path)
+
+    def dataset(name):
+        opened = open_dataset(name)
+        return [opened[i] for i in range(len(opened))]
+
+    pictures_in(tmp_path / "photos", [f"a_dog_{i}.jpg" for i in range(N)])
+    exec(photos, {})
+    assert [(s.image, s.captions) for s in dataset("photos")] == [(JPEG[i], [f"a dog {i}"]) for i in range(N)]
+
+    (tmp_path / "photos/train.jsonl").unlink()
+    for i in range(N):
+        (tmp_path / f"photos/a_dog_{i}.txt").write_text(f"dog {i}\n")
+    subprocess.run(["bash", "-ec", pack.replace("/tmp/part", "../part").replace("20000", "4")], check=True)
+    assert len(list((tmp_path / "photos").glob("train-*.tar"))) == 3
+    assert [(s.image, s.captions) for s in dataset("photos")] == [(JPEG[i], [f"dog {i}"]) for i in range(N)]
+
+    lines = [
+        [str(10 + i), *"abcdefg", f"T%C3%A9+{i}", f"see+%3Ca+href%3D1%3Ethis%3C/a%3E+http://x+{i}"]
+        for i in range(4)
+    ]
+    lines[2][8:] = ["www.x", "%3Cb%3E%3C/b%3E"]
+    lines = ["\t".join([*line, *"hijklm", f"http://pictures/{line[0]}.jpg", "more"]) for line in lines]
+    (tmp_path / "yfcc100m_dataset.txt").write_text("\n".join(lines))
+    (tmp_path / "yfcc100m_subset_data.tsv").write_text("".join(f"{n}\tid\thash\n" for n in (10, 12, 13, 99)))
+    exec(yfcc, {})
+    expected = [(10, "Té 0", "see this 0"), (13, "Té 3", "see this 3")]
+    assert pickle.loads((tmp_path / "yfcc15m.pkl").read_bytes()) == expected
+    assert list(csv.reader(open("yfcc15m.csv")))[1:] == [
+        [f"http://pictures/{n}.jpg", *texts] for n, *texts in expected
+    ]
+    np.save("flickr_unique_ids.npy", np.array([13, 14]))
+    exec(there, {})
+    (tmp_path / "images/00").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "images/00/000.zip", "w") as archive:
+        archive.writestr("013.jpg", JPEG[3])
+    assert [(s.image, s.captions) for s in dataset(".")] == [(JPEG[3], ["Té 3", "see this 3"])]
+
+    pictures_in(tmp_path / "cc3m")
+    np.save("cc3m.npy", np.array([{"image_id": f"{i}.jpg", "captions": CAPTIONS[i]} for i in range(N)]))
+    exec(npy, {})
+    (tmp_path / "train.jsonl").rename(tmp_path / "cc3m/train.jsonl")
+    assert [(s.image, s.captions) for s in dataset("./cc3m")] == list(zip(JPEG, CAPTIONS))
+
+    pictures_in(tmp_path / "data/redcaps/aww")
+    (tmp_path / "annotations").mkdir()
+    rows = [{"image_id": str(i), "subreddit": "aww", "caption": CAPTIONS[i][0]} for i in range(N)]
+    (tmp_path / "annotations/aww_2020.json").write_text(json.dumps({"annotations": rows}))
+    exec(redcaps, {})
+    assert [(s.image, s.captions) for s in dataset("redcaps")] == [
+        (JPEG[i], CAPTIONS[i][:1]) for i in range(N)
+    ]
+
+    pictures_in(tmp_path / "flickr8k/Images")
+    rows = [f'{i}.jpg,"{caption} , x"' for i in range(N) for caption in "abcde"]
+    (tmp_path / "flickr8k/captions.txt").write_text("image,caption\n" + "\n".join(rows))
+    subprocess.run(["bash", "-ec", rename], check=True, cwd=tmp_path / "flickr8k")
+    assert [(s.image, s.captions) for s in dataset("flickr8k/Images")] == [
+        (j, [f"{c} , x" for c in "abcde"]) for j in JPEG
+    ]
+
+
+def test_example_in_the_docs():
+    text = (ROOT / "docs/data.md").read_text()
+    command, output = re.search(r"```bash\npython -c \"(.*?)\"\n```\n\n```\n(.*?)\n```", text, re.S).groups()
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == output

@@ -18,7 +18,8 @@ from torch import nn
 import evaluate
 import runs
 from common import UserError, init_distributed, rank, user_errors
-from data import EvalView, Sample, Tokenizer
+from data import Sample, Tokenizer
+from evaluate import EvalView
 from evaluate import Args, extract, fit_heads, knn, knn_eval, language_eval, linear_probe, recall
 from evaluate import zeroshot_metrics, zeroshot_weights
 
@@ -225,7 +226,7 @@ class Net(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.image = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
-            self.text = nn.EmbeddingBag(256, 8)
+            self.text = nn.EmbeddingBag(256, 8, padding_idx=0)  # as every text tower: padding is not seen
         self.frozen = nn.Dropout().eval()
 
     def forward(self, x):

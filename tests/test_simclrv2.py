@@ -1,4 +1,4 @@
-"""simclrv2.py, which needs runs of earlier stages: fine-tuning starts from a tiny simclr.py run, distilling from that."""
+"""simclrv2.py, which needs runs of earlier stages: fine-tuning a tiny run of simclr.py, distilling one of those."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from test_resume import assert_same_run
 from test_structure import BANNER, SECTIONS, backward, cut
 
 FLAGS = {
-    "finetune": ["--label-fraction", "0.5", "--base-lr", "0.05", "--warmup-epochs", "0", "--log-every", "1"],
-    "distill": ["--recipe", "shapes-distill", "--alpha", "0.5", "--temperature", "0.5", "--warmup-epochs", "1"],
+    "finetune": ["--label-fraction", "0.5", "--base-lr", "0.01", "--warmup-epochs", "0", "--log-every", "1"],
+    "distill": ["--recipe", "shapes-distill", "--alpha", "0.25", "--temperature", "0.5", "--warmup-epochs", "1"],
 }
 
 
@@ -64,7 +64,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(photos, tmp_path_factory):
-    """A folder with a run of simclr.py, head of three layers, and one of each stage of simclrv2.py, of 12 and 10 steps."""
+    """A folder with a run of simclr.py, whose head has three layers, and one of 10 steps of each stage."""
     root = tmp_path_factory.mktemp("stages")
     train_method("simclr", photos, root / "simclr", "--max-steps", "2", "--head-layers", "3", "--eval-every", "0")
     for stage in ("finetune", "distill"):
@@ -109,9 +109,8 @@ def test_losses_fall_and_chance_stands_beside_them(stages):
     assert finetune[0]["loss"] == pytest.approx(math.log(4), rel=1e-6)  # the classifier starts at 0
     assert finetune[-1]["loss"] < 0.8 * math.log(4) == pytest.approx(0.8 * finetune[0]["chance"])
     for row in distill:
-        assert row["distill_chance"] == row["label_chance"] == pytest.approx(math.log(4))
-        assert row["chance"] == pytest.approx((0.5 * 0.5**2 + 0.5) * math.log(4))
-        assert row["loss"] == pytest.approx(0.5 * 0.5**2 * row["distill_loss"] + 0.5 * row["label_loss"], rel=1e-5)
+        assert row["chance"] == row["distill_chance"] == row["label_chance"] == pytest.approx(math.log(4))
+        assert row["loss"] == pytest.approx(0.25 * row["distill_loss"] + 0.75 * row["label_loss"], rel=1e-5)
         assert row["teacher_entropy"] < row["distill_loss"] * (1 + 1e-6)
     assert distill[0]["distill_loss"] == pytest.approx(math.log(4), rel=1e-6)
     assert distill[-1]["loss"] < distill[0]["loss"]
@@ -176,7 +175,7 @@ def test_labelled_part_is_balanced_and_a_function_of_the_seed():
     assert not torch.equal(part, simclrv2.labelled_part(dataset, 0.1, seed=1))
     assert not (part & ~simclrv2.labelled_part(dataset, 0.2, seed=0)).any()  # nested
     assert simclrv2.labelled_part(dataset, 1.0, seed=0).all()
-    assert labels[simclrv2.labelled_part(dataset, 1e-6, seed=0)].tolist() == [0, 1, 2]  # at least one
+    assert sorted(labels[simclrv2.labelled_part(dataset, 1e-6, seed=0)].tolist()) == [0, 1, 2]  # at least one
 
 
 def test_labelled_part_of_a_set_that_is_uneven_broken_or_partly_unlabelled():
@@ -203,7 +202,8 @@ def test_unlabelled_images_are_enough_for_a_student(photos, stages, tmp_path):
     folder = make_photos(tmp_path / "unlabelled")
     argv = argv_for("distill", folder, stages, tmp_path / "run", "--alpha", "1", "--max-steps", "2")
     train_here([*argv, "--eval-data", str(photos)])
-    assert rows(tmp_path / "run")[-1].keys() >= {"val_top1", "val_chance"} and "label_loss" not in rows(tmp_path / "run")[0]
+    assert rows(tmp_path / "run")[-1].keys() >= {"val_top1", "val_chance"}
+    assert "label_loss" not in rows(tmp_path / "run")[0]
     with pytest.raises(UserError, match="labels"):
         train_here([*argv, "--alpha", "0.9", "--output-dir", str(tmp_path / "other")])
     train_here([*argv, "--output-dir", str(tmp_path / "other")])  # nothing to evaluate on
@@ -292,7 +292,7 @@ def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
     assert "--label-fraction" in refused("finetune", "--label-fraction", "1.5")
     assert "--label-fraction" in refused("finetune", "--label-fraction", "0")
     assert "--accum-steps" in refused("finetune", "--accum-steps", "2")
-    assert "fewer than the batch size" in refused("finetune", "--label-fraction", "0.01")
+    assert "4 samples" in refused("finetune", "--label-fraction", "0.01")
     assert "labels" in refused("finetune", "--data", str(make_photos(tmp_path / "unlabelled")))
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no checkpoint")
