@@ -73,13 +73,13 @@ class Args:
     seed: int = 0  # of weights, order, crops and captions
     output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model's forward
     device: str = ""  # cuda, mps or cpu (default: the first there is)
     eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
     save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
     log_every: int = 10  # steps (0: first and last only)
     tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
@@ -179,8 +179,7 @@ class VisionTransformer(nn.Module):
     def pool(self, x):
         """-> the class token after the last norm, (B, D): the features of linear probes (Sec. 3.2)."""
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1)
-        x = x + self.positional_embedding.to(x)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
 
     def forward(self, x):
@@ -367,9 +366,9 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     """Symmetric cross-entropy (Fig. 3 of CLIP) over the global batch, in nats; chance level ln B.
 
     image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
-    tensor. Returns the mean over this process's rows: the mean over processes is the loss of the global
-    batch. Memory grows with b x B. gather_grad=False: gathered features are constants (official SLIP), so
-    that with several processes each feature learns as an anchor only, never as a candidate."""
+    tensor. Call it outside autocast, whose products are in half precision. -> the mean over this process's
+    rows: the mean over processes is the loss of the global batch. Memory grows with b x B. gather_grad=False:
+    gathered features are constants (official SLIP): with several processes each is an anchor only."""
     image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
     all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
     b, first = len(image), 0
@@ -480,8 +479,8 @@ def train(args: Args) -> dict:
             run.save()
 
     save_curves(run.dir)
-    protocol = "zeroshot" if dataset.classes else "retrieval"
-    return run.finish(f"python evaluate.py {protocol} {run.dir} --data {args.data}")
+    task, test = "zeroshot" if (val or dataset).classes else "retrieval", args.eval_data or args.data
+    return run.finish(f"python evaluate.py {task} {run.dir} --data {test}{'' if val else ' --split train'}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
     comments = dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(Args), re.M))
     parser = argparse.ArgumentParser(usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
     for name, kind in typing.get_type_hints(Args).items():
-        text = f"{comments.get(name, '')} (default: {getattr(Args, name)})".replace("%", "%%")
+        default = f" (default: {getattr(Args, name)})" if getattr(Args, name) else ""
+        text = comments.get(name, "").replace("%", "%%") + default
         options = dict(default=argparse.SUPPRESS, help=text, dest=name)
         if kind is bool:
             options.update(action=argparse.BooleanOptionalAction)
@@ -135,7 +136,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:
-    """(b, ...) of every process -> (world * b, ...) in rank order, with gradient: backward sums over the
+    """(b, ...), b equal on all processes -> (world * b, ...) in rank order, with gradient: it sums over the
     processes what their losses say about this one's rows. With a local-mean loss and DDP's mean of gradients,
     the result is exactly the gradient of the global batch's mean loss. Without processes: x itself."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -152,7 +153,7 @@ def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the global batch for CPU tensors, which torch's SyncBatchNorm refuses."""
+    """Batch norm over the global batch for CPU tensors, which torch's refuses. Needs running statistics."""
 
     def forward(self, x):
         if not self.training:
@@ -208,7 +209,7 @@ class LARS(torch.optim.Optimizer):
 
     d = g + weight_decay p, times trust |p| / |d| (1 if either norm is 0). lr_in_momentum: v = m v + lr d,
     p -= v (SimCLR); otherwise v = m v + d, p -= lr v (BYOL, MoCo v3). They differ whenever lr changes.
-    A parameter group with exclude=True (biases, norms) has neither weight decay nor scaling."""
+    A parameter group with exclude=True (biases, norms) has no decay, no scaling. step() takes no closure."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=1e-3, lr_in_momentum=False):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust, exclude=False)
@@ -288,10 +289,10 @@ class Run:
         quiet = rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
         self.writers = self._writers() if rank() == 0 else []
-        size, at = args.batch_size, f", continued at step {self.step}" if self.step else ""
+        size, n, at = args.batch_size, len(loader.dataset), f", continued at {self.step}" if self.step else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-        self.say(f"{method}: {len(loader.dataset)} samples, batch {size} = {world_size()} x "
-                 f"{size // world_size()}, {self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
+        self.say(f"{method}: {n:,} samples, batch {size} = {world_size()} x {size // world_size()}, "
+                 f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
@@ -354,6 +355,7 @@ class Run:
 
     def _on_signal(self, number, frame):
         self.signal = number
+        os.write(2, b"\nsaving after this step; a second Ctrl-C ends without saving\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it; launchers repeat SIGTERM
 
     def say(self, text: str):
@@ -419,12 +421,11 @@ class Run:
         self.clock, self.clock_step, self.loader.wait = time.time(), self.step, 0.0
 
     def log_evaluation(self, metrics: dict):
-        """metrics: name -> number; there may be none."""
         if not metrics:
             return
         self._write(metrics, self.due(self.args.eval_every, at_end=False))
         self.evaluation = {"step": self.step, **metrics}
-        self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        self.say(f"step {self.step}, percent: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         self._restart_clock()  # evaluation is not training time
 
     def interrupted(self) -> bool:
@@ -461,8 +462,9 @@ class Run:
                 raise UserError(f"cannot write {path} ({error}), free some space; it is as before") from error
         if self.stop:
             all_reduce_mean(torch.zeros(1))  # together: torchrun ends the others when one leaves
-            python = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+            n = os.environ.get("LOCAL_WORLD_SIZE")
             where = "" if self.args.output_dir else f" --output-dir {self.dir}"
+            python = f"torchrun --nproc_per_node={n}" if n else "python"
             self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(sys.argv)}{where}")
             sys.exit(128 + self.stop)
 

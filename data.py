@@ -79,7 +79,7 @@ class Loader:
         if texts and not dataset.captioned:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where they are looked for")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
-        self.seed, self.workers, self.device = seed, workers, torch.device(device)
+        self.seed, self.workers, self.device = seed, min(workers, os.cpu_count() or 1), torch.device(device)
         self.steps_per_epoch = len(dataset) // batch_size  # what is left over is another part in every epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
@@ -94,7 +94,7 @@ class Loader:
         batches, threads = iter(loader), torch.get_num_threads()
         for step in range(start, stop):
             begin = time.perf_counter()
-            torch.set_num_threads(threads if self.workers else 1)  # small crops take longer on several threads
+            torch.set_num_threads(threads if self.workers else 1)  # small crops are slower on several
             batch = next(batches)
             torch.set_num_threads(threads)
             self.wait += time.perf_counter() - begin
@@ -225,12 +225,12 @@ def draw_jitter(rng, brightness, contrast, saturation, hue):
     """color_jitter's arguments for one sample, drawn as torchvision's ColorJitter draws them."""
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
     factors = {name: rng.uniform(max(0, 1 - s), 1 + s) for name, s in strengths.items()}
-    return {**factors, "hue": rng.uniform(-hue, hue), "order": rng.sample(range(4), 4)}
+    return {**factors, "hue": rng.uniform(-hue, hue), "order": torch.tensor(rng.sample(range(4), 4))}
 
 
 def to_float(x):
     """uint8 -> float32 in [0, 1], stored channel by channel, as suits the operations below."""
-    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
 
 
 def normalize(x, mean, std):
@@ -355,7 +355,7 @@ class Tokenizer:
     the path of a tokenizer.json or bpe_simple_vocab_16e6.txt.gz, the text of a tokenizer.json, or a hub name.
     A long caption is cut to context_length ids, the last eot if restore_eot. Raises UserError."""
 
-    def __init__(self, spec, context_length=77, captions=(), vocab_size=None, data_dir=None, restore_eot=True):
+    def __init__(self, spec, context_length=77, captions=(), vocab_size=0, data_dir=None, restore_eot=True):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns when loader workers are forked
         self.context_length, self.restore_eot = context_length, restore_eot
         try:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from common import UserError, all_gather, init_distributed, load_checkpoint, mixed_precision, parse_args, rank
 from common import user_errors, world_size
-from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, decode, hflip, normalize
+from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, decode, hflip, ignore_signals, normalize
 from data import open_dataset, random_resized_crop, to_float
 
 
@@ -267,7 +267,7 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
     loader = torch.utils.data.DataLoader(
         _Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=tuple,
         num_workers=min(workers, len(batches)), pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # its own: the global one must not move  # fmt: skip
+        worker_init_fn=ignore_signals, generator=torch.Generator())  # the global one must not move
     seen, read, wrong = [], [], []
     with evaluating(module), mixed_precision(dtype, device)[0]:
         for batch, errors in bar(loader, f"{dataset.name} features"):
@@ -354,7 +354,9 @@ def language_eval(model, tokenizer, dataset, view, device, max_images=1000, **kw
     """Collective. What the dataset allows, on a fixed subset so that it is quick (0: all): with classes
     {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1" (mean of both directions),
     "recall_chance"}. model: has encode_image and encode_text. kw: options of `extract`."""
-    kw |= {"classnames": dataset.classes, "captions": dataset.captioned, "indices": some(dataset, max_images)}
+    wordnet = all(re.fullmatch(r"n\d{8}", str(name)) for name in dataset.classes or [""])  # ids are no words
+    kw |= {"classnames": None if wordnet else dataset.classes, "captions": dataset.captioned}
+    kw["indices"] = some(dataset, max_images)
     zeroshot, retrieval, n = language_scores(model, tokenizer, dataset, view, device, **kw)
     out = {}
     if zeroshot:
@@ -568,8 +570,8 @@ def _slip_of(state):
 
 def load_released(path):
     """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
-    dict with their names -> (method module, model in float32), loaded strictly. Nothing is unpickled but tensors
-    and argparse's Namespace. Raises UserError."""
+    dict with their names -> (method module, model in float32), loaded strictly. Only tensors and argparse's
+    Namespace are unpickled. Raises UserError."""
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):  # not TorchScript
@@ -584,7 +586,7 @@ def load_released(path):
         model = build(state)
         model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a CLIP or SLIP model ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} does not hold a CLIP or SLIP model: {str(error).splitlines()[0]}") from error
     return importlib.import_module(method), model
 
 

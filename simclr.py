@@ -81,7 +81,7 @@ class Args:
     save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
     log_every: int = 10  # steps (0: first and last only)
     tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
@@ -237,7 +237,8 @@ def image_encoder(model: SimCLR, head_layer: int = 0) -> nn.Module:
 def nt_xent_loss(z1, z2, temperature):
     """NT-Xent (SimCLR Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
-    z1, z2: (b, E) of this process, the two views of the same b images, any length. Returns the mean over this
+    z1, z2: (b, E) of this process, the two views of the same b images, any length and dtype.
+    Call it outside autocast, whose products are in half precision. Returns the mean over this
     process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
     z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, E)
     all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, E)
@@ -316,7 +317,8 @@ def train(args: Args) -> dict:
             run.save()
 
     save_curves(run.dir)
-    return run.finish(f"python evaluate.py knn {run.dir} --data {args.data}")
+    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
+    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
 
 
 if __name__ == "__main__":

@@ -89,16 +89,18 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-DISTILL = dict(stage="distill", head_layer=0, base_lr=0.1, weight_decay=1e-4)  # Sec. 3.1
+DISTILL = dict(stage="distill", head_layer=0)  # Sec. 3.1, as are epochs, batch and rates of imagenet
+SMALL = dict(DISTILL, temperature=0.1, optimizer="sgd", base_lr=0.01, weight_decay=5e-4)
 RECIPES = {
     "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128),
-    "shapes-distill": dict(DISTILL, temperature=0.1, epochs=2, batch_size=128),
+    "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
-    "cifar10-distill": dict(DISTILL, temperature=0.1, epochs=200, batch_size=512),
+    "cifar10-distill": dict(SMALL, epochs=200, batch_size=512),
     "imagenet": {},  # 1% of the labels: ResNet-50 57.9%
     "imagenet-10": dict(label_fraction=0.1, epochs=30),  # 68.4%
     "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),  # 76.3%
-    "imagenet-distill": dict(DISTILL, arch="resnet50", epochs=400, warmup_epochs=20.0, batch_size=4096),
+    "imagenet-distill": dict(DISTILL, arch="resnet50", epochs=400, batch_size=4096, base_lr=0.1,
+                             weight_decay=1e-4, warmup_epochs=20.0),
 }
 
 
@@ -227,8 +229,8 @@ def distillation_loss(student_logits, teacher_logits, temperature):
     """Eq. 2: cross-entropy of the student with the softened prediction of the teacher, in nats; chance level
     ln C, lowest possible value the entropy of that prediction: distillation_loss(teacher, teacher, ...).
 
-    (b, C) each, of this process: the mean over processes is the loss of the global batch. A gradient
-    step changes predictions in proportion to 1 / temperature^2: multiply by its inverse to be rid of that."""
+    (b, C) each, of this process: the mean over processes is the loss of the global batch. A gradient step
+    on it changes predictions 1 / temperature^2 times as much: multiply it by temperature^2 against that."""
     target = F.softmax(teacher_logits.float() / temperature, dim=-1)
     return F.cross_entropy(student_logits.float() / temperature, target)
 
@@ -287,22 +289,21 @@ def train(args: Args) -> dict:
     if args.accum_steps > 1:
         raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
     if not 0 < args.label_fraction <= 1 or args.alpha > 1 or not args.temperature:
-        limits = "--label-fraction and --temperature must be above 0, --label-fraction and --alpha up to 1"
-        raise UserError(limits)
+        raise UserError("--label-fraction must be in (0, 1], --temperature above 0, --alpha in [0, 1]")
     pretrained, taught = earlier_stages(args)
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
-    known = [dataset.classes, args.label_fraction, args.seed] if not taught else json.loads(taught["labels"])
-    classes, fraction, seed = known
+    known = json.loads(taught["labels"]) if taught else [dataset.classes, args.label_fraction, args.seed]
+    classes, args.label_fraction, label_seed = known
     if not classes or dataset.classes != classes and args.alpha < 1:
         raise UserError(f"{dataset.name} does not have the labels that are needed, see docs/data.md")
     args.num_classes = len(classes)  # not a flag, but build_model needs it
     if not taught or args.alpha < 1:
-        has_label = labelled_part(dataset, fraction, seed).to(device)  # (N,)
+        has_label = labelled_part(dataset, args.label_fraction, label_seed).to(device)  # (N,)
     if not taught:
         name, dataset = dataset.name, torch.utils.data.Subset(dataset, has_label.nonzero().flatten().tolist())
-        dataset.name, dataset.classes, dataset.captioned = f"{100 * fraction:g}% of {name}", classes, False
+        dataset.name, dataset.captioned = f"{100 * args.label_fraction:g}% of {name}", False
     view = CropFlipView(args.image_size)
     views = {"view": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -340,10 +341,12 @@ def train(args: Args) -> dict:
     run = Run("simclrv2", args, loader, state, {"labels": json.dumps(known)})
     run.say(f"lr = {args.base_lr} * {scale:g} (sqrt scaling) = {peak:g}")
     if val and val.classes != classes:
-        val = run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
+        run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
+        val = None
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
-    chance, factor = math.log(len(classes)), args.temperature**2 if taught else 1.0
+    chance = math.log(len(classes))
+    update_scale = args.temperature**2 if taught else 1.0  # official notebook, see the top of this file
 
     for step, batch in loader.batches(run.step, run.last):
         x, labels = view(*batch["view"]), batch["label"]
@@ -360,14 +363,14 @@ def train(args: Args) -> dict:
             loss, parts = supervised_loss(logits, labels), {}
         else:
             loss = distillation_loss(logits, teacher_logits, args.temperature)
-            least = distillation_loss(teacher_logits, teacher_logits, args.temperature)
-            parts = {"teacher_entropy": (least, None)}
+            entropy = distillation_loss(teacher_logits, teacher_logits, args.temperature)
+            parts = {"teacher_entropy": (entropy, None)}  # the loss cannot fall below it
             if args.alpha < 1:
                 label_loss = supervised_loss(logits, labels.where(has_label[batch["index"]], -1))
                 parts |= {"distill_loss": (loss, chance), "label_loss": (label_loss, chance)}
                 loss = args.alpha * loss + (1 - args.alpha) * label_loss  # Eq. 3
         penalty = args.weight_decay / 2 * last.square().sum()
-        scaler.scale(factor * loss + penalty).backward()
+        scaler.scale(update_scale * loss + penalty).backward()
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)

@@ -58,7 +58,7 @@ class Args:
     text_layers: int = 12  # blocks of the text transformer (official code)
     context_length: int = 77  # tokens of a caption, start and end included
     ssl_mlp_dim: int = 4096  # width of the self-supervised projector (official code)
-    ssl_emb_dim: int = 256  # its output
+    ssl_emb_dim: int = 256  # output width of that projector
     ssl_scale: float = 1.0  # c (official code)
     temperature: float = 0.1  # tau of L_ssl
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
@@ -72,21 +72,21 @@ class Args:
     min_lr: float = 1e-5  # end of the cosine (official code)
     warmup_epochs: float = 1.0  # from 1e-6 (official code; 2 in the 100-epoch runs)
     weight_decay: float = 0.1  # on everything but gains and biases (official code)
-    beta2: float = 0.98  # official code
-    eps: float = 1e-8  # official code
+    beta2: float = 0.98  # of AdamW (official code)
+    eps: float = 1e-8  # of AdamW (official code)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     gather_grad: bool = True  # gradient through features gathered for L_clip (--no-gather-grad: official)
     workers: int = 8  # loader processes per training process
     seed: int = 0  # of weights, order, crops and captions
     output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model's forward
     device: str = ""  # cuda, mps or cpu (default: the first there is)
     eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
     save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
     log_every: int = 10  # steps (0: first and last only)
     tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
@@ -208,7 +208,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1) + self.pos_embed.to(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.blocks(x)[:, 0])
 
 
@@ -258,8 +258,7 @@ class Transformer(nn.Module):
 
 # -------------------------------------------- model --------------------------------------------
 class SLIP(nn.Module):
-    """forward runs the encoders, heads the projections: two parts, so that --accum-steps can come between
-    them."""
+    """CLIP with a second head, image_mlp, which train() applies: --accum-steps comes between."""
 
     def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size, transformer_width,
                  transformer_heads, transformer_layers, ssl_mlp_dim=4096, ssl_emb_dim=256):
@@ -348,9 +347,9 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     """Symmetric cross-entropy (Fig. 3 of CLIP) over the global batch, in nats; chance level ln B.
 
     image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
-    tensor. Returns the mean over this process's rows: the mean over processes is the loss of the global
-    batch. Memory grows with b x B. gather_grad=False: gathered features are constants (official SLIP), so
-    that with several processes each feature learns as an anchor only, never as a candidate."""
+    tensor. Call it outside autocast, whose products are in half precision. -> the mean over this process's
+    rows: the mean over processes is the loss of the global batch. Memory grows with b x B. gather_grad=False:
+    gathered features are constants (official SLIP): with several processes each is an anchor only."""
     image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
     all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
     b, first = len(image), 0
@@ -368,7 +367,8 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
 def nt_xent_loss(z1, z2, temperature):
     """NT-Xent (SimCLR Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
-    z1, z2: (b, E) of this process, the two views of the same b images, any length. Returns the mean over this
+    z1, z2: (b, E) of this process, the two views of the same b images, any length and dtype.
+    Call it outside autocast, whose products are in half precision. Returns the mean over this
     process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
     z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, E)
     all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, E)
@@ -491,8 +491,8 @@ def train(args: Args) -> dict:
             run.save()
 
     save_curves(run.dir)
-    protocol = "zeroshot" if dataset.classes else "retrieval"
-    return run.finish(f"python evaluate.py {protocol} {run.dir} --data {args.data}")
+    task, test = "zeroshot" if (val or dataset).classes else "retrieval", args.eval_data or args.data
+    return run.finish(f"python evaluate.py {task} {run.dir} --data {test}{'' if val else ' --split train'}")
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ def _read_zip(path, name):
     """A member of a zip. zipfile would parse the whole directory: 2.3 ms for 1,000 members, this 0.1 ms."""
     size = os.path.getsize(path)
     tail = _read(path, max(0, size - 2**17), min(size, 2**17))  # the directory is at the end
-    entry = tail[max(0, tail.find(name.encode()) - 46) :][:46]
+    entry = tail[max(0, tail.rfind(name.encode()) - 46) :][:46]
     try:
         if len(entry) == 46 and entry[:4] == b"PK\1\2":
             method, stored, length, start = struct.unpack("<10xH8xI4xH12xI", entry)

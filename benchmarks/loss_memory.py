@@ -1,10 +1,10 @@
 """What the contrastive losses keep in memory for their backward pass: it grows with b x B, never with B x B.
 
-b embeddings of this process meet B = W b of all W processes. One process is enough to see it: all_gather is replaced by
-a concatenation with W - 1 constant blocks, which is what the real one returns. Counted is every distinct storage that
-autograd saves: features, (b, E) and (B, E), and everything else, which is matrices with a row per local embedding.
+b embeddings of this process meet B = W b of all W processes. One process is enough to see it: all_gather is
+replaced by a concatenation with W - 1 constant blocks, which is what the real one returns. Counted is every
+distinct storage that autograd saves: features, (b, E) and (B, E), and matrices, everything else.
 
-    python benchmarks/loss_memory.py --out results/loss_memory.json     # seconds, on any machine
+    python benchmarks/loss_memory.py --out results/loss_memory.json    # seconds, on any machine
 """
 
 import argparse
@@ -58,16 +58,17 @@ def main():
     torch.manual_seed(0)
     results = {}
     for name, loss in LOSSES.items():
-        print(f"{name}, kept for backward by one process, MB\n{'b':>6}{'W':>4}{'B':>6}"
-              f"{'features':>10}{'matrices':>10}{'bytes / (b B)':>15}{'if they were B x B':>20}")  # fmt: skip
+        print(f"{name}, kept for backward by one process, MB\n{'b':>6}{'W':>4}{'B':>6}{'features':>10}"
+              f"{'matrices':>10}{'bytes / (b B)':>15}{'if they were B x B':>20}")  # fmt: skip
         results[name] = []
         for b, w in [*FIXED_LOCAL, *FIXED_GLOBAL]:
             features, matrices = kept_bytes(loss, b, w)
             each, squared = matrices / (w * b * b), matrices * w
-            print(f"{b:6}{w:4}{w * b:6}{features / 1e6:10.1f}{matrices / 1e6:10.1f}{each:15.2f}{squared / 1e6:20.1f}",
-                  flush=True)  # fmt: skip
-            results[name].append({"local_batch": b, "processes": w, "global_batch": w * b, "feature_bytes": features,
-                                  "matrix_bytes": matrices, "matrix_bytes_per_b_x_B": each})  # fmt: skip
+            print(f"{b:6}{w:4}{w * b:6}{features / 1e6:10.1f}{matrices / 1e6:10.1f}{each:15.2f}"
+                  f"{squared / 1e6:20.1f}", flush=True)  # fmt: skip
+            results[name].append({"local_batch": b, "processes": w, "global_batch": w * b,
+                                  "feature_bytes": features, "matrix_bytes": matrices,
+                                  "matrix_bytes_per_b_x_B": each})  # fmt: skip
     if args.out:
         record = environment() | {"date": time.strftime("%Y-%m-%d"), "width": E, "dtype": "float32"}
         args.out.parent.mkdir(parents=True, exist_ok=True)

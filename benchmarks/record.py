@@ -3,9 +3,10 @@
     python benchmarks/record.py runs/slip_shapes_... --name slip_shapes
     python benchmarks/record.py runs/simclr_cifar10_... --name simclr_cifar10 --note "first of three seeds"
 
-Every number is read, none is typed: arguments from args.json, machine and commit from env.json, curve and minutes from
-metrics.jsonl, and what evaluate.py found from results.jsonl (of several rows with the same protocol and options the
-last one counts; --result chooses rows). `python benchmarks/table.py` then brings README.md and docs/ up to date.
+Every number is read, none is typed: arguments from args.json, machine and commit from env.json, curve and
+minutes from metrics.jsonl, and what evaluate.py found from results.jsonl (of several rows with the same
+protocol and options the last one counts; --result chooses rows). `python benchmarks/table.py` then brings
+README.md and docs/ up to date.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("--output-dir", "--data-dir", "--workers", "--log-every", "--batch-size", "--device")  # no number depends on
+# Flags that say where or how fast something ran, and that nobody else needs to repeat it
+PLACES = ("--output-dir", "--data-dir", "--workers", "--log-every", "--device")
 CLOCK = ("step", "epoch", "lr", "images_per_sec", "data_wait", "end")
 POINTS = 60  # of a curve, at most, and as many evaluations
 
@@ -34,7 +36,8 @@ def read(path):
     """-> the object in a .json, the list of objects in a .jsonl. Ends the script when that is impossible."""
     try:
         text = path.read_text()
-        return [json.loads(x) for x in text.splitlines() if x] if path.suffix == ".jsonl" else json.loads(text)
+        lines = path.suffix == ".jsonl"
+        return [json.loads(line) for line in text.splitlines() if line] if lines else json.loads(text)
     except (OSError, ValueError) as error:
         sys.exit(f"record.py: {path} cannot be read ({error})")
 
@@ -55,20 +58,19 @@ def without(words, flags):
 def training_command(env):
     script, *flags = shlex.split(env["command"])
     launcher = f"torchrun --nproc_per_node={env['processes']}" if env["processes"] > 1 else "python"
-    flags = without(flags, [p for p in PLACES if p != "--batch-size"])
-    return shlex.join([*launcher.split(), Path(script).name, *flags])
+    return shlex.join([*launcher.split(), Path(script).name, *without(flags, PLACES)])
 
 
 def evaluation_name(row):
     """Protocol, data, split and what else was not the default: "linear cifar10 val --cached"."""
     _, _, *words = shlex.split(row["command"])
     flags = words[next((i for i, w in enumerate(words) if w.startswith("--")), len(words)) :]
-    flags = without(flags, (*PLACES, "--data", "--split", "--json", "--random"))
+    flags = without(flags, (*PLACES, "--batch-size", "--data", "--split", "--json", "--random"))
     return " ".join([row["protocol"], row["data"], row["split"], *flags])
 
 
 def training_minutes(rows, batch_size):
-    """Of the optimizer steps, without the evaluations between them: each row says how fast the steps before it were."""
+    """Of the optimizer steps, without evaluations: each row says how fast the steps before it were."""
     seconds, before = 0.0, 0
     for row in rows:
         if "images_per_sec" in row:
@@ -108,7 +110,7 @@ def record(directory, name, note="", chosen=None):
     return {
         "name": name,
         "method": args["method"],
-        "data": args["data"] if re.fullmatch(r"\w+", args["data"]) else Path(args["data"]).name,
+        "data": Path(args["data"]).name,
         "command": training_command(env),
         "commit": env.get("commit", ""),
         "date": time.strftime("%Y-%m-%d", time.localtime((directory / "metrics.jsonl").stat().st_mtime)),
@@ -131,7 +133,8 @@ def write(path, content):
 
 
 def parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--name", required=True, help="of the file below results/, such as slip_shapes")
     parser.add_argument("--result", type=int, action="append", metavar="ROW",
@@ -147,7 +150,8 @@ def main(argv=None):
         sys.exit(f"record.py: --name {args.name} may have letters, digits, _ and - only")
     content = record(args.run, args.name, args.note, args.result)
     if "dirty" in content["commit"] or not content["commit"]:
-        print(f"warning: recorded from commit {content['commit'] or 'unknown'}, others cannot repeat it", file=sys.stderr)
+        commit = content["commit"] or "unknown"
+        print(f"warning: recorded from commit {commit}, which others do not have", file=sys.stderr)
     write(args.out / f"{args.name}.json", content)
     print(f"{args.out / args.name}.json; now run: python benchmarks/table.py")
 

@@ -1,16 +1,17 @@
 """What a training step costs beside the libraries people would use: forward, loss, backward, optimizer.
 
-clip.py against open_clip (the same ViT-S/16 at 112 px), simclr.py against lightly's modules and loss, put together as
-in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both sides have the same weights, batch and precision. Nothing is
-timed before two steps of each gave the same losses, to 1e-4: two, so that gradient and optimizer are compared too. On
-the CPU the clock counts work of this process only. Rows in between say where a difference comes from:
+clip.py against open_clip (the same ViT-S/16 at 112 px), simclr.py against lightly's modules and loss, put
+together as in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both sides have the same weights, batch and
+precision. Nothing is timed before two steps of each gave the same losses, to 1e-4: two, so that gradient and
+optimizer are compared too. On the CPU the clock counts work of this process only. Rows in between say where a
+difference comes from:
 
     here, 77 tokens                open_clip pads all captions to 77, clip.py to the longest of the batch
-    lightly, views in one batch    its example encodes one view after the other, so that batch norm sees half as much
-    here, one view at a time       and this is simclr.py doing the same
+    lightly, views in one batch    its example encodes one view at a time: batch norm sees half as much
+    here, one view at a time       simclr.py doing the same
 
-    python benchmarks/step.py --out results/step.json                     # two minutes of one core
-    python benchmarks/step.py --clip-batch 256 --simclr-batch 512         # on a GPU: bfloat16, --compile
+    python benchmarks/step.py --out results/step.json                # two minutes of one core
+    python benchmarks/step.py --clip-batch 256 --simclr-batch 512    # on a GPU: bfloat16; --compile
 
 All rows take turns, round by round. Needs open_clip_torch and lightly.
 """
@@ -57,12 +58,13 @@ class Row:
         return loss.detach()
 
 
-# ------------------------------------------------ CLIP ------------------------------------------------
+# -------------------------------------------- CLIP --------------------------------------------
 def caption_ids(batch_size, vocab_size):
-    """-> token ids (b, 77), padded with 0, and the longest caption. Lengths are log-normal with mean 15: Flickr8k's, with
-    a few longer ones. Quantiles, not draws, so that every batch size has them."""
-    ids, quantiles = torch.zeros(batch_size, 77, dtype=torch.long), (torch.arange(batch_size) + 0.5) / batch_size
-    lengths = (math.log(14.1) + 0.35 * torch.special.ndtri(quantiles)).exp().round().int().clamp(4, 77).tolist()
+    """-> token ids (b, 77), padded with 0, and the longest caption. Lengths are log-normal with mean 15: those of
+    Flickr8k with a few longer ones. Quantiles, not draws, so that every batch size has them."""
+    ids = torch.zeros(batch_size, 77, dtype=torch.long)
+    normal = torch.special.ndtri((torch.arange(batch_size) + 0.5) / batch_size)
+    lengths = (math.log(14.1) + 0.35 * normal).exp().round().int().clamp(4, 77).tolist()
     for row, length in zip(ids, lengths):
         row[:length] = torch.randint(1, vocab_size - 2, (length,))
         row[0], row[length - 1] = vocab_size - 2, vocab_size - 1
@@ -74,10 +76,11 @@ def clip_rows(batch_size, device, compiled):
     args = clip.Args(arch="vit_small_patch16", image_size=112)
     embed_dim, layers, width, text_width = clip.ARCHS["vit_small"]
     vision = {"image_size": 112, "patch_size": 16, "layers": layers, "width": width, "head_width": 64}
-    text = {"context_length": 77, "vocab_size": 49408, "layers": 12, "width": text_width, "heads": text_width // 64}
-    models = {"open_clip": open_clip.CLIP(embed_dim, vision, text, quick_gelu=True), "here": clip.build_model(args)}
-    models["open_clip"].load_state_dict(models["here"].state_dict())
-    models["here, 77 tokens"] = copy.deepcopy(models["here"])
+    text = {"context_length": 77, "vocab_size": 49408, "layers": 12, "width": text_width}
+    text["heads"] = text_width // 64
+    mine, peer = clip.build_model(args), open_clip.CLIP(embed_dim, vision, text, quick_gelu=True)
+    peer.load_state_dict(mine.state_dict())
+    models = {"open_clip": peer, "here, 77 tokens": copy.deepcopy(mine), "here": mine}
     criterion = open_clip.ClipLoss()
     image = torch.randn(batch_size, 3, 112, 112, device=device)
     ids, longest = caption_ids(batch_size, 49408)
@@ -88,8 +91,8 @@ def clip_rows(batch_size, device, compiled):
         groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.2},
                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
         here = name != "open_clip"
-        fused = here and device.type == "cuda"  # as both training loops have it
-        optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=fused or None)
+        fused = here or None  # as the two training loops have it
+        optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=fused)
         batch = ids[:, :cut] if name == "here" else ids
         forward = torch.compile(model) if compiled else model
 
@@ -107,12 +110,12 @@ def clip_rows(batch_size, device, compiled):
 
         return Row(model, optimizer, loss, clamp)
 
-    rows = {name: row(name, models[name]) for name in ("open_clip", "here, 77 tokens", "here")}
+    rows = {name: row(name, model) for name, model in models.items()}
     mean = ids.ne(0).sum(1).float().mean()
-    return rows, f"ViT-S/16, 112 px, batch {batch_size}, captions of {mean:.1f} tokens, the longest {longest}"
+    return rows, f"ViT-S/16, 112 px, batch {batch_size}, captions of {mean:.1f} tokens (longest {longest})"
 
 
-# ------------------------------------------------ SimCLR ------------------------------------------------
+# -------------------------------------------- SimCLR --------------------------------------------
 def simclr_rows(batch_size, device, compiled):
     """-> {name: Row}, a description of the batch."""
     resnet = torchvision.models.resnet18()
@@ -127,7 +130,8 @@ def simclr_rows(batch_size, device, compiled):
     state = {f"backbone.{k}": v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
     for ours, name in names.items():
         prefix = f"{len(peer) - 1}.{name}."
-        state |= {f"head.{ours}.{k.removeprefix(prefix)}": v for k, v in theirs.items() if k.startswith(prefix)}
+        found = {k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)}
+        state |= {f"head.{ours}.{k}": v for k, v in found.items()}
     del state["head.norms.1.bias"]
     mine.load_state_dict(state)
     views = torch.rand(2, batch_size, 3, 64, 64, device=device)
@@ -151,14 +155,17 @@ def simclr_rows(batch_size, device, compiled):
     return {name: row(name) for name in names}, f"ResNet-18, 64 px, batch {batch_size}"
 
 
-# ------------------------------------------------ measuring ------------------------------------------------
+# -------------------------------------------- measuring --------------------------------------------
 def check(make, pairs, device):
     """Exits unless each pair of rows has the same losses in its first two steps, on a small batch in float64: float32
     would blur the second, as a ReLU that turns over is enough. -> losses by name."""
+    precision = torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("highest")  # the losses here compute in float32
     rows, (plain, scaler) = make(8, device, compiled=False)[0], mixed_precision("fp32", device)
-    torch.set_default_dtype(torch.float32)
     losses = {name: [row.step(plain, scaler).item() for _ in range(2)] for name, row in rows.items()}
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision(precision)
     for a, b in pairs:
         if max(abs(x / y - 1) for x, y in zip(losses[a], losses[b])) > 1e-4:
             sys.exit(f"not the same computation: {a} has losses {losses[a]}, {b} {losses[b]}")
@@ -166,8 +173,8 @@ def check(make, pairs, device):
 
 
 def measure(rows, rounds, dtype, device):
-    """-> seconds by name, one per round. Every other round goes backwards, so that nobody always follows the same.
-    On the CPU, seconds of its work: what other processes take meanwhile does not count."""
+    """-> seconds by name, one per round. Every other round goes backwards, so that no row always follows the
+    same. On the CPU, seconds of its work: what other processes take meanwhile does not count."""
     autocast, scaler = mixed_precision(dtype, device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds = {name: [] for name in rows}
@@ -194,6 +201,8 @@ def main():
     args = parser.parse_args()
     device = init_distributed("")  # the first there is; sets whatever a run sets
     torch.set_num_threads(args.threads)
+    low = getattr(mixed_precision(args.dtype, device)[0], "fast_dtype", torch.float32)
+    dtype = str(low).removeprefix("torch.")
     cases = {
         "clip": (clip_rows, args.clip_batch, [("open_clip", "here"), ("open_clip", "here, 77 tokens")]),
         "simclr": (simclr_rows, args.simclr_batch,
@@ -207,8 +216,8 @@ def main():
         seconds = measure(rows, args.rounds, args.dtype, device)
         first = next(iter(rows))  # the library as it is
         fastest, median = min(seconds[first]), statistics.median(seconds[first])
-        print(f"{method}: {setting}, {device.type}, {args.dtype}, losses agree", flush=True)
-        print(f"{'':28}{'ms: min':>10}{'median':>10}{f'{first} takes: min':>24}{'median':>10}")
+        print(f"{method}: {setting}, {device.type}, {dtype}, losses agree", flush=True)
+        print(f"{'':28}{'ms: min':>10}{'median':>10}{f'{first} takes: min':>24}{'median':>10}", flush=True)
         results[method] = {"setting": setting, "rows": {}}
         for name, s in seconds.items():
             a, b = min(s), statistics.median(s)
@@ -217,7 +226,8 @@ def main():
                 "ms_min": 1e3 * a, "ms_median": 1e3 * b, f"{first}_over_this_min": fastest / a,
                 f"{first}_over_this_median": median / b, "first_two_losses": losses[name]}  # fmt: skip
     if args.out:
-        flags = {k: v for k, v in vars(args).items() if k != "out"} | {"device": device.type}
+        flags = {k: v for k, v in vars(args).items() if k != "out"}
+        flags |= {"device": device.type, "dtype": dtype}
         versions = {m.__name__: m.__version__ for m in (open_clip, lightly)}
         gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
         record = environment() | {"gpu": gpu, "date": time.strftime("%Y-%m-%d")} | versions | flags

@@ -3,8 +3,9 @@
     python benchmarks/table.py              # rewrites them
     python benchmarks/table.py --check      # names those that differ, exit status 1
 
-Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->, <!-- curves METHOD -->,
-<!-- speed --> and the same with a slash, and the line numbers in links such as [`clip_loss`](clip.py#L364).
+Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->,
+<!-- curves METHOD -->, <!-- speed --> and the same with a slash, and the line numbers in links such as
+[`clip_loss`](clip.py#L364).
 """
 
 import argparse
@@ -19,8 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (methods|speed|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe"}
-SHARED = {"common.py": "arguments, processes, checkpoints, log", "data.py": "loader, image operations, tokenizer",
-          "sources.py": "where samples come from", "evaluate.py": "evaluation"}  # fmt: skip
+SHARED = {
+    "common.py": "arguments, processes, checkpoints, log",
+    "data.py": "loader, image operations, tokenizer",
+    "sources.py": "where samples come from",
+    "evaluate.py": "evaluation",
+}
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 
 
@@ -55,10 +60,12 @@ def diff_size(a, b):
 
 def definition_line(path, name):
     """Line of a definition or assignment; a dot goes into a class."""
-    body, node = ast.parse(path.read_text()).body, None
+    def names(node):
+        return [getattr(node, "name", None), *(getattr(t, "id", None) for t in getattr(node, "targets", []))]
+
+    body = ast.parse(path.read_text()).body
     for part in name.split("."):
-        node = next((n for n in body if getattr(n, "name", None) == part
-                     or part in [getattr(t, "id", None) for t in getattr(n, "targets", [])]), None)  # fmt: skip
+        node = next((node for node in body if part in names(node)), None)
         if node is None:
             sys.exit(f"table.py: {path.name} does not define {name}, which a link names")
         body = getattr(node, "body", [])
@@ -83,7 +90,7 @@ def said(what, value, chance=None):
 
 
 def chance_of(name, metrics):
-    """The chance level of a metric of the training loop: knn_top1 has knn_chance, recall@1 has recall_chance."""
+    """Chance level of a metric of the training loop: knn_top1 has knn_chance, recall@1 recall_chance."""
     return metrics.get(re.split("_top|@", name)[0] + "_chance")
 
 
@@ -94,13 +101,15 @@ def scores(record):
         protocol, *words = label.split()
         if protocol in PROTOCOLS:
             where = " ".join(w for w in words if w != record["data"])
-            text = said(f"{PROTOCOLS[protocol]} {where}", next(iter(metrics.values())), metrics.get("chance"))
+            headline = next(iter(metrics.values()))
+            text = said(f"{PROTOCOLS[protocol]} {where}", headline, metrics.get("chance"))
             for way in ("image_to_text", "text_to_image") if protocol == "retrieval" else ():
                 found = "/".join(number(metrics[f"{way}_recall@{k}"]) for k in (1, 5, 10))
                 text += f", {way.replace('_', ' ')} R@1/5/10 {found}"
             out.append(text)
-    training = record["metrics"]["training"]
-    return out or [said(f"{IN_LOOP[k]} in training", training[k], chance_of(k, training)) for k in IN_LOOP if k in training]
+    last = record["metrics"]["training"]
+    there = [k for k in IN_LOOP if k in last]
+    return out or [said(f"{IN_LOOP[k]} in training", last[k], chance_of(k, last)) for k in there]
 
 
 def table(header, rows):
@@ -117,31 +126,31 @@ def methods_table(prefix):
         diff = "none, a first file"
         if parent:
             diff = "{0}.py: -{1} +{2}".format(parent, *diff_size(f"{parent}.py", f"{name}.py"))
-        lines = line_count(ROOT / f"{name}.py")
-        rows.append([title, f"[{name}.py]({prefix}{name}.py) ({lines})", f"[{arxiv}](https://arxiv.org/abs/{arxiv})",
-                     measured or "not run yet", f"[docs/{name}.md]({prefix}docs/{name}.md)", diff])  # fmt: skip
+        file = f"[{name}.py]({prefix}{name}.py) ({line_count(ROOT / f'{name}.py')})"
+        paper, page = f"[{arxiv}](https://arxiv.org/abs/{arxiv})", f"[docs/{name}.md]({prefix}docs/{name}.md)"
+        rows.append([title, file, paper, measured or "not run yet", page, diff])
     shared = [f"[{x}]({prefix}{x}) ({line_count(ROOT / x)}): {what}" for x, what in SHARED.items()]
-    return table(header, rows) + f"\nShared: {'; '.join(shared)}. Diffs are those of `git diff --no-index clip.py slip.py`.\n"
+    text = f"Shared: {'; '.join(shared)}. Diffs are those of `git diff --no-index clip.py slip.py`."
+    return f"{table(header, rows)}\n{text}\n"
 
 
 def results_table(prefix, method=None):
-    rows, header = [], ["run", "setting", "hardware", "minutes", "result in percent", "commit"]
-    for name, r in results().items():
-        if r["method"] == (method or r["method"]):
-            args, training = r["args"], r["metrics"]["training"]
-            setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, batch {args['batch_size']}, "
-            setting += f"{training['step']} steps (epochs: {training['epochs']:.3g}), seed {args['seed']}"
-            told = "; ".join(scores(r)) or f"loss {training['loss']:.3f}"
-            rows.append([f"[{name}]({prefix}results/{name}.json)", setting, r["hardware"], f"{r['minutes']:.1f}",
-                         told + (f". {r['note']}" if r["note"] else ""), r["commit"]])  # fmt: skip
-    if not rows:
-        return "Nothing is recorded yet.\n"
-    commands = [f"{name}: `{r['command']}`" for name, r in results().items() if r["method"] == (method or r["method"])]
-    return table(header, rows) + "\n" + "".join(f"- {line}\n" for line in commands)
+    header, rows = ["run", "setting", "hardware", "minutes", "result in percent", "commit"], []
+    mine = {name: r for name, r in results().items() if method in (None, r["method"])}
+    for name, r in mine.items():
+        args, last = r["args"], r["metrics"]["training"]
+        setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, batch {args['batch_size']}, "
+        setting += f"{last['step']} steps (epochs: {last['epochs']:.3g}), seed {args['seed']}"
+        told = "; ".join(scores(r)) or f"loss {last['loss']:.3f}"
+        told += f". {r['note']}" if r["note"] else ""
+        link, minutes = f"[{name}]({prefix}results/{name}.json)", f"{r['minutes']:.1f}"
+        rows.append([link, setting, r["hardware"], minutes, told, r["commit"]])
+    commands = "".join(f"- {name}: `{r['command']}`\n" for name, r in mine.items())
+    return f"{table(header, rows)}\n{commands}" if rows else "Nothing is recorded yet.\n"
 
 
 def curves(prefix, method):
-    """Of each run up to eight points: evaluations, with the loss at the nearest row of the log; or the loss alone."""
+    """Up to eight points of each run: evaluations and the loss nearest to them, or the loss alone."""
     text = ""
     for name, r in results().items():
         if r["method"] != method:
@@ -165,29 +174,26 @@ def speed(prefix):
     """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
     rows = []
     for path in sorted((ROOT / "results").glob("*.json")):
-        r = json.loads(path.read_text())
+        r, kind = json.loads(path.read_text()), re.match("[a-z]+", path.stem)[0]
         link, machine = f"[{path.stem}]({prefix}results/{path.name})", r.get("gpu") or r.get("cpu")
-        if path.stem.startswith("augment"):
-            for policy, found in r["results"].items():
-                pil, ratio = found["ms"]["pil"][0], found["times_faster_than_pil"]
-                rows.append([link, f"two 224 px views ({policy}), {machine}, one thread", f"PIL pipeline {pil:.1f} ms",
-                             f"loader worker {found['ms']['worker'][0]:.1f} ms", f"{ratio['worker'][0]:.1f}x"])
-                rows.append([link, "the same with the device's part on that thread too", f"PIL pipeline {pil:.1f} ms",
-                             f"{found['ms']['worker+device'][0]:.1f} ms", f"{ratio['worker+device'][0]:.1f}x"])
-        elif path.stem.startswith("step"):
-            for found in r["results"].values():
-                (peer, theirs), ours = next(iter(found["rows"].items())), found["rows"]["here"]
-                rows.append([link, f"training step, {found['setting']}, {machine}, {r['dtype']}",
-                             f"{peer} {theirs['ms_min']:.0f} ms", f"{ours['ms_min']:.0f} ms",
-                             f"{theirs['ms_min'] / ours['ms_min']:.2f}x"])  # fmt: skip
-        elif path.stem.startswith("loss_memory"):
-            for loss, points in r["results"].items():
-                first, last = points[0], points[-1]
-                rows.append([link, f"bytes that {loss} keeps for backward per local x global pair",
-                             f"{first['matrix_bytes_per_b_x_B']:.1f} at {first['local_batch']} x {first['global_batch']}",
-                             f"{last['matrix_bytes_per_b_x_B']:.1f} at {last['local_batch']} x {last['global_batch']}",
-                             ""])  # fmt: skip
-    return table(["record", "what", "beside", "here", "ratio"], rows) if rows else "Nothing is recorded yet.\n"
+        for name, found in r["results"].items() if kind in ("augment", "step", "loss") else ():
+            if kind == "augment":
+                pil = found["ms"]["pil"][0]
+                for way, what in (("worker", "loader worker"), ("worker+device", "and the device's part")):
+                    ms, ratio = found["ms"][way][0], found["times_faster_than_pil"][way][0]
+                    what = f"two 224 px views of {name}, {machine}, one thread: {what}"
+                    rows.append([link, what, f"PIL {pil:.1f} ms", f"{ms:.1f} ms", f"{ratio:.1f}x"])
+            elif kind == "step":
+                peer, theirs = next(iter(found["rows"].items()))
+                a, b = theirs["ms_min"], found["rows"]["here"]["ms_min"]
+                what = f"training step, {found['setting']}, {machine}, {r['dtype']}"
+                rows.append([link, what, f"{peer} {a:.0f} ms", f"{b:.0f} ms", f"{a / b:.2f}x"])
+            else:
+                each = [f"{p['matrix_bytes_per_b_x_B']:.1f} at {p['local_batch']} x {p['global_batch']}"
+                        for p in (found[0], found[-1])]  # fmt: skip
+                rows.append([link, f"{name}: bytes kept for backward per local x global pair", *each, ""])
+    header = ["record", "what", "beside", "here", "ratio"]
+    return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
 # -------------------------------------------- writing --------------------------------------------
@@ -211,8 +217,9 @@ def pages():
 
 
 def parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, name the files that are not up to date")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--check", action="store_true", help="write nothing, name the files that differ")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""What README.md and docs/ say is true: commands parse, files, flags, links and names exist, numbers are the tree's."""
+"""What README.md and docs/ say is true: commands parse; files, flags, links and names exist; numbers are the
+tree's."""
 
 import ast
 import importlib
-import importlib.util
 import json
 import math
 import re
@@ -24,15 +24,14 @@ import table  # noqa: E402
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in table.pages()}
 OURS = {path.name: path for folder in (".", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
 COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
-# What our pages name of other projects, or of a run, and so is nowhere in this tree
-FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad", "--no-index"}  # of open_clip, of git
+# What the pages name of other projects, and so is nowhere in this tree
+FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad"} | {"--no-index"}  # of open_clip, of git
+FOREIGN_FLAGS |= {"--caption_col", "--output_format"}  # of img2dataset
 NO_FLAGS = {"--batchsize", "--flag"}  # the example of an error message, the synopsis
-OF_A_RUN = {"args.json", "env.json", "tokenizer.json", "views.png", "metrics.jsonl", "curves.png", "checkpoint.pt", "results.jsonl",
-            "classnames.txt", "slip_base_25ep.pt", "ViT-B-32.pt"}  # fmt: skip
 
 
 def commands(text):
-    """Every line of a fenced block, and every inline code span, that starts one of our files; comments cut off."""
+    """Lines of fenced blocks and inline code spans that start one of our files, without their comments."""
     text = text.replace("\\\n", " ")
     fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).splitlines()
     spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
@@ -91,8 +90,9 @@ def test_command_parses(page, command):
 
 def test_commands_are_found():
     """A change of style in the pages must not turn the test above into one of nothing."""
-    count = {page: sum(p == page for p, _ in ALL) for page in PAGES}
-    assert count["README.md"] >= 15 and all(count[f"docs/{x}.md"] >= 4 for x in ("clip", "slip", "simclr", "evaluation"))
+    count = Counter(page for page, _ in ALL)
+    assert count["README.md"] >= 15
+    assert all(count[f"docs/{name}.md"] >= 4 for name in ("clip", "slip", "simclr", "evaluation"))
     assert any(command == "torchrun slip.py" for _, command in ALL)
 
 
@@ -117,10 +117,9 @@ def test_flags_and_files_exist(page):
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S))
     flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert flags - FOREIGN_FLAGS - NO_FLAGS <= known_flags()
-    files = {name for span in spans for name in re.findall(r"^\.?[\w/.-]+\.(?:py|md|txt|json|jsonl|pt|png)$", span)}
-    places = ("", "tests/", "benchmarks/", "docs/")
-    lost = {f for f in files - OF_A_RUN if not any((ROOT / (place + f)).exists() for place in places)}
-    assert not lost
+    below = r"(?:tests|docs|benchmarks|results|\.ci)/[\w/.-]+"
+    ours = re.compile(rf"[\w-]+\.(?:py|md)|{below}|requirements\S*\.txt")
+    assert not {span for span in spans if ours.fullmatch(span) and not (ROOT / span).exists()}
 
 
 def anchors(text):
@@ -134,8 +133,7 @@ def test_links(page):
     folder = (ROOT / page).parent
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if target.startswith("https://"):
-            assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}|https://github\.com/\S+", target), target
-            continue
+            continue  # the network is not asked
         name, _, anchor = target.partition("#")
         path = (folder / name).resolve() if name else ROOT / page
         assert path.exists(), f"{page} links {target}"
@@ -165,7 +163,8 @@ def test_tables_are_up_to_date():
 
 def test_line_counts_and_diffs():
     """Counted again, in another way than benchmarks/table.py does."""
-    rows = re.findall(r"^\| \S.*?\| \[(\w+)\.py\]\(\w+\.py\) \((\d+)\) .*\| (.*) \|$", PAGES["README.md"], re.M)
+    row = re.compile(r"^\| .*?\| \[(\w+)\.py\]\(\w+\.py\) \((\d+)\) \| .*\| (.*) \|$", re.M)
+    rows = row.findall(PAGES["README.md"])
     assert {name for name, *_ in rows} == {path.stem for path in method_files()}
     for name, lines, diff in rows:
         mine = (ROOT / f"{name}.py").read_text().splitlines()
@@ -174,8 +173,8 @@ def test_line_counts_and_diffs():
             parent = (ROOT / f"{match[1]}.py").read_text().splitlines()
             kept = len(parent) - int(match[2])
             assert kept + int(match[3]) == len(mine)
-            common_lines = sum((Counter(parent) & Counter(mine)).values())  # of any order: at least those kept
-            assert 0.8 * common_lines <= kept <= common_lines
+            shared = sum((Counter(parent) & Counter(mine)).values())  # in any order, so no fewer than kept
+            assert 0.8 * shared <= kept <= shared
         else:
             assert "Diff against: nothing" in (ROOT / f"{name}.py").read_text()
 
@@ -189,24 +188,25 @@ def test_console_output_is_of_a_recorded_run():
     for step, text in rows:
         for name, value in re.findall(r"\b([a-z]+(?:_\w+|@1)?) ([\d.]+)(?= \(|,|$)", text):
             if "chance" not in name and name in curve[int(step)]:
-                digits = len(value.partition(".")[2])
-                assert math.isclose(curve[int(step)][name], float(value), abs_tol=0.51 * 10**-digits), (step, name)
+                recorded, digits = curve[int(step)][name], len(value.partition(".")[2])
+                assert math.isclose(recorded, float(value), abs_tol=0.51 * 10**-digits), (step, name)
 
 
-# -------------------------------------------- the scripts behind the tables --------------------------------------------
+# ----------------------------------- the scripts behind the tables -----------------------------------
 @pytest.fixture
 def run(tmp_path):
     """The files of a run of 30 steps, one evaluation, with a result of evaluate.py."""
-    args = {"method": "slip", "data": "/some/where/photos", "batch_size": 8, "device": "", "output_dir": str(tmp_path),
-            "data_dir": "", "arch": "vit_micro_patch8", "image_size": 48, "seed": 0}  # fmt: skip
-    env = {"command": f"/x/slip.py --data shapes --data-dir=/y --output-dir {tmp_path} --lr 1e-3 --no-gather-grad",
-           "processes": 1, "gpu": None, "cpus": 2, "torch": "2.6", "python": "3.11", "commit": "abc"}  # fmt: skip
+    args = {"method": "slip", "data": "/some/where/photos", "batch_size": 8, "device": "", "data_dir": "",
+            "output_dir": str(tmp_path), "arch": "vit_micro_patch8", "image_size": 48, "seed": 0}  # fmt: skip
+    command = f"/x/slip.py --data shapes --data-dir=/y --output-dir {tmp_path} --lr 1e-3 --no-gather-grad"
+    env = {"command": command, "processes": 1, "gpu": None, "cpus": 2, "torch": "2.6", "python": "3.11",
+           "commit": "abc"}  # fmt: skip
     log = [{"step": s, "epoch": s / 30, "loss": 3 - s / 30, "chance": 4.0, "lr": 0.1, "images_per_sec": 4.0,
             "data_wait": 0.0} for s in (1, 10, 20, 30)]  # fmt: skip
     log.insert(3, {"step": 25, "zeroshot_top1": 5.5, "zeroshot_chance": 1.0})
-    found = {"protocol": "zeroshot", "data": "shapes", "split": "val", "metrics": {"top1": 7.25, "chance": 1.0}, "step": 30,
-             "command": "evaluate.py zeroshot runs/x runs/y --data shapes --workers 2 --templates t.txt",
-             "random weights": {"top1": 1.5, "chance": 1.0}}  # fmt: skip
+    found = {"protocol": "zeroshot", "data": "shapes", "split": "val", "step": 30,
+             "metrics": {"top1": 7.25, "chance": 1.0}, "random weights": {"top1": 1.5, "chance": 1.0},
+             "command": "evaluate.py zeroshot runs/x runs/y --data shapes --workers 2 --templates t.txt"}
     (tmp_path / "args.json").write_text(json.dumps(args))
     (tmp_path / "env.json").write_text(json.dumps(env))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
@@ -219,9 +219,10 @@ def test_record(run):
     found = json.loads((run / "out/mine.json").read_text())
     assert found["command"] == "python slip.py --data shapes --lr 1e-3 --no-gather-grad"
     assert found["minutes"] == 1.0 and found["hardware"] == "2 CPU cores" and found["data"] == "photos"
-    assert found["metrics"]["training"] | {"step": 30, "loss": 2.0, "zeroshot_top1": 5.5} == found["metrics"]["training"]
-    assert found["metrics"]["zeroshot shapes val --templates t.txt"] == {"top1": 7.25, "chance": 1.0, "step": 30}
-    assert found["metrics"]["zeroshot shapes val --templates t.txt, random weights"]["top1"] == 1.5
+    metrics, label = found["metrics"], "zeroshot shapes val --templates t.txt"
+    assert metrics["training"].items() >= {"step": 30, "loss": 2.0, "zeroshot_top1": 5.5}.items()
+    assert metrics[label] == {"top1": 7.25, "chance": 1.0, "step": 30}
+    assert metrics[label + ", random weights"]["top1"] == 1.5
     assert found["curve"][3] == [25, {"zeroshot_top1": 5.5}] and len(found["curve"]) == 5
     assert str(run) not in (run / "out/mine.json").read_text()
 

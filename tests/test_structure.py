@@ -127,5 +127,5 @@ def test_paste_augmentation(file, name):
     rng = random.Random(0)
     crops = torch.stack([view.crop(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8), rng) for _ in range(5)])
     draws = [view.draw(rng) for _ in range(5)]
-    draws = {key: torch.tensor([draw[key] for draw in draws]) for key in draws[0]}
+    draws = {key: torch.stack([torch.as_tensor(draw[key]) for draw in draws]) for key in draws[0]}
     assert view(crops, draws).shape == (5, 3, 32, 32)
