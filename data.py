@@ -225,7 +225,7 @@ def draw_jitter(rng, brightness, contrast, saturation, hue):
     """color_jitter's arguments for one sample, drawn as torchvision's ColorJitter draws them."""
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
     factors = {name: rng.uniform(max(0, 1 - s), 1 + s) for name, s in strengths.items()}
-    return {**factors, "hue": rng.uniform(-hue, hue), "order": torch.tensor(rng.sample(range(4), 4))}
+    return {**factors, "hue": rng.uniform(-hue, hue), "order": rng.sample(range(4), 4)}
 
 
 def to_float(x):

@@ -89,18 +89,19 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-DISTILL = dict(stage="distill", head_layer=0)  # Sec. 3.1, as are epochs, batch and rates of imagenet
-SMALL = dict(DISTILL, temperature=0.1, optimizer="sgd", base_lr=0.01, weight_decay=5e-4)
+DISTILL = dict(stage="distill", head_layer=0, epochs=400, batch_size=4096, base_lr=0.1, weight_decay=1e-4,
+               warmup_epochs=20.0)  # Sec. 3.1
+SMALL = dict(DISTILL, temperature=0.1, optimizer="sgd", base_lr=0.01, weight_decay=5e-4, warmup_epochs=0.0)
 RECIPES = {
-    "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128),
+    "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128, base_lr=0.02),
     "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
     "cifar10-distill": dict(SMALL, epochs=200, batch_size=512),
     "imagenet": {},  # 1% of the labels: ResNet-50 57.9%
     "imagenet-10": dict(label_fraction=0.1, epochs=30),  # 68.4%
     "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),  # 76.3%
-    "imagenet-distill": dict(DISTILL, arch="resnet50", epochs=400, batch_size=4096, base_lr=0.1,
-                             weight_decay=1e-4, warmup_epochs=20.0),
+    "imagenet-distill": dict(DISTILL, arch="resnet50"),  # 73.9% (1%), 77.5% (10%), with a larger teacher
+    "imagenet-self-distill": dict(DISTILL, temperature=0.1),
 }
 
 
@@ -256,8 +257,10 @@ def labelled_part(dataset, fraction, seed):
 def earlier_stages(args):
     """-> checkpoints of --checkpoint and --teacher, None where there is none. What `args` leave open about
     the network is taken from them. Raises UserError when they are not what the stage needs."""
-    if RECIPES.get(args.recipe or args.data, {}).get("stage", "finetune") != args.stage:
-        raise UserError(f"--stage {args.stage} needs one of its own recipes: {', '.join(RECIPES)}")
+    stages = {name: recipe.get("stage", "finetune") for name, recipe in RECIPES.items()}
+    if stages.get(args.recipe or args.data, "finetune") != args.stage:
+        fitting = ", ".join(name for name, stage in stages.items() if stage == args.stage)
+        raise UserError(f"--stage {args.stage} needs a --recipe of its own: {fitting}")
     if (args.stage == "distill") != bool(args.teacher) or not (args.teacher or args.checkpoint):
         raise UserError("fine-tuning needs --checkpoint, distilling --teacher and --recipe NAME-distill")
     found = []

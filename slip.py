@@ -313,7 +313,7 @@ def init_text(model):
 
 
 ARCHS = {  # layers, width, heads; vit_small has 12 heads as in MoCo v3, not 6 (below it: our own)
-    "vit_micro": (4, 128, 2),
+    "vit_micro": (4, 128, 4),
     "vit_tiny": (12, 192, 3),
     "vit_small": (12, 384, 12),
     "vit_base": (12, 768, 12),

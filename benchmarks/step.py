@@ -60,8 +60,8 @@ class Row:
 
 # -------------------------------------------- CLIP --------------------------------------------
 def caption_ids(batch_size, vocab_size):
-    """-> token ids (b, 77), padded with 0, and the longest caption. Lengths are log-normal with mean 15: those of
-    Flickr8k with a few longer ones. Quantiles, not draws, so that every batch size has them."""
+    """-> token ids (b, 77), padded with 0, and the longest length. Lengths are log-normal with mean 15: those
+    of Flickr8k with a few longer ones. Quantiles, not draws, so that every batch size has them."""
     ids = torch.zeros(batch_size, 77, dtype=torch.long)
     normal = torch.special.ndtri((torch.arange(batch_size) + 0.5) / batch_size)
     lengths = (math.log(14.1) + 0.35 * normal).exp().round().int().clamp(4, 77).tolist()
@@ -157,8 +157,8 @@ def simclr_rows(batch_size, device, compiled):
 
 # -------------------------------------------- measuring --------------------------------------------
 def check(make, pairs, device):
-    """Exits unless each pair of rows has the same losses in its first two steps, on a small batch in float64: float32
-    would blur the second, as a ReLU that turns over is enough. -> losses by name."""
+    """Exits unless each pair of rows has the same losses in its first two steps, on a small batch in float64:
+    float32 would blur the second, as a ReLU that turns over is enough. -> losses by name."""
     precision = torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float64)
     torch.set_float32_matmul_precision("highest")  # the losses here compute in float32
@@ -221,7 +221,8 @@ def main():
         results[method] = {"setting": setting, "rows": {}}
         for name, s in seconds.items():
             a, b = min(s), statistics.median(s)
-            print(f"{name:28}{1e3 * a:10.1f}{1e3 * b:10.1f}{fastest / a:22.2f} x{median / b:8.2f} x", flush=True)
+            cells = f"{1e3 * a:10.1f}{1e3 * b:10.1f}{fastest / a:22.2f} x{median / b:8.2f} x"
+            print(f"{name:28}{cells}", flush=True)
             results[method]["rows"][name] = {
                 "ms_min": 1e3 * a, "ms_median": 1e3 * b, f"{first}_over_this_min": fastest / a,
                 f"{first}_over_this_median": median / b, "first_two_losses": losses[name]}  # fmt: skip

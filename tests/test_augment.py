@@ -1,4 +1,4 @@
-"""The augmentation policies of the method files: what they draw, and what comes of it, against torchvision."""
+"""The augmentation policies of the method files: what they draw and what comes of it, against torchvision."""
 
 import copy
 import functools
@@ -43,7 +43,8 @@ def policy(name, recipe, view):
             patch.setattr(module, part, lambda *_, **__: types.SimpleNamespace(eot=0, vocab_size=1))
         patch.setattr(module, "Loader", loader)
         with pytest.raises(Captured) as caught:
-            module.train(module.parse_args(module.Args, module.RECIPES, ["--device", "cpu", "--data", recipe]))
+            argv = ["--device", "cpu", "--data", recipe]
+            module.train(module.parse_args(module.Args, module.RECIPES, argv))
     return caught.value.args[0][view]
 
 
@@ -61,13 +62,13 @@ FLAGS = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5}
 def draws_of(view, n=N):
     """{name: n draws}, each from a generator as the loader makes it."""
     draws = [view.draw(random.Random(f"0 0 {i} view1")) for i in range(n)]
-    return {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
+    return {name: np.array([np.asarray(draw[name]) for draw in draws]) for name in draws[0]}
 
 
-# ------------------------------------------------ what is drawn ------------------------------------------------
+# -------------------------------------------- what is drawn --------------------------------------------
 def assert_uniform(values, low, high):
-    """All within [low, high], and the Kolmogorov-Smirnov distance to that distribution is below 1.9 / sqrt(n), which
-    a uniform sample exceeds once in 700 times; with a range 5% wider it is nearly twice that."""
+    """All within [low, high], and the Kolmogorov-Smirnov distance to that distribution below 1.9 / sqrt(n),
+    which a uniform sample exceeds once in 700 times; a range 5% wider gives nearly twice that."""
     assert low <= values.min() and values.max() <= high
     order = np.sort((values - low) / (high - low))
     assert np.abs(order - np.arange(0.5, len(order)) / len(order)).max() < 1.9 / len(order) ** 0.5
@@ -109,7 +110,7 @@ def test_draws_are_independent_of_each_other(view):
 
 
 class Gradient:
-    """Pictures whose red grows to the right and whose green grows downwards: a crop tells where it was cut."""
+    """Pictures whose red grows to the right and whose green grows downwards: a crop tells its place."""
 
     name, captioned, classes = "gradient", True, None
 
@@ -139,7 +140,7 @@ def test_two_views_of_a_sample_are_independent(view):
         for name, column in columns.items():
             crop, draw = sample[name]
             place = crop.float().mean((1, 2))[:2].tolist()
-            column.append([draw[key] for key in (*FLAGS, *FACTORS, "sigma")] + place + draw["order"][:1])
+            column.append([*(draw[key] for key in (*FLAGS, *FACTORS, "sigma")), *place, draw["order"][0]])
     first, second = (np.array(column, float) for column in columns.values())
     assert (first[:, 4:9] != second[:, 4:9]).all()  # no number is shared
     between = np.corrcoef(first.T, second.T)[: first.shape[1], first.shape[1] :]
@@ -150,9 +151,12 @@ def test_two_views_of_a_sample_are_independent(view):
 
 
 def plain(sample):
-    """A sample as nested lists, to compare with ==."""
-    return {name: (crop.tolist(), draw) for name, (crop, draw) in
-            ((name, sample[name]) for name in ("view1", "view2"))}  # fmt: skip
+    """The two views as nested lists, to compare with ==."""
+    views = {name: sample[name] for name in ("view1", "view2")}
+    return {
+        name: (crop.tolist(), {key: np.asarray(value).tolist() for key, value in draw.items()})
+        for name, (crop, draw) in views.items()
+    }
 
 
 @pytest.mark.parametrize("view", [slip.SSLView(8), simclr.SimCLRView(8)], ids=["slip", "simclr"])
@@ -168,17 +172,17 @@ def test_draws_are_functions_of_seed_epoch_index_and_view(view):
     random.seed(7), np.random.seed(7), torch.manual_seed(7)
     assert plain(loader[3, 5]) == wanted[5]
     others = [two_views(view, 40)[4, 5], two_views(view, 40)[3, 6], two_views(view, 40, seed=1)[3, 5]]
-    everything = [wanted[5]["view1"], wanted[5]["view2"]] + [plain(o)[v] for o in others for v in ("view1", "view2")]
+    everything = [pair for sample in (wanted[5], *map(plain, others)) for pair in sample.values()]
     sigmas = [draw["sigma"] for _, draw in everything]
     assert len(set(sigmas)) == 8 and len({str(crop) for crop, _ in everything}) == 8
 
 
-# ------------------------------------------------ what comes of it ------------------------------------------------
+# -------------------------------------------- what comes of it --------------------------------------------
 class Noise(Gradient):
     def __init__(self, n, size):
         super().__init__(n, size)
         rng = np.random.default_rng(0)
-        blocks = rng.integers(0, 256, (n, size // 8 + 1, size // 8 + 1, 3), dtype=np.uint8)  # smooth parts too
+        blocks = rng.integers(0, 256, (n, size // 8 + 1, size // 8 + 1, 3), dtype=np.uint8)  # smooth parts
         noise = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
         large = blocks.repeat(8, 1).repeat(8, 2)[:, :size, :size]
         self.images = np.where(rng.random((n, 1, 1, 1)) < 0.5, large, noise)
@@ -232,7 +236,7 @@ def test_a_batch_equals_torchvision_sample_by_sample(view, n, size, kernel_size,
 
 @pytest.mark.parametrize("size", [32, 48, 96, 160, 224])
 def test_blur_reaches_as_far_as_it_should(size):
-    """SimCLR: a tenth of the image (official: size // 10, halved, on either side); SLIP: six pixels, three sigma."""
+    """SimCLR: a tenth of the image (official: size // 10, half of it on either side); SLIP: three sigma."""
     point = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     point[..., size // 2, size // 2] = 255
     off, on = torch.tensor([False]), torch.tensor([True])
@@ -240,7 +244,8 @@ def test_blur_reaches_as_far_as_it_should(size):
     draw |= {name: torch.ones(1) for name in FACTORS} | {"order": torch.arange(4)[None]}
     for view, radius in ((simclr.SimCLRView(size), size // 10 // 2), (slip.SSLView(size), 6)):
         change = view(point, draw) - view(torch.zeros_like(point), draw)
-        assert (change[0, 0].abs().sum(0) > 1e-9).sum() == (change[0, 0].abs().sum(1) > 1e-9).sum() == 2 * radius + 1
+        for axis in (0, 1):
+            assert (change[0, 0].abs().sum(axis) > 1e-9).sum() == 2 * radius + 1
     assert torch.equal(simclr.SimCLRView(size, blur=False)(point, draw), data.to_float(point))
 
 
@@ -254,7 +259,9 @@ def test_the_language_view_is_a_crop_and_nothing_else(name, norm):
     crops = torch.stack([small.crop(image, random.Random(i)) for i in range(500)])
     rows, columns = crops.float().mean(2)[:, 0], crops.float().mean(3)[:, 1]
     assert (rows.diff() >= 0).all() and (columns.diff() >= 0).all() and (rows[:, -1] - rows[:, 0] > 100).all()
-    expected = torch.stack([TV.normalize(TV.to_dtype(crop, torch.float32, scale=True), *norm) for crop in crops])
+    expected = torch.stack(
+        [TV.normalize(TV.to_dtype(crop, torch.float32, scale=True), *norm) for crop in crops]
+    )
     torch.testing.assert_close(small(crops, {}), expected, atol=1e-5, rtol=0)
 
 
@@ -267,7 +274,7 @@ def test_the_strong_views_do_flip():
     assert torch.equal(falling[~batch[1]["gray"]], batch[1]["flip"][~batch[1]["gray"]])
 
 
-# ------------------------------------------------ crops ------------------------------------------------
+# -------------------------------------------- crops --------------------------------------------
 @pytest.fixture
 def cuts(monkeypatch):
     """What data.random_resized_crop cuts out, (top, left, height, width), and how it resizes that."""
@@ -301,7 +308,9 @@ def test_scale_aspect_and_interpolation_of_crops(cuts, name, scale, interpolatio
         crop = view.crop(image, random.Random(i))
         box, sides, mode, antialias = cuts[-1]
         assert sides == (size, size) and mode == interpolation and antialias
-        expected = TV.resized_crop(image, *box, [size, size], InterpolationMode(interpolation), antialias=True)
+        expected = TV.resized_crop(
+            image, *box, [size, size], InterpolationMode(interpolation), antialias=True
+        )
         assert (crop.int() - expected.int()).abs().max() <= 1
     view = copy.copy(view)
     view.size = 4  # the same policy, quick to resize
@@ -312,11 +321,12 @@ def test_scale_aspect_and_interpolation_of_crops(cuts, name, scale, interpolatio
     theirs = [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(n)]
     area = np.array([h * w for (_, _, h, w), *_ in cuts]) / (height * width)
     assert area.min() > scale[0] - 0.01 and area.min() < scale[0] + 0.1
-    for statistic in (lambda t, l, h, w: h * w, lambda t, l, h, w: w / h, lambda t, l, h, w: t, lambda t, l, h, w: l):
-        ours, other = (np.sort([statistic(*box) for box in boxes]) for boxes in ([cut[0] for cut in cuts], theirs))
-        at = np.concatenate([ours, other])
-        below = np.searchsorted(ours, at, side="right") - np.searchsorted(other, at, side="right")
-        assert np.abs(below).max() / n < 2.2 * (2 / n) ** 0.5  # exceeded once in 8,000 times by equal distributions
+    ours, theirs = (np.array(boxes, float).T for boxes in ([cut[0] for cut in cuts], theirs))  # (4, n)
+    for statistic in (lambda b: b[2] * b[3], lambda b: b[3] / b[2], lambda b: b[0], lambda b: b[1]):
+        one, other = np.sort(statistic(ours)), np.sort(statistic(theirs))
+        at = np.concatenate([one, other])
+        below = np.searchsorted(one, at, side="right") - np.searchsorted(other, at, side="right")
+        assert np.abs(below).max() / n < 2.2 * (2 / n) ** 0.5  # equal distributions exceed it once in 8,000
 
 
 def test_evaluation_views():

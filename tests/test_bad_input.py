@@ -1,4 +1,4 @@
-"""What a user can cause ends in one sentence and status 2, and overwrites nothing; what is only odd trains on."""
+"""What a user can cause ends in one sentence and status 2, overwriting nothing; what is merely odd works."""
 
 import contextlib
 import io
@@ -25,8 +25,8 @@ from PIL import Image
 
 from runs import FLAGS, METHODS, ROOT, command, environment, make_photos, module_of, rows
 
-# Importing torch takes longer than most of these commands, so one process imports it once and forks for each of them.
-# The fork runs the script as __main__ and ends as the script ends: status, stdout and stderr are the program's own.
+# Importing torch takes longer than most of these commands, so one process imports it once and forks for each.
+# The fork runs the script as __main__ and ends as the script ends: status, stdout and stderr are its own.
 SERVER = """
 import json, os, runpy, signal, sys
 import torch, torch._dynamo, torchvision, PIL.Image, tokenizers, common, data, evaluate
@@ -66,7 +66,9 @@ class Program:
         self.server, self.where = server, server.root / f"command{next(server.numbers)}"
         self.where.mkdir()
         job = {"argv": [str(ROOT / script), *map(str, flags)], "env": env or {}, "before": before}
-        self.pid = int(server.ask(out=f"{self.where}.out", err=f"{self.where}.err", cwd=str(self.where), **job))
+        self.pid = int(
+            server.ask(out=f"{self.where}.out", err=f"{self.where}.err", cwd=str(self.where), **job)
+        )
 
     def wait(self):
         """-> CompletedProcess, as subprocess.run gives it."""
@@ -98,8 +100,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        both = [Program(self, script, *flags, before=before[r], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
-                for r in range(2)]  # fmt: skip
+        envs = [{**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        both = [Program(self, script, *flags, before=code, env=env) for code, env in zip(before, envs)]
         return [program.wait() for program in both]
 
 
@@ -114,6 +116,12 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+def run_of(name, data, run="", flags=""):
+    """Script and flags of a short run; run: its directory, by default a new one in runs/."""
+    fixed = [*FLAGS[name], "--data", data, "--eval-every", 0, "--output-dir", run]
+    return [f"{name}.py", *fixed, *flags.split()]
 
 
 def assert_sentence(done, script, *parts):
@@ -139,8 +147,8 @@ def unchanged(*folders):
     assert [contents(folder) for folder in folders] == before
 
 
-# ------------------------------------------------ arguments ------------------------------------------------
-MISTAKES = [  # method, flags after those of tests/runs.py ({0} is a folder with the things named below), sentence
+# -------------------------------------------- arguments --------------------------------------------
+MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `things`, see below), sentence
     ("slip", "--batch-sise 4", "unknown argument --batch-sise, did you mean --batch-size?"),
     ("simclr", "--blurr", "unknown argument --blurr, did you mean --blur?"),
     ("clip", "yfcc15m", "unknown argument yfcc15m"),
@@ -234,17 +242,16 @@ def things(tmp_path_factory):
 
 @pytest.mark.parametrize("name, flags, sentence", MISTAKES)
 def test_a_mistake_is_a_sentence(server, photos, things, name, flags, sentence):
-    argv = [f"{name}.py", *FLAGS[name], "--data", photos, *flags.format(things).split()]
     with unchanged(photos, things):
-        program = Program(server, *argv)
-        assert_sentence(program.wait(), argv[0], sentence.format(things))
+        program = Program(server, *run_of(name, photos, flags=flags.format(things)))
+        assert_sentence(program.wait(), f"{name}.py", sentence.format(things))
     assert not contents(program.where) or "gone" in flags  # found out after the run has begun
 
 
 def test_underscores_are_dashes(server, photos):
-    texts = [server.run("slip.py", *FLAGS["slip"], "--data", photos, *flag).stderr
-             for flag in (["--batch-size", 99], ["--batch_size", 99], ["--batch-size=99"], ["--batch_size=99"])]
-    assert len(set(texts)) == 1 and "99" in texts[0] and "52 samples" in texts[0]
+    spellings = ("--batch-size 99", "--batch_size 99", "--batch-size=99", "--batch_size=99")
+    texts = {server.run(*run_of("slip", photos, flags=flags)).stderr for flags in spellings}
+    assert len(texts) == 1 and "52 samples" in texts.pop()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -264,11 +271,10 @@ def test_help_has_every_flag_with_its_comment(server, name):
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_missing_package(server, photos, tmp_path, package):
     hide = f"sys.modules[{package!r}] = None"  # as if it were not installed
-    argv = ["slip.py", *FLAGS["slip"], "--data", photos, "--output-dir", tmp_path / "run", f"--{package}"]
-    assert_sentence(server.run(*argv, before=hide), "slip.py", f"`pip install {package}` or leave its flag out")
-    first, second = server.run_on_two(*argv, before=(hide, hide))
-    for done in (first, second):
-        assert_sentence(done, "slip.py", f"`pip install {package}`")
+    argv = run_of("slip", photos, tmp_path / "run", f"--{package}")
+    alone, both = server.run(*argv, before=hide), server.run_on_two(*argv, before=(hide, hide))
+    for done in (alone, *both):
+        assert_sentence(done, "slip.py", f"`pip install {package}` or leave its flag out")
     assert not (tmp_path / "run").exists()
 
 
@@ -280,14 +286,14 @@ def test_missing_package(server, photos, tmp_path, package):
 ])  # fmt: skip
 def test_two_processes_say_it_once(server, photos, things, flags, sentence):
     with unchanged(things):
-        first, second = server.run_on_two("slip.py", *FLAGS["slip"], "--data", photos, *flags.format(things).split())
+        first, second = server.run_on_two(*run_of("slip", photos, flags=flags.format(things)))
     assert_sentence(first, "slip.py", sentence.format(things))
     assert second.returncode == 2 and not second.stderr
 
 
 def test_the_same_under_torchrun(photos):
     """It adds a report of its own below the sentence."""
-    done = command("slip.py", *FLAGS["slip"], "--data", photos, "--batch-size", "7", processes=2)
+    done = command(*run_of("slip", photos, flags="--batch-size 7"), processes=2)
     said = "slip.py: error: batch size 7 cannot be divided among 2 processes\n"
     assert done.returncode and done.stderr.count(said) == 1
     assert str(ROOT / "common.py") not in done.stderr  # no traceback through our files
@@ -297,20 +303,19 @@ def test_memory_that_does_not_suffice(server, photos, tmp_path):
     """The first mistake on a GPU: what torch raises there."""
     full = """
 def full(*_, **__):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 1 GiB.")
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a capacity of")
 torch.nn.functional.cross_entropy = full
 """
-    argv = ["clip.py", *FLAGS["clip"], "--data", photos, "--output-dir", tmp_path / "run"]
-    assert_sentence(server.run(*argv, before=full), "clip.py", "CUDA out of memory: lower --batch-size")
+    done = server.run(*run_of("clip", photos, tmp_path / "run"), before=full)
+    assert_sentence(done, "clip.py", "CUDA out of memory: lower --batch-size")
 
 
-# ------------------------------------------------ checkpoints ------------------------------------------------
+# -------------------------------------------- checkpoints --------------------------------------------
 @pytest.fixture(scope="module")
 def finished(server, photos, tmp_path_factory):
     """A run of one step and a folder of files that are not such a checkpoint, although they bear its name."""
     root = tmp_path_factory.mktemp("finished")
-    argv = ["--data", photos, "--output-dir", root / "run", *FLAGS["slip"], "--max-steps", 1, "--eval-every", 0]
-    done = server.run("slip.py", *argv)
+    done = server.run(*run_of("slip", photos, root / "run", "--max-steps 1"))
     assert done.returncode == 0 and not done.stderr, done.stderr
     good = root / "run" / "checkpoint.pt"
 
@@ -329,16 +334,18 @@ def finished(server, photos, tmp_path_factory):
     return root
 
 
-BROKEN = ["empty", "text", "cut", "code", "code_old_format", "code_pickle"]
+REASONS = dict.fromkeys(["empty", "text", "cut"], "is damaged")
+REASONS |= dict.fromkeys(["code", "code_old_format", "code_pickle"], "holds code, which is never run")
+REASONS |= dict.fromkeys(["list", "weights"], "was not written by one of our method files")
+REASONS |= {"nothing": "there is no checkpoint at"}
 
 
-@pytest.mark.parametrize("name", [*BROKEN, "list", "weights", "nothing"])
-def test_no_checkpoint_to_evaluate(server, photos, finished, name):
+@pytest.mark.parametrize("name, reason", REASONS.items())
+def test_no_checkpoint_to_evaluate(server, photos, finished, name, reason):
+    path = finished / f"{name}.pt"
     with unchanged(finished):
-        done = server.run("evaluate.py", "retrieval", finished / f"{name}.pt", "--data", photos, "--device", "cpu")
-    reason = "is no checkpoint, is damaged or holds code, which is never run" if name in BROKEN else "checkpoint"
-    reason = "was not written by one of our method files" if name in ("list", "weights") else reason
-    assert_sentence(done, "evaluate.py", f"{finished / name}.pt", reason)
+        done = server.run("evaluate.py", "retrieval", path, "--data", photos, "--device", "cpu")
+    assert_sentence(done, "evaluate.py", str(path), reason)
     assert not (finished / "executed").exists()
 
 
@@ -347,20 +354,20 @@ def test_no_checkpoint_to_continue(server, photos, finished, tmp_path, name):
     shutil.copytree(finished / "run", tmp_path / "run")
     shutil.copy(finished / f"{name}.pt", tmp_path / "run" / "checkpoint.pt")
     with unchanged(tmp_path):
-        done = server.run("slip.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["slip"])
+        done = server.run(*run_of("slip", photos, tmp_path / "run"))
         assert_sentence(done, "slip.py", f"{tmp_path}/run/checkpoint.pt")
     assert not (finished / "executed").exists()
 
 
 def test_a_finished_run_stays_as_it_is(server, photos, finished):
-    argv = ["--data", photos, "--output-dir", finished / "run", *FLAGS["slip"], "--max-steps", 1, "--eval-every", 0]
+    """The last evaluation, which only the end of the run asked for, included."""
     before = (finished / "run" / "checkpoint.pt").read_bytes(), rows(finished / "run")
-    done = server.run("slip.py", *argv)
+    done = server.run(*run_of("slip", photos, finished / "run", "--max-steps 1"))
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert ((finished / "run" / "checkpoint.pt").read_bytes(), rows(finished / "run")) == before
 
 
-# ------------------------------------------------ Ctrl-C ------------------------------------------------
+# -------------------------------------------- Ctrl-C --------------------------------------------
 def losses_of(run):
     """The rows of metrics.jsonl that are not evaluations."""
     return [row for row in rows(run) if "loss" in row]
@@ -377,8 +384,7 @@ def wait_for_rows(folder, count):
 
 def test_ctrl_c_saves_and_says_how_to_continue(server, photos):
     """The terminal sends it to the loader's worker as well. Then the command that was printed is run."""
-    flags = ["--data", photos, *FLAGS["slip"], "--epochs", 400, "--eval-every", 0, "--workers", 1]
-    program = Program(server, "slip.py", *flags)
+    program = Program(server, *run_of("slip", photos, flags="--epochs 400 --workers 1"))
     run = wait_for_rows(program.where, 3)
     os.killpg(program.pid, signal.SIGINT)
     done = program.wait()
@@ -394,11 +400,11 @@ def test_ctrl_c_saves_and_says_how_to_continue(server, photos):
 
 
 def test_ctrl_c_under_torchrun(photos, tmp_path):
-    """torchrun gets the signal too, hands it on and adds its own traceback; the program must have saved by then."""
-    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS["slip"], "--epochs", 400, "--eval-every", 0]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "slip.py"]
-    process = subprocess.Popen(list(map(str, launcher + flags)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=environment(), start_new_session=True)  # fmt: skip
+    """torchrun gets the signal too, hands it on and adds its own traceback; the program must have saved."""
+    script, *flags = map(str, run_of("slip", photos, tmp_path / "run", "--epochs 400"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*launcher, str(ROOT / script), *flags], env=environment(), **options)
     wait_for_rows(tmp_path, 2)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -409,12 +415,12 @@ def test_ctrl_c_under_torchrun(photos, tmp_path):
 def test_ctrl_c_before_the_first_step(server, photos):
     """While the data is being indexed, say: nothing to save, and no traceback either."""
     press = "common.init_distributed = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
-    program = Program(server, "slip.py", "--data", photos, *FLAGS["slip"], before=press)
+    program = Program(server, *run_of("slip", photos), before=press)
     done = program.wait()
     assert done.returncode == 130 and not done.stdout + done.stderr and not contents(program.where)
 
 
-# ------------------------------------------------ training goes wrong ------------------------------------------------
+# -------------------------------------------- training fails --------------------------------------------
 # The eleventh cross-entropy is the first of L_ssl in SLIP's third step.
 NAN = """
 import itertools
@@ -426,39 +432,37 @@ torch.nn.functional.cross_entropy = broken
 # One weight overflows in the fourth update, after a loss that was finite.
 OVERFLOW = """
 import itertools
+from torch.optim.optimizer import register_optimizer_step_post_hook
 calls = itertools.count(1)
 def overflow(optimizer, *_):
     if next(calls) == 4:
         weight = optimizer.param_groups[0]["params"][3].data
         weight[(0,) * weight.ndim] = float("inf")
-from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(overflow)
 """
 
 
-def assert_good_checkpoint(run, step):
+def assert_good_checkpoint(run, step=None):
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == step and all(t.isfinite().all() for t in saved["model"].values())
+    assert step in (None, saved["step"]) and all(t.isfinite().all() for t in saved["model"].values())
     assert not list(run.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("log_every", [1, 0])
 def test_nan_names_step_and_term(server, photos, tmp_path, log_every):
     run = tmp_path / "run"
-    flags = ["--data", photos, "--output-dir", run, *FLAGS["slip"], "--save-every", 1, "--eval-every", 0,
-             "--max-steps", 4, "--log-every", log_every]  # fmt: skip
-    sentence = "ssl_loss is nan at step 3, try a lower lr; {}/checkpoint.pt holds the last good state".format(run)
-    done = server.run("slip.py", *flags, before=NAN)
-    assert_sentence(done, "slip.py", sentence)
+    argv = run_of("slip", photos, run, f"--save-every 1 --max-steps 4 --log-every {log_every}")
+    done = server.run(*argv, before=NAN)
+    assert_sentence(done, "slip.py", "ssl_loss is nan at step 3", f"{run}/checkpoint.pt holds the last good")
     assert "clip_loss" not in done.stderr
     assert_good_checkpoint(run, 2)
-    assert server.run("slip.py", *flags).returncode == 0  # the last good state can be continued
+    assert server.run(*argv).returncode == 0  # the last good state can be continued
     assert_good_checkpoint(run, 4)
 
 
 def test_nan_on_one_process_stops_both(server, photos, tmp_path):
-    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS["slip"], "--eval-every", 0, "--save-every", 2]
-    first, second = server.run_on_two("slip.py", *flags, before=("", NAN))
+    argv = run_of("slip", photos, tmp_path / "run", "--save-every 2")
+    first, second = server.run_on_two(*argv, before=("", NAN))
     said = first.stderr.splitlines()[-1]
     assert said.startswith("slip.py: error: ") and "ssl_loss is nan at step 3" in said
     assert first.returncode == second.returncode == 2 and "Traceback" not in first.stderr + second.stderr
@@ -467,20 +471,20 @@ def test_nan_on_one_process_stops_both(server, photos, tmp_path):
 
 def test_absurd_learning_rate(server, photos, tmp_path):
     """The warm-up starts at 0, so the first step is good and saved."""
-    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS["clip"], "--lr", "1e18", "--save-every", 1]
-    assert_sentence(server.run("clip.py", *flags, "--eval-every", 0), "clip.py", "loss is nan at step", "try a lower lr")
-    assert_good_checkpoint(tmp_path / "run", torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"])
+    done = server.run(*run_of("clip", photos, tmp_path / "run", "--lr 1e18 --save-every 1"))
+    assert_sentence(done, "clip.py", "loss is nan at step", "try a lower lr")
+    assert_good_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_that_overflow_are_not_saved(server, photos, tmp_path, name):
-    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS[name], "--save-every", 2, "--eval-every", 0]
-    done = server.run(f"{name}.py", *flags, "--log-every", 6, before=OVERFLOW)
+    argv = run_of(name, photos, tmp_path / "run", "--save-every 2 --log-every 6")
+    done = server.run(*argv, before=OVERFLOW)
     assert_sentence(done, f"{name}.py", "weights are not finite", "step 4")
     assert_good_checkpoint(tmp_path / "run", 2)
 
 
-# ------------------------------------------------ hostile samples ------------------------------------------------
+# -------------------------------------------- hostile samples --------------------------------------------
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """200 samples, of which two cannot be used: exactly 1% of an epoch."""
@@ -506,13 +510,12 @@ def hostile(tmp_path_factory):
     return folder
 
 
-TINY = ["--image-size", "16", "--batch-size", "100", "--max-steps", "4", "--eval-every", "0"]  # two epochs
+TWO_EPOCHS = "--image-size 16 --batch-size 100 --max-steps 4"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_hostile_samples_train_on(server, hostile, tmp_path, name):
-    flags = ["--data", hostile, "--output-dir", tmp_path / "run", *FLAGS[name], *TINY]
-    done = server.run(f"{name}.py", *flags)
+    done = server.run(*run_of(name, hostile, tmp_path / "run", TWO_EPOCHS))
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if not line.startswith("no evaluation")]
     wanted = ["corrupt.jpg: broken image", "good.jpg: no caption"][: 1 if name == "simclr" else 2]
@@ -527,11 +530,10 @@ def test_hostile_samples_train_on(server, hostile, tmp_path, name):
 def test_over_one_percent_of_bad_samples_stop_the_run(server, hostile, tmp_path, name):
     folder = tmp_path / "worse"
     shutil.copytree(hostile, folder)
-    text = (folder / "train.jsonl").read_text()
-    more = [json.dumps({"image": image, "captions": ["one more"]}) for image in ("corrupt.jpg", "missing.jpg")]
-    (folder / "train.jsonl").write_text(text.replace('"photo 1"', '""') + "\n".join(more) + "\n")
-    flags = ["--data", folder, "--output-dir", tmp_path / "run", *FLAGS[name], *TINY]
-    done = server.run(f"{name}.py", *flags, "--batch-size", 101)
+    with open(folder / "train.jsonl", "a") as file:
+        for bad in ("corrupt.jpg", "missing.jpg"):
+            file.write(json.dumps({"image": bad, "captions": ["one more"]}) + "\n")
+    done = server.run(*run_of(name, folder, tmp_path / "run", f"{TWO_EPOCHS} --batch-size 101"))
     said = done.stderr.splitlines()
     assert done.returncode == 2 and "Traceback" not in done.stderr and all(len(line) < 400 for line in said)
     assert re.search(r"error: \d samples of worse are bad, over 1% of an epoch.*broken image", said[-1])
@@ -539,52 +541,56 @@ def test_over_one_percent_of_bad_samples_stop_the_run(server, hostile, tmp_path,
     assert len(named) == len(set(named)) >= 3
 
 
-# ------------------------------------------------ chance ------------------------------------------------
+# -------------------------------------------- chance --------------------------------------------
 def chances(name, batch_size):
     clip, ssl = math.log(batch_size), math.log(2 * batch_size - 1)
-    return {"clip": {"chance": clip}, "simclr": {"chance": ssl},
-            "slip": {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}}[name]  # fmt: skip
+    slip = {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}
+    return {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip}[name]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_chance_stands_beside_every_loss(server, photos, tmp_path, name):
-    flags = ["--data", photos, "--output-dir", tmp_path / "run", *FLAGS[name], "--max-steps", 1, "--eval-every", 0]
-    done = server.run(f"{name}.py", *flags, "--batch-size", 6)
+    done = server.run(*run_of(name, photos, tmp_path / "run", "--max-steps 1 --batch-size 6"))
     assert done.returncode == 0, done.stderr
-    for row in losses_of(tmp_path / "run"):
-        losses = [key for key in row if key.endswith("loss")]
-        assert len(losses) == len(chances(name, 6))
-        for key, chance in chances(name, 6).items():
-            assert row[key] == pytest.approx(chance)
-            assert f"(chance {chance:.3f})" in done.stdout
-    if name == "slip":  # --ssl-scale weighs the sum, not its parts
-        shutil.rmtree(tmp_path / "run")
-        assert server.run(f"{name}.py", *flags, "--ssl-scale", 0.5).returncode == 0
-        row = losses_of(tmp_path / "run")[0]
-        assert row["chance"] == pytest.approx(math.log(8) + 0.5 * math.log(15))
-        assert row["ssl_chance"] == pytest.approx(math.log(15))
+    (row,) = losses_of(tmp_path / "run")
+    assert len([key for key in row if key.endswith("loss")]) == len(chances(name, 6))
+    for key, chance in chances(name, 6).items():
+        assert row[key] == pytest.approx(chance)
+        assert f"(chance {chance:.3f})" in done.stdout
 
 
-@pytest.mark.parametrize("name, terms", [("clip", ["loss"]), ("slip", ["clip_loss"]), ("simclr", ["loss"])])
-def test_a_loss_at_chance_is_warned_about(server, tmp_path, name, terms):
+def test_chance_of_a_weighted_sum(server, photos, tmp_path):
+    done = server.run(*run_of("slip", photos, tmp_path / "run", "--max-steps 1 --ssl-scale 0.5"))
+    assert done.returncode == 0, done.stderr
+    (row,) = losses_of(tmp_path / "run")
+    assert row["loss"] == pytest.approx(row["clip_loss"] + 0.5 * row["ssl_loss"])
+    assert row["chance"] == pytest.approx(math.log(8) + 0.5 * math.log(15))
+    assert row["ssl_chance"] == pytest.approx(math.log(15))
+
+
+@pytest.mark.parametrize("name, term, flags", [
+    ("clip", "loss", "--lr 0"),
+    ("slip", "clip_loss", "--lr 0"),
+    ("simclr", "loss", "--temperature 1000"),
+])  # fmt: skip
+def test_a_loss_at_chance_is_warned_about(server, tmp_path, name, term, flags):
     """Pictures and captions that are all the same leave nothing to tell them apart by."""
-    data, same = tmp_path / "same", ["--lr", 0] if name != "simclr" else ["--temperature", 1000]
+    data = tmp_path / "same"
     data.mkdir()
     Image.new("RGB", (32, 32), (90, 120, 60)).save(data / "0.png")
     write_rows(data, [("0.png", "the same")] * 16)
-    flags = ["--data", data, *FLAGS[name], *same, "--eval-every", 0, "--max-steps", 4, "--output-dir"]
-    done = server.run(f"{name}.py", *flags, tmp_path / "run")
-    for term in terms:
-        chance = chances(name, 8)[term.replace("loss", "chance")]
-        warning = re.findall(rf"warning: after (\d+) steps {term} is still at .*chance.*{chance:.3f}", done.stdout)
-        assert len(warning) == 1 and int(warning[0]) > 2, done.stdout  # the first epoch of two steps is the warm-up
+    done = server.run(*run_of(name, data, tmp_path / "run", f"{flags} --max-steps 4"))
+    chance = chances(name, 8)[term.replace("loss", "chance")]
+    warned = re.findall(rf"warning: after (\d+) steps {term} is still at .*chance.*{chance:.3f}", done.stdout)
+    assert len(warned) == 1 and int(warned[0]) > 2, done.stdout  # the warm-up is an epoch of two steps
     if name == "clip":
-        done = server.run(f"{name}.py", *flags, tmp_path / "warming", "--warmup-epochs", 2)
+        argv = run_of(name, data, tmp_path / "warming", f"{flags} --max-steps 4 --warmup-epochs 2")
+        done = server.run(*argv)
         assert done.returncode == 0 and "warning" not in done.stdout
 
 
 def test_a_loss_that_falls_is_not_warned_about(server, tmp_path):
-    flags = ["--data", make_photos(tmp_path / "few", train=16, val=4), "--output-dir", tmp_path / "run"]
-    done = server.run("clip.py", *flags, *FLAGS["clip"], "--epochs", 40, "--log-every", 0, "--eval-every", 0)
+    few = make_photos(tmp_path / "few", train=16, val=4)
+    done = server.run(*run_of("clip", few, tmp_path / "run", "--epochs 40 --log-every 0"))
     assert done.returncode == 0 and "warning" not in done.stdout + done.stderr
     assert losses_of(tmp_path / "run")[-1]["loss"] < 0.8 * math.log(8)

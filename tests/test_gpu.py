@@ -1,7 +1,7 @@
 """What only a GPU shows. One command: pytest -m gpu
 
-Elsewhere every test here is skipped. GPU_TESTS_ON=cpu runs them on the CPU all the same, as far as that makes sense,
-so that their code can be checked without one."""
+Elsewhere every test here is skipped. GPU_TESTS_ON=cpu runs them on the CPU all the same, as far as that makes
+sense, so that their code can be checked without a GPU."""
 
 import copy
 import functools
@@ -54,8 +54,8 @@ def losses(name, photos, directory, *flags):
 
 
 def peak(function):
-    """Bytes that function() allocates at most beyond what was there. The CPU does not tell, so there it is what
-    autograd keeps for the backward pass."""
+    """Bytes that function() allocates at most beyond what was there. The CPU does not tell, so there it is
+    what autograd keeps for the backward pass."""
     if GPU:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -74,14 +74,16 @@ def peak(function):
     return sum(kept.values())
 
 
-# ------------------------------------------------ precision ------------------------------------------------
+# -------------------------------------------- precision --------------------------------------------
 def test_automatic_precision():
     device = common.init_distributed(DEVICE)
     autocast, scaler = common.mixed_precision("auto", device)
     if GPU:
         assert device == torch.device("cuda:0")
         bf16 = torch.cuda.get_device_capability()[0] >= 8
-        assert autocast.fast_dtype == (torch.bfloat16 if bf16 else torch.float16) and scaler.is_enabled() != bf16
+        assert (
+            autocast.fast_dtype == (torch.bfloat16 if bf16 else torch.float16) and scaler.is_enabled() != bf16
+        )
     else:
         assert not isinstance(autocast, torch.autocast) and not scaler.is_enabled()
 
@@ -102,7 +104,7 @@ def finite_weights(directory):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", CALM)
 def test_low_precision_stays_close(name, dtype, photos, tmp_path, monkeypatch):
-    """Twenty steps. fp16 starts with a scale at which no gradient overflows, as a skipped step is another run."""
+    """Twenty steps. fp16 starts with a scale at which nothing overflows: a skipped step is another run."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**6))
     full = losses(name, photos, tmp_path / "full", *TWENTY, *CALM[name])
     low = losses(name, photos, tmp_path / "low", *TWENTY, *CALM[name], "--dtype", dtype)
@@ -121,14 +123,16 @@ def test_overflow_skips_the_step_and_lowers_the_scale(name, photos, tmp_path, mo
     assert 2**6 <= finite_weights(tmp_path / "low")["scaler"]["scale"] < 2**24
 
 
-# ------------------------------------------------ speed-ups change nothing ------------------------------------------------
+# -------------------------------------------- speed-ups --------------------------------------------
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_is_the_same(name, photos, tmp_path, full_precision):
     torch._dynamo.reset()
     plain = losses(name, photos, tmp_path / "plain", "--max-steps", "10")
     compiled = losses(name, photos, tmp_path / "compiled", "--max-steps", "10", "--compile")
     torch.testing.assert_close(compiled, plain, rtol=2e-3, atol=0)
-    saved = [torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("plain", "compiled")]
+    saved = [
+        torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("plain", "compiled")
+    ]
     assert saved[0].keys() == saved[1].keys()  # no _orig_mod
 
 
@@ -158,10 +162,14 @@ def test_fused_adamw_is_plain_adamw():
     options = dict(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     fused = [torch.nn.Parameter(w.to(DEVICE)) for w in weights]
     plain = [torch.nn.Parameter(w.double()) for w in weights]
-    optimizers = [torch.optim.AdamW(fused, fused=True, **options), torch.optim.AdamW(plain, foreach=False, **options)]
+    optimizers = [
+        torch.optim.AdamW(fused, fused=True, **options),
+        torch.optim.AdamW(plain, foreach=False, **options),
+    ]
     for step in range(50):
         for f, p in zip(fused, plain):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).double() * 10.0 ** (step % 5 - 3)
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = noise.double() * 10.0 ** (step % 5 - 3)
             f.grad = p.grad.float().to(DEVICE)
         for optimizer in optimizers:
             optimizer.step()
@@ -171,13 +179,15 @@ def test_fused_adamw_is_plain_adamw():
 
 def test_the_runs_use_it(photos, tmp_path, monkeypatch):
     used, original = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: used.append(k.get("fused")) or original(*a, **k))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *a, **k: used.append(k.get("fused")) or original(*a, **k)
+    )
     for name in ("clip", "slip"):
         losses(name, photos, tmp_path / name, "--max-steps", "1")
     assert used == [True, True]
 
 
-# ------------------------------------------------ data ------------------------------------------------
+# -------------------------------------------- data --------------------------------------------
 VIEWS = {
     "slip": lambda: slip.SSLView(96),
     "simclr": lambda: simclr.SimCLRView(96),
@@ -189,16 +199,17 @@ VIEWS = {
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_augmentation_equals_the_cpu_s(name, photos):
-    """Every sample with its own draws; here all of a batch are computed at once, on the CPU only the chosen ones."""
+    """Every sample with its own draws. A GPU computes all of a batch, the CPU only the chosen samples."""
     view, dataset = VIEWS[name](), data.open_dataset(str(photos))
     pixels, draw = next(iter(data.Loader(dataset, {"view": view}, {}, 48).batches(0, 1)))[1]["view"]
     on_cpu = view(pixels, draw)
-    moved = view(pixels.to(DEVICE), {key: value.to(DEVICE) for key, value in draw.items()})
+    pixels, draw = pixels.to(DEVICE), {key: value.to(DEVICE) for key, value in draw.items()}
+    moved = view(pixels, draw)
     assert moved.device.type == DEVICE and moved.dtype == torch.float32
     std = torch.tensor(getattr(view, "std", (1, 1, 1)))[:, None, None]
     assert ((moved.cpu() - on_cpu).abs() * std).max() < 1e-4  # in [0, 1]
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(view(pixels.to(DEVICE), {key: value.to(DEVICE) for key, value in draw.items()}), moved)
+        assert torch.equal(view(pixels, draw), moved)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -218,12 +229,15 @@ def test_batches_arrive_whole(photos, workers):
             assert all(torch.equal(draw[k].cpu(), wanted_draw[k]) for k in wanted_draw)
 
 
-# ------------------------------------------------ processes ------------------------------------------------
-def run_under_torchrun(*argv, processes=1):
-    env = environment() | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(8))))}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([sys.executable, *launcher, *map(str, argv)], env=env if GPU else environment(),
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+# -------------------------------------------- processes --------------------------------------------
+def python(*argv, **env):
+    """A finished process that sees the GPUs, which tests/runs.py hides from others."""
+    env = {**environment(), **env}
+    if GPU:
+        del env["CUDA_VISIBLE_DEVICES"]
+        env |= {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"}
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=600)
 
 
 def gather_and_run(photos, directory):
@@ -247,12 +261,11 @@ def gather_and_run(photos, directory):
         Path(directory, "report.json").write_text(json.dumps({"backend": backend, "device": str(device)}))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2] if not GPU or torch.cuda.device_count() > 1 else [1])
 def test_torchrun(photos, tmp_path, processes):
     """NCCL on one process and, where there are as many GPUs, on two: the losses of a run without torchrun."""
-    if GPU and torch.cuda.device_count() < processes:
-        processes = 1
-    done = run_under_torchrun(__file__, "gather", photos, tmp_path, processes=processes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = python(*launcher, __file__, photos, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert ("cuda:nccl" in report["backend"] and report["device"] == "cuda:0") or not GPU
@@ -265,29 +278,26 @@ def test_torchrun(photos, tmp_path, processes):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_is_bit_identical(name, dtype, photos, tmp_path):
-    """10 steps = 5 + 5, with the deterministic kernels, which have to be asked for before anything else happens."""
+    """10 steps = 5 + 5, with deterministic kernels, which have to be asked for before anything happens."""
     code = f"""
 import torch, runs
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.backends.cudnn.benchmark = False
 torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False)
 for directory, steps in (("whole", 10), ("parts", 5), ("parts", 10)):
-    runs.train_here({name!r}, {str(photos)!r}, f"{tmp_path}/{{directory}}", "--device", {DEVICE!r}, "--dtype", {dtype!r},
-                    "--max-steps", str(steps), "--eval-every", "4")
+    runs.train_here({name!r}, {str(photos)!r}, f"{tmp_path}/{{directory}}", "--max-steps", str(steps),
+                    "--eval-every", "4", "--device", {DEVICE!r}, "--dtype", {dtype!r})
 """
-    env = {**environment(), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if GPU:
-        env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    done = python("-c", code, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
     assert len(saved["rng"][0]) == (2 if GPU else 1)  # of the CPU and of the GPU
 
 
-# ------------------------------------------------ memory ------------------------------------------------
+# -------------------------------------------- memory --------------------------------------------
 def loss_memory(monkeypatch, name, local, world, dim=128):
-    """Peak of forward and backward on one of `world` processes, whose gather is played by made-up features."""
+    """Peak of forward and backward on one of `world` processes; what it would gather is made up."""
     torch.manual_seed(0)
     a, b = (torch.randn(local, dim, device=DEVICE, requires_grad=True) for _ in range(2))
     others = torch.nn.functional.normalize(torch.randn((world - 1) * local, dim, device=DEVICE), dim=1)
@@ -309,7 +319,7 @@ def test_memory_of_a_loss_grows_with_local_times_global(monkeypatch, record_prop
         assert matrices < (8 if name == "clip_loss" else 16)
     assert 1.6 < sizes[512, 16] / sizes[512, 8] < 2.4  # B doubled
     assert 3.2 < sizes[1024, 8] / sizes[512, 8] < 4.8  # both doubled
-    assert 0.8 < sizes[256, 32] / sizes[512, 8] / 1 < 1.25  # b halved, B doubled: the same product
+    assert 0.8 < sizes[256, 32] / sizes[512, 8] < 1.25  # b halved, B doubled: the same product
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -326,24 +336,20 @@ def test_peak_memory_of_a_step(name, photos, tmp_path, record_property):
     assert all(size > 2**20 for size in sizes.values())
 
 
-# ------------------------------------------------ mistakes ------------------------------------------------
-def in_python(code):
-    env = environment()
-    if GPU:
-        env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-
-
+# -------------------------------------------- mistakes --------------------------------------------
 def test_a_gpu_that_is_not_there():
     with pytest.raises(common.UserError, match="cuda:99"):
         common.init_distributed("cuda:99")
 
 
 def test_too_little_memory_is_a_sentence():
-    allocate = f"torch.empty(2**44, device={DEVICE!r})" if GPU else "raise torch.OutOfMemoryError('CUDA out of memory. x')"
-    done = in_python(f"import torch, common\nwith common.user_errors():\n    {allocate}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "lower --batch-size" in done.stderr, done.stderr
+    allocate = (
+        "torch.empty(2**44, device='cuda')" if GPU else "raise torch.OutOfMemoryError('out of memory. x')"
+    )
+    done = python("-c", f"import torch, common\nwith common.user_errors():\n    {allocate}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "out of memory: lower --batch-size" in done.stderr
 
 
 if __name__ == "__main__":  # under torchrun
-    gather_and_run(*sys.argv[2:])
+    gather_and_run(*sys.argv[1:])

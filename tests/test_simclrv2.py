@@ -1,4 +1,4 @@
-"""simclrv2.py, which needs runs of earlier stages: fine-tuning a tiny run of simclr.py, distilling one of those."""
+"""simclrv2.py, which needs runs of earlier stages: a tiny one of simclr.py to fine-tune, that to distil."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from test_structure import BANNER, SECTIONS, backward, cut
 
 FLAGS = {
     "finetune": ["--label-fraction", "0.5", "--base-lr", "0.003", "--warmup-epochs", "0", "--log-every", "1"],
-    "distill": ["--recipe", "shapes-distill", "--alpha", "0.25", "--temperature", "0.5", "--warmup-epochs", "1"],
+    "distill": ["--recipe", "shapes-distill", "--alpha", "0.25", "--temperature", "0.5"],
 }
 
 
@@ -66,7 +66,8 @@ def photos(tmp_path_factory):
 def stages(photos, tmp_path_factory):
     """A folder with a run of simclr.py, whose head has three layers, and one of 10 steps of each stage."""
     root = tmp_path_factory.mktemp("stages")
-    train_method("simclr", photos, root / "simclr", "--max-steps", "2", "--head-layers", "3", "--eval-every", "0")
+    flags = ["--max-steps", "2", "--head-layers", "3", "--eval-every", "0"]
+    train_method("simclr", photos, root / "simclr", *flags)
     for stage in ("finetune", "distill"):
         train_here(argv_for(stage, photos, root, root / stage, "--max-steps", "10", "--eval-every", "4"))
     return root
@@ -74,22 +75,24 @@ def stages(photos, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", FLAGS)
 def test_five_and_five(stage, photos, stages, tmp_path):
-    train_here(argv_for(stage, photos, stages, tmp_path, "--max-steps", "5", "--eval-every", "4"))
+    argv = argv_for(stage, photos, stages, tmp_path, "--eval-every", "4")
+    train_here([*argv, "--max-steps", "5"])
     assert rows(tmp_path)[-1]["step"] == 5
-    train_here(argv_for(stage, photos, stages, tmp_path, "--max-steps", "10", "--eval-every", "4", "--workers", "1"))
+    train_here([*argv, "--max-steps", "10", "--workers", "1"])
     assert_same_run(stages / stage, tmp_path)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
     flags = ["--max-steps", "8", "--eval-every", "4"]
-    one = {stage: train_here(argv_for(stage, photos, stages, tmp_path / f"{stage}_1", *flags)) for stage in FLAGS}
+    one = {s: train_here(argv_for(s, photos, stages, tmp_path / f"{s}_1", *flags)) for s in FLAGS}
     jobs = [argv_for(stage, photos, stages, tmp_path / stage, *flags) for stage in FLAGS]
     argv = argv_of("tests/test_simclrv2.py", json.dumps(jobs), processes=processes)
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in FLAGS:
-        single, several = ([r for r in rows(tmp_path / name) if "loss" in r] for name in (f"{stage}_1", stage))
+        logs = [rows(tmp_path / name) for name in (f"{stage}_1", stage)]
+        single, several = ([row for row in log if "loss" in row] for log in logs)
         assert len(single) == 8 and len({row["loss"] for row in single}) > 5  # it moves
         for a, b in zip(single, several, strict=True):
             assert a.keys() == b.keys()
@@ -100,8 +103,8 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
         assert sum(bool(g.any()) for g in many) > 50  # the network is reached
         for a, b in zip(one[stage], many, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(largest))
-        evaluations = [[r for r in rows(tmp_path / name) if "val_top1" in r] for name in (f"{stage}_1", stage)]
-        assert len(evaluations[0]) == 2 and [e["step"] for e in evaluations[1]] == [4, 8]
+        evaluated = [[row["step"] for row in log if "val_top1" in row] for log in logs]
+        assert evaluated == [[4, 8], [4, 8]]
 
 
 def test_losses_fall_and_chance_stands_beside_them(stages):
@@ -185,7 +188,8 @@ def test_labelled_part_is_balanced_and_a_function_of_the_seed():
     labels = torch.arange(3).repeat(500)
     dataset = Labels(labels.tolist())
     part = simclrv2.labelled_part(dataset, 0.1, seed=0)
-    assert part.dtype == torch.bool and part.shape == (1500,) and labels[part].bincount().tolist() == [50, 50, 50]
+    assert part.dtype == torch.bool and part.shape == (1500,)
+    assert labels[part].bincount().tolist() == [50, 50, 50]
     assert dataset.reads < 300
     torch.manual_seed(5)
     assert torch.equal(part, simclrv2.labelled_part(dataset, 0.1, seed=0))
@@ -233,8 +237,8 @@ def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
     flags = ["--max-steps", "1", "--base-lr", "0", "--head-layer", str(head_layer), "--eval-every", "0"]
     train_here(argv_for("finetune", photos, stages, tmp_path, *flags))
     before, after = (evaluate.open_network(d, torch.device("cpu")) for d in (stages / "simclr", tmp_path))
-    names = {name.split(".")[0] + name.split(".")[2] for name, _ in after.model.named_parameters() if "head." in name}
-    assert names == {f"head{k}" for k in range(head_layer)}
+    names = {name.split(".")[2] for name, _ in after.model.named_parameters() if name.startswith("head.")}
+    assert names == {str(k) for k in range(head_layer)}
     expected = simclr.image_encoder(before.model, head_layer)
     for a, b in ((before.model, after.model),):  # one step in training mode has moved the running statistics
         b.load_state_dict({k: v for k, v in a.state_dict().items() if k in b.state_dict()}, strict=False)
@@ -269,22 +273,22 @@ def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
     assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (1, 1)
     argv = argv_for("distill", photos, stages, tmp_path / "started", "--max-steps", "1", "--base-lr", "0")
     train_here([*argv, "--checkpoint", str(stages / "simclr"), "--head-layer", "1"])
-    started, before = load_checkpoint(tmp_path / "started")["model"], load_checkpoint(stages / "simclr")["model"]
+    started, before = (load_checkpoint(d)["model"] for d in (tmp_path / "started", stages / "simclr"))
     for name in ("backbone.layer4.1.conv2.weight", "head.linears.0.weight"):
         assert torch.equal(started[name], before[name])
 
 
 def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
-    """LARS decays the other weights itself, and biases and batch norm not at all."""
-    argv = argv_for("finetune", photos, stages, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
-    plain = train_here(argv)
-    decayed = train_here([*argv, "--weight-decay", "0.5", "--output-dir", str(tmp_path / "decayed")])
-    assert len(plain) == len(decayed)
-    weights = load_checkpoint(tmp_path / "run")["model"]
-    # step 1 has the same gradients in both; what differs at step 2 in the classifier is 0.5 times its weight then
-    shape = weights["classifier.weight"].shape
-    a, b = ([g for g in grads if g.shape == shape] for grads in (plain, decayed))
-    assert len(a) == len(b) == 1 and not torch.equal(a[0], b[0])
+    """LARS does not decay it. Step 1 starts at 0, where there is nothing to decay; the other weights decay so
+    little in it that the gradients of step 2 differ by weight decay times the classifier alone."""
+    argv = argv_for("finetune", photos, stages, tmp_path / "run", "--eval-every", "0")
+    train_here([*argv, "--max-steps", "1"])
+    weight = load_checkpoint(tmp_path / "run")["model"]["classifier.weight"]
+    plain = train_here([*argv, "--max-steps", "2"])
+    decayed = [*argv, "--weight-decay", "0.5", "--output-dir", str(tmp_path / "decayed")]
+    decayed = train_here([*decayed, "--max-steps", "2"])
+    (a, b) = (next(g for g in grads if g.shape == weight.shape) for grads in (plain, decayed))
+    assert weight.any() and (b - a - 0.5 * weight).norm() < 0.05 * (b - a).norm()
 
 
 # ------------------------------------------------ bad input ------------------------------------------------
@@ -319,7 +323,8 @@ def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
 
 
 def test_status_2_and_no_traceback(photos, stages, tmp_path):
-    done = command("simclrv2.py", *argv_for("finetune", photos, stages, tmp_path, "--checkpoint", stages / "finetune"))
+    argv = argv_for("finetune", photos, stages, tmp_path, "--checkpoint", stages / "finetune")
+    done = command("simclrv2.py", *argv)
     assert done.returncode == 2 and "simclrv2.py: error: " in done.stderr and "Traceback" not in done.stderr
 
 
