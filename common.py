@@ -118,6 +118,7 @@ def init_distributed(device: str = "") -> torch.device:
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo")
+        all_reduce_mean(torch.zeros(1))  # all are connected, so that whoever leaves early disturbs nobody
     return torch.device(kind)
 
 
@@ -145,7 +146,7 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean over the processes, without gradient."""
+    """Mean over the processes, no gradient."""
     x = x.detach() / world_size()
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -369,8 +370,7 @@ class Run:
         return at_end and self.step == self.last or bool(every) and self.step % every == 0
 
     def _write(self, row: dict, scheduled: bool):
-        # "end" marks what only the end of this process asked for: a run that is continued drops it again
-        for writer in self.writers:
+        for writer in self.writers:  # a run that is continued drops what only its end had asked for
             writer({"step": self.step, **row} | ({} if scheduled else {"end": True}))
 
     def _means(self) -> list[float]:
