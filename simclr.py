@@ -289,7 +289,7 @@ def train(args: Args) -> dict:
     run = Run("simclr", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
     run.say(f"lr = {args.base_lr} * {scale:g} ({args.lr_scaling} scaling) = {peak:g}")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(2 * args.batch_size - 1)
 
     for step, batch in loader.batches(run.step, run.last):

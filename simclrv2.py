@@ -347,7 +347,7 @@ def train(args: Args) -> dict:
         run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
         val = None
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(len(classes))
     update_scale = args.temperature**2 if taught else 1.0  # official notebook, see the top of this file
 

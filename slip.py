@@ -445,7 +445,7 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = model
     if world_size() > 1 and args.accum_steps == 1:
-        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model)
 
     def encode(piece):
         with autocast:
