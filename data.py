@@ -99,7 +99,7 @@ class Loader:
             torch.set_num_threads(threads)
             self.wait += time.perf_counter() - begin
             if isinstance(batch, UserError):
-                batch.alone = True  # other processes may have better samples
+                batch.alone, batches = True, None  # others may read better ones; end the workers
                 raise batch
             if step // self.steps_per_epoch != self.epoch:
                 self.epoch, self.bad_before, self.bad = step // self.steps_per_epoch, self.bad, 0

@@ -89,3 +89,5 @@ if __name__ == "__main__":  # under torchrun: python runs.py JOBS, a json list o
         grads = train_here(name, photos, directory, *flags)
         if int(os.environ["RANK"]) == 0:
             torch.save(grads, Path(directory) / "grads.pt")
+    torch.distributed.barrier()  # who leaves with the group still open can abort the others
+    torch.distributed.destroy_process_group()

@@ -1056,16 +1056,19 @@ def test_what_a_loader_refuses(monkeypatch):
         loader_of(toy)
 
 
-def test_waiting_is_measured():
+def test_waiting_is_measured(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("data.time.perf_counter", lambda: clock[0])
+
     class Slow(Toy):
         def __getitem__(self, i):
-            time.sleep(0.01)
+            clock[0] += 0.01
             return super().__getitem__(i)
 
     loader = loader_of(Slow(), 5)
     for _ in loader.batches(0, 4):
-        time.sleep(0.05)  # the time of a step is not waiting
-    assert 0.2 <= loader.wait < 0.2 + 0.15
+        clock[0] += 0.05  # the time of a step is not waiting
+    assert loader.wait == pytest.approx(4 * 5 * 0.01)
 
 
 def test_workers_do_not_react_to_signals():

@@ -248,3 +248,5 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     this = torch.distributed.get_rank()
     Path(sys.argv[1], f"{this}.json").write_text(json.dumps({name: rank_result(this, name) for name in GATHERED}))
+    torch.distributed.barrier()  # who leaves with the group still open can abort the other
+    torch.distributed.destroy_process_group()

@@ -24,8 +24,9 @@ from test_resume import assert_same_run
 from test_structure import BANNER, SECTIONS, backward, cut
 
 FLAGS = {
-    "finetune": ["--label-fraction", "0.5", "--base-lr", "0.003", "--warmup-epochs", "0", "--log-every", "1"],
-    "distill": ["--recipe", "shapes-distill", "--alpha", "0.25", "--temperature", "0.5"],
+    "finetune": ["--image-size", "16", "--warmup-epochs", "0", "--label-fraction", "0.5", "--base-lr", "0.003"],
+    "distill": ["--image-size", "16", "--warmup-epochs", "0", "--recipe", "shapes-distill", "--alpha", "0.25",
+                "--temperature", "0.5"],
 }
 
 
@@ -36,11 +37,12 @@ def argv_for(stage, photos, stages, directory, *flags):
 
 
 def train_here(argv):
-    """Runs train() in this process (or in all processes of this group) -> gradients of its last step."""
+    """Runs train() in this process (or in all processes of this group) -> gradients of its first three steps."""
     grads = []
 
     def keep(optimizer, *_):
-        grads[:] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+        if len(grads) < 3:
+            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
 
     handle = register_optimizer_step_pre_hook(keep)
     try:
@@ -82,7 +84,6 @@ def test_five_and_five(stage, photos, stages, tmp_path):
     assert_same_run(stages / stage, tmp_path)
 
 
-@pytest.mark.xfail(reason="at batch 8 some gradients of the first step differ by 1% of the largest: cause not found")
 @pytest.mark.parametrize("processes", [2, 4])
 def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
     flags = ["--max-steps", "8", "--eval-every", "4"]
@@ -100,25 +101,36 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
             for name, value in a.items():
                 assert b[name] == pytest.approx(value, rel=1e-4), (stage, a["step"], name)
         many = torch.load(tmp_path / stage / "grads.pt", weights_only=True)
-        largest = max(g.abs().max() for g in one[stage])
+        third = one[stage][2]  # the classifier starts at 0, then each block's last gain is 0: nothing passes
+        largest = max(g.abs().max() for g in third)
         assert sum(bool(g.any()) for g in many) > 50  # the network is reached
-        for a, b in zip(one[stage], many, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(largest))
+        for a, b in zip(third, many, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(largest))
         evaluated = [[row["step"] for row in log if "val_top1" in row] for log in logs]
         assert evaluated == [[4, 8], [4, 8]]
 
 
-def test_losses_fall_and_chance_stands_beside_them(stages):
+def test_chance_stands_beside_the_losses(stages):
     finetune, distill = ([r for r in rows(stages / stage) if "loss" in r] for stage in FLAGS)
     assert finetune[0]["loss"] == pytest.approx(math.log(4), rel=1e-6)  # the classifier starts at 0
     assert finetune[0]["chance"] == pytest.approx(math.log(4))
-    assert min(row["loss"] for row in finetune[3:]) < 0.9 * math.log(4)
     for row in distill:
         assert row["chance"] == row["distill_chance"] == row["label_chance"] == pytest.approx(math.log(4))
         assert row["loss"] == pytest.approx(0.25 * row["distill_loss"] + 0.75 * row["label_loss"], rel=1e-5)
         assert row["teacher_entropy"] < row["distill_loss"] * (1 + 1e-6)
     assert distill[0]["distill_loss"] == pytest.approx(math.log(4), rel=1e-6)
-    assert min(row["loss"] for row in distill[3:]) < distill[0]["loss"]
+
+
+def test_learns_its_labels_then_its_teacher(photos, stages, tmp_path):
+    """Eight labelled pictures, forty times, then all of them from that teacher. Cropping makes steps noisy."""
+    flags = ["--label-fraction", "0.16", "--base-lr", "0.01", "--epochs", "40", "--eval-every", "0"]
+    train_here(argv_for("finetune", photos, stages, tmp_path / "teacher", *flags))
+    losses = [row["loss"] for row in rows(tmp_path / "teacher") if "loss" in row]
+    assert sum(losses[-10:]) / 10 < 0.5 * math.log(4)
+    flags = ["--teacher", str(tmp_path / "teacher"), "--alpha", "1", "--base-lr", "0.003", "--epochs", "20"]
+    train_here(argv_for("distill", photos, stages, tmp_path / "student", *flags, "--eval-every", "0"))
+    apart = [row["loss"] - row["teacher_entropy"] for row in rows(tmp_path / "student") if "loss" in row]
+    assert sum(apart[-10:]) < 0.8 * sum(apart[:10])
 
 
 # ------------------------------------------------ losses ------------------------------------------------
@@ -243,7 +255,7 @@ def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
     expected = simclr.image_encoder(before.model, head_layer)
     for a, b in ((before.model, after.model),):  # one step in training mode has moved the running statistics
         b.load_state_dict({k: v for k, v in a.state_dict().items() if k in b.state_dict()}, strict=False)
-    x = torch.rand(4, 3, 32, 32)
+    x = torch.rand(4, 3, 16, 16)
     torch.testing.assert_close(expected.eval()(x), after.encoder.eval()(x), rtol=0, atol=0)
     unmoved = after.model.state_dict()
     for name, value in load_checkpoint(tmp_path)["model"].items():
@@ -268,10 +280,10 @@ def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):
 
 
 def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
-    flags = ["--arch", "resnet34", "--stem", "cifar", "--max-steps", "1", "--eval-every", "0"]
+    flags = ["--arch", "resnet34", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
     train_here(argv_for("distill", photos, stages, tmp_path / "other", *flags))
     net = evaluate.open_network(tmp_path / "other", torch.device("cpu"))
-    assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (1, 1)
+    assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (2, 2)
     argv = argv_for("distill", photos, stages, tmp_path / "started", "--max-steps", "1", "--base-lr", "0")
     train_here([*argv, "--checkpoint", str(stages / "simclr"), "--head-layer", "1"])
     started, before = (load_checkpoint(d)["model"] for d in (tmp_path / "started", stages / "simclr"))
@@ -288,7 +300,7 @@ def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
     plain = train_here([*argv, "--max-steps", "2"])
     decayed = [*argv, "--weight-decay", "0.5", "--output-dir", str(tmp_path / "decayed")]
     decayed = train_here([*decayed, "--max-steps", "2"])
-    (a, b) = (next(g for g in grads if g.shape == weight.shape) for grads in (plain, decayed))
+    (a, b) = (next(g for g in grads[-1] if g.shape == weight.shape) for grads in (plain, decayed))
     assert weight.any() and (b - a - 0.5 * weight).norm() < 0.05 * (b - a).norm()
 
 
@@ -345,4 +357,6 @@ if __name__ == "__main__":  # under torchrun: python test_simclrv2.py JOBS, a js
     for argv in json.loads(sys.argv[1]):
         grads = train_here(argv)
         if int(os.environ["RANK"]) == 0:
-            torch.save(grads, Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")
+            torch.save(grads[2], Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")
+    torch.distributed.barrier()  # who leaves with the group still open can abort the others
+    torch.distributed.destroy_process_group()
