@@ -86,7 +86,7 @@ class Args:
 SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
 SMALL |= dict(batch_size=128, warmup_epochs=0.2)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch8", image_size=48, vocab_size=1024, epochs=1),
+    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
     # hyperparameters of SLIP's CLIP baseline (arXiv 2112.12750): 37.6% there, with slip.py's ViT and crops
     "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096,

@@ -91,9 +91,9 @@ class Args:
 
 
 SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
-SMALL |= dict(batch_size=128, epochs=1, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_emb_dim=64)
+SMALL |= dict(batch_size=128, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_emb_dim=64)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch6", image_size=48, vocab_size=1024, batch_size=64, lr=2e-3),
+    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
     "yfcc15m": dict(eval_data="imagenet"),
     "cc3m": dict(eval_data="imagenet", epochs=40),

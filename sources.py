@@ -476,7 +476,7 @@ class Shapes:
         index = self.indices[i]
         rng = random.Random(f"shapes {index}")
         colour, shape = self.classes[index % 100].split()
-        ground = rng.choice([c for c in COLOURS if c != colour])
+        ground = rng.choice([c for c in COLOURS if c not in (colour, "white")])
         texture = rng.choice(["plain", "plain", "striped", "spotted", "shaded"])
         radius = rng.uniform(17, 27)  # pixels
         x, y = rng.uniform(radius + 1, 63 - radius), rng.uniform(radius + 1, 63 - radius)
@@ -509,7 +509,7 @@ class Shapes:
             "spotted": 4 * np.sin(u) * np.sin(v) - 1,
             "shaded": (u - u.min()) / np.ptp(u),
         }[texture]
-        pixels = np.multiply.outer(0.88 - 0.23 * dark.clip(0, 1), COLOURS[ground]).astype(np.uint8)
+        pixels = np.multiply.outer(0.35 - 0.12 * dark.clip(0, 1), COLOURS[ground]).astype(np.uint8)
         return Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST)
 
     @staticmethod
@@ -519,11 +519,11 @@ class Shapes:
         (colour, shape, radius, x, _), *others = objects
         size = "small " if radius < 19.5 else "large " if radius > 24.5 else ""
         where = "on the left" if x < 28 else "on the right" if x > 36 else "in the middle"
-        scene = "on " + a(f"{texture} {ground} background".removeprefix("plain "))
+        scene = "on " + a(f"{texture} dark {ground} background".removeprefix("plain "))
         beside = "with " + " and ".join(a(f"{c} {s}") for c, s, *_ in others) if others else scene
         what = f"{size}{colour} {shape}"
         wordings = {
-            a(what), f"{a(what)} {scene}", f"{what}, {texture} {ground} background", f"{a(what)} {where}",
+            a(what), f"{a(what)} {scene}", f"{what}, {texture} dark {ground} background", f"{a(what)} {where}",
             f"{a(what)} {beside}", f"{what} {where}, {beside}", f"there is {a(what)} {where}",
             f"a picture of {a(f'{colour} {shape}')}", f"{a(size + shape)} in {colour}"}  # fmt: skip
         return rng.sample(sorted(wordings), 3)
