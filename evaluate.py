@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
@@ -384,17 +384,24 @@ def captions(dataset, most=20000):
 
 
 def save_views(directory, images, views):
-    """Writes views.png: the first eight samples of a batch, a row each, in every view as the model sees it.
+    """Writes views.png: the first eight samples of a batch, a row for each view, as the model sees them.
     Wrong augmentations are found by looking, so this comes before the first step. images: name -> float (b,
     3, S, S), as normalised by views[name]."""
-    columns = []
+    strips = []
     for name, x in images.items() if rank() == 0 else ():
         mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
         mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
-        columns.append((x[:8].float().cpu() * std + mean).clamp(0, 1))
-    if columns:
-        grid = torchvision.utils.make_grid(torch.stack(columns, 1).flatten(0, 1), nrow=len(columns))
-        torchvision.utils.save_image(grid, Path(directory) / "views.png")
+        x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
+        x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
+        strips.append((name, torchvision.transforms.functional.to_pil_image(torchvision.utils.make_grid(x))))
+    if strips:
+        size = max(strip.width for _, strip in strips), sum(strip.height + 14 for _, strip in strips)
+        page, top = Image.new("RGB", size, "white"), 0
+        for name, strip in strips:
+            ImageDraw.Draw(page).text((2, top + 1), name, fill="black")
+            page.paste(strip, (0, top + 14))
+            top += strip.height + 14
+        page.save(Path(directory) / "views.png")
 
 
 def save_curves(directory):

@@ -519,11 +519,12 @@ class Shapes:
         (colour, shape, radius, x, _), *others = objects
         size = "small " if radius < 19.5 else "large " if radius > 24.5 else ""
         where = "on the left" if x < 28 else "on the right" if x > 36 else "in the middle"
-        scene = "on " + a(f"{texture} dark {ground} background".removeprefix("plain "))
+        ground = f"{texture} dark {ground} background"
+        scene = "on " + a(ground.removeprefix("plain "))
         beside = "with " + " and ".join(a(f"{c} {s}") for c, s, *_ in others) if others else scene
         what = f"{size}{colour} {shape}"
         wordings = {
-            a(what), f"{a(what)} {scene}", f"{what}, {texture} dark {ground} background", f"{a(what)} {where}",
+            a(what), f"{a(what)} {scene}", f"{what}, {ground}", f"{a(what)} {where}",
             f"{a(what)} {beside}", f"{what} {where}, {beside}", f"there is {a(what)} {where}",
             f"a picture of {a(f'{colour} {shape}')}", f"{a(size + shape)} in {colour}"}  # fmt: skip
         return rng.sample(sorted(wordings), 3)

@@ -537,6 +537,19 @@ def test_mistake_ends_with_status_2(folder):
     assert done.returncode == 2 and done.stderr.startswith("evaluate.py: error: ") and done.stderr.count("\n") == 1
 
 
+def test_views_of_different_sizes_in_one_picture(tmp_path):
+    class Halved:
+        mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
+    images = {"small": red.expand(9, 3, 32, 32), "large": red.expand(9, 3, 150, 150)}
+    evaluate.save_views(tmp_path, images, dict.fromkeys(images, Halved()))
+    page = np.asarray(Image.open(tmp_path / "views.png"))
+    assert page.shape == (2 * 14 + 132 + 154, 8 * 152 + 2, 3)  # 32 px are enlarged four times, borders of 2
+    assert (page[14 + 66, 66] == (255, 0, 0)).all() and (page[-77, -77] == (255, 0, 0)).all()
+    assert (page[:14, :40] < 128).any()  # a name
+
+
 if __name__ == "__main__":
     with user_errors():
         init_distributed("cpu")
