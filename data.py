@@ -341,8 +341,7 @@ def clip_bpe(merges=(), captions=None, vocab_size=49408):
     bpe.add_special_tokens(list(SOT_EOT[0]))
     if captions is None:
         return bpe
-    # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given
-    # here.
+    # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given.
     given = {"initial_alphabet": start, "special_tokens": end, "end_of_word_suffix": "</w>"}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, show_progress=False, **given)
     bpe.train_from_iterator(captions, trainer)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from common import user_errors
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
@@ -85,9 +86,8 @@ def environment():
 
 
 if __name__ == "__main__":  # under torchrun: python runs.py JOBS, a json list of [method, photos, directory, flags]
-    for name, photos, directory, flags in json.loads(sys.argv[1]):
-        grads = train_here(name, photos, directory, *flags)
-        if int(os.environ["RANK"]) == 0:
-            torch.save(grads, Path(directory) / "grads.pt")
-    torch.distributed.barrier()  # who leaves with the group still open can abort the others
-    torch.distributed.destroy_process_group()
+    with user_errors():
+        for name, photos, directory, flags in json.loads(sys.argv[1]):
+            grads = train_here(name, photos, directory, *flags)
+            if int(os.environ["RANK"]) == 0:
+                torch.save(grads, Path(directory) / "grads.pt")

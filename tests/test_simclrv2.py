@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import evaluate
 import simclr
 import simclrv2
-from common import UserError, load_checkpoint
+from common import UserError, load_checkpoint, user_errors
 from data import Loader, decode, open_dataset
 from runs import COMMON, argv_of, command, environment, make_photos, rows
 from runs import train_here as train_method
@@ -354,9 +354,8 @@ def test_layout_and_paste():
 
 
 if __name__ == "__main__":  # under torchrun: python test_simclrv2.py JOBS, a json list of command lines
-    for argv in json.loads(sys.argv[1]):
-        grads = train_here(argv)
-        if int(os.environ["RANK"]) == 0:
-            torch.save(grads[2], Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")
-    torch.distributed.barrier()  # who leaves with the group still open can abort the others
-    torch.distributed.destroy_process_group()
+    with user_errors():
+        for argv in json.loads(sys.argv[1]):
+            grads = train_here(argv)
+            if int(os.environ["RANK"]) == 0:
+                torch.save(grads[2], Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")
