@@ -58,7 +58,7 @@ class Args:
     stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
     hidden_dim: int = 4096  # hidden layer of projector and predictor (Sec. 3.3)
     out_dim: int = 256  # E, their output (Sec. 3.3)
-    target: Literal["ema", "random"] = "ema"  # random: stays as drawn (Sec. 2)
+    target: Literal["ema", "random"] = "ema"  # random: it stays as drawn (Sec. 3)
     tau: float = 0.996  # of the target's moving average, in the first step (Sec. 3.3)
     tau_end: float = 1.0  # after the last one (Sec. 3.3); equal to --tau: constant
     image_size: int = 224  # pixels
@@ -91,7 +91,7 @@ class Args:
 SGD = dict(image_size=32, blur=False, hidden_dim=1024, optimizer="sgd", base_lr=0.12, weight_decay=5e-4,
            warmup_epochs=0.0)
 RECIPES = {
-    "shapes": dict(SGD, arch="resnet18", stem="imagenet", tau=0.97, epochs=2, batch_size=128),
+    "shapes": dict(SGD, arch="resnet18", stem="imagenet", tau=0.97, epochs=1, batch_size=64, base_lr=1.0),
     "cifar10": dict(SGD, arch="resnet18", tau=0.99, tau_end=0.99, epochs=200, batch_size=512),  # as lightly
     "imagenet": {},  # Table 1: linear probe 74.3%
     "imagenet-300": dict(epochs=300, base_lr=0.3, tau=0.99, weight_decay=1e-6),  # ablations: 72.5%
@@ -281,6 +281,8 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
         raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+    if max(args.tau, args.tau_end) > 1:
+        raise UserError("--tau and --tau-end are the share of the target that stays, at most 1: use 0.9 to 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
@@ -338,7 +340,7 @@ def train(args: Args) -> dict:
         run.log(terms, feature_std_chance=spread, lr=lr, tau=tau)
         if val and run.due(args.eval_every):
             metrics = knn_eval(image_encoder(model), memory, val, eval_view(args), device)
-            if args.target == "random":  # what the online network is to surpass
+            if args.target == "random":  # what the online network should surpass
                 teacher = knn_eval(model.target.backbone, memory, val, eval_view(args), device)
                 metrics |= {f"target_{name}": value for name, value in teacher.items()}
             run.log_evaluation(metrics)

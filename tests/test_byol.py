@@ -10,7 +10,7 @@ from torch import nn
 
 import byol
 import evaluate
-from common import load_checkpoint, warmup_cosine
+from common import UserError, load_checkpoint, warmup_cosine
 from copies import ROOT
 from runs import make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
@@ -178,6 +178,13 @@ def test_logged(photos, tmp_path):
     assert not any("target_knn_top1" in row for row in rows(tmp_path))
     network = evaluate.open_network(tmp_path, torch.device("cpu"))
     assert torch.equal(network.encoder.conv1.weight, load_checkpoint(tmp_path)["model"]["online.backbone.conv1.weight"])
+
+
+def test_more_than_all_of_the_target_cannot_stay(photos, tmp_path):
+    for flag in ("--tau", "--tau-end"):
+        with pytest.raises(UserError, match="--tau-end"):
+            train_here("byol", photos, tmp_path / "run", flag, "1.1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_learns_from_a_target_without_collapsing(photos, tmp_path):
