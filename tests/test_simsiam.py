@@ -159,7 +159,8 @@ def trained(directory):
     return [row for row in rows(directory) if "loss" in row]
 
 
-COLLAPSE = "--warmup-epochs 0 --base-lr 1 --batch-size 48 --epochs 40 --image-size 16 --eval-every 0".split()
+COLLAPSE = "--warmup-epochs 0 --base-lr 1 --batch-size 48 --epochs 40 --image-size 16 --eval-every 0"
+COLLAPSE = [*COLLAPSE.split(), "--projector-layers", "3", "--hidden-dim", "0"]
 
 
 def test_without_stop_gradient_it_collapses(photos, tmp_path):
