@@ -19,8 +19,11 @@ FLAGS = {
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
+    "simsiam": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
+                "--projector-layers", "2", "--hidden-dim", "64"],
+    "byol": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--tau", "0.9", "--hidden-dim", "64", "--out-dim", "16"],
 }
-METHODS = ["clip", "slip", "simclr"]
+METHODS = ["clip", "slip", "simclr", "byol", "simsiam"]
 
 
 def module_of(name):

@@ -42,7 +42,8 @@ def test_same_run_on_more_processes(results, variant, processes):
     (one, one_grads), (many, many_grads) = results[variant, 1], results[variant, processes]
     losses = [[row["loss"] for row in rows(directory) if "loss" in row] for directory in (one, many)]
     assert len(losses[0]) == 20 and len(set(losses[0])) > 15  # it moves
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
+    atol = 1e-5 if variant == "simsiam" else 0  # a cosine near 0
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=atol)
     largest = max(g.abs().max() for g in one_grads)
     for a, b in zip(one_grads, many_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(largest))
