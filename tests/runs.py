@@ -24,6 +24,10 @@ FLAGS = {
     "byol": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--tau", "0.9", "--hidden-dim", "64", "--out-dim", "16"],
 }
 METHODS = ["clip", "slip", "simclr", "byol", "simsiam"]
+    "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "2e-5", "--temperature", "0.5", "--head-dim", "16",
+             "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
+}
+METHODS = ["clip", "slip", "simclr", "moco"]
 
 
 def module_of(name):

@@ -11,6 +11,8 @@ NAMES = [*METHODS, "clip_resnet"]
 VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
+    "moco_v1": ("moco", ["--version", "1", "--bn-group", "8"]),  # a group is one, two, four processes
+    "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48"]),
 }
 
 
