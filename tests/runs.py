@@ -18,8 +18,10 @@ FLAGS = {
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
+    "dino": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
+             "--base-lr", "0.016", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
 }
-METHODS = ["clip", "slip", "simclr"]
+METHODS = ["clip", "slip", "simclr", "dino"]
 
 
 def module_of(name):
@@ -52,7 +54,7 @@ def train_here(name, photos, directory, *flags):
 
     def keep(optimizer, *_):
         if not grads:
-            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 
     handle = register_optimizer_step_pre_hook(keep)
     argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *flags]
