@@ -100,15 +100,15 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-SGD = dict(arch="resnet18", image_size=32, blur=False, crop_split=0.4, head_layers=2, head_bn=True,
-           out_dim=2048, norm_last_layer=True, teacher_temp=0.04, optimizer="sgd", base_lr=0.12, min_lr=0.0,
-           warmup_epochs=0.0, weight_decay=5e-4, weight_decay_end=5e-4)
+SMALL = dict(arch="resnet18", image_size=32, blur=False, crop_split=0.4, head_layers=2, head_bn=True,
+             norm_last_layer=True, teacher_temp=0.04, min_lr=0.0)
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(SGD, stem="imagenet", local_size=16, local_crops=2, teacher_momentum=0.97,
-                   freeze_last_layer=0.0, epochs=1, batch_size=128),
-    "cifar10": dict(SGD, local_crops=0, teacher_momentum=0.99, teacher_momentum_end=0.99, epochs=200,
-                    batch_size=512),  # as lightly
+    "shapes": dict(SMALL, stem="imagenet", local_size=16, local_crops=2, out_dim=1024, freeze_last_layer=0.0,
+                   teacher_momentum=0.95, epochs=1, batch_size=128, base_lr=4e-3, warmup_epochs=0.05),
+    "cifar10": dict(SMALL, local_crops=0, out_dim=2048, teacher_momentum=0.99, teacher_momentum_end=0.99,
+                    epochs=200, batch_size=512, optimizer="sgd", base_lr=0.12, warmup_epochs=0.0,
+                    weight_decay=5e-4, weight_decay_end=5e-4),  # as lightly
     "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
                      teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3, min_lr=1e-6),
     "imagenet": {},  # 74.5, 77.0
@@ -206,12 +206,14 @@ class Block(nn.Module):
         self.mlp.add_module("act", nn.GELU())
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
+    def drop(self, y, u):
+        keep = 1 - self.drop_path
+        return y if u is None else y * ((u >= self.drop_path) / keep).to(y.dtype)[:, None, None]
+
     def forward(self, x, u=None):
-        scale = (1.0, 1.0)
-        if u is not None:
-            scale = ((u >= self.drop_path) / (1 - self.drop_path)).to(x.dtype)[..., None, None].unbind(1)
-        x = x + scale[0] * self.attn(self.norm1(x))
-        return x + scale[1] * self.mlp(self.norm2(x))
+        u1, u2 = (None, None) if u is None else u.unbind(1)
+        x = x + self.drop(self.attn(self.norm1(x)), u1)
+        return x + self.drop(self.mlp(self.norm2(x)), u2)
 
 
 # Adapted from slip.py: VisionTransformer, with stochastic depth, for images of any size, more to look at
