@@ -216,7 +216,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)), u2)
 
 
-# Adapted from slip.py: VisionTransformer, with stochastic depth, for images of any size, more to look at
+# Adapted from slip.py: VisionTransformer, with stochastic depth, for images of any size
 class VisionTransformer(nn.Module):
     """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
 
