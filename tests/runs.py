@@ -22,12 +22,12 @@ FLAGS = {
     "simsiam": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
                 "--projector-layers", "2", "--hidden-dim", "64"],
     "byol": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--tau", "0.9", "--hidden-dim", "64", "--out-dim", "16"],
-}
-METHODS = ["clip", "slip", "simclr", "byol", "simsiam"]
     "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "2e-5", "--temperature", "0.5", "--head-dim", "16",
              "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
+    "dino": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
+             "--base-lr", "0.016", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
 }
-METHODS = ["clip", "slip", "simclr", "moco"]
+METHODS = ["clip", "slip", "simclr", "moco", "byol", "simsiam", "dino"]
 
 
 def module_of(name):
@@ -60,7 +60,7 @@ def train_here(name, photos, directory, *flags):
 
     def keep(optimizer, *_):
         if not grads:
-            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 
     handle = register_optimizer_step_pre_hook(keep)
     argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *flags]

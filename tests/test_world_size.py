@@ -13,6 +13,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "moco_v1": ("moco", ["--version", "1", "--bn-group", "8"]),  # a group is one, two, four processes
     "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48"]),
+    "dino_accum": ("dino", ["--accum-steps", "2"]),
 }
 
 
@@ -51,7 +52,7 @@ def test_same_run_on_more_processes(results, variant, processes):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(largest))
 
 
-@pytest.mark.parametrize("name", ["clip", "slip"])
+@pytest.mark.parametrize("name", ["clip", "slip", "dino"])
 def test_accumulation_is_exact(results, name):
     (plain, plain_grads), (accum, accum_grads) = results[name, 1], results[f"{name}_accum", 1]
     assert rows(plain)[0]["loss"] == pytest.approx(rows(accum)[0]["loss"], rel=1e-6)
