@@ -200,8 +200,8 @@ def ignore_signals(worker):
 
 
 # -------------------------------------------- image operations --------------------------------------------
-# The first two serve one sample in a worker, the others a batch on any device, floats in [0, 1], (B, 3, H, W):
-# as torchvision.transforms.v2.functional on each sample, with parameters (B,). mask (B,) bool: what to change.
+# The first two serve one sample in a worker, the others a batch on any device, in [0, 1], float (B, 3, H, W),
+# as torchvision.transforms.v2.functional each sample, with parameters (B,); mask (B,) bool: those to change.
 def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
     """torchvision's RandomResizedCrop, antialiased: uint8 (3, H, W) -> uint8 (3, size, size). Fastest on an
     image stored as (H, W, 3), as decode() returns it; the crop is then stored so too. rng: random.Random."""
