@@ -20,8 +20,10 @@ FLAGS = {
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
     "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "2e-5", "--temperature", "0.5", "--head-dim", "16",
              "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
+    "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",
+               "--key-momentum", "0.9"],
 }
-METHODS = ["clip", "slip", "simclr", "moco"]
+METHODS = ["clip", "slip", "simclr", "moco", "mocov3"]
 
 
 def module_of(name):

@@ -180,6 +180,9 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("slip", "--batch-size 1", "--batch-size 1 leaves no other sample"),
     ("simclr", "--accum-steps 2", "--accum-steps"),
     ("moco", "--accum-steps 2", "--accum-steps"),
+    ("mocov3", "--accum-steps 2", "--accum-steps"),
+    ("mocov3", "--arch vit_giant_patch16", "--arch vit_giant_patch16 is unknown, choose vit_micro_patch16"),
+    ("mocov3", "--image-size 40", "--image-size 40 is not a multiple of 16"),
     ("moco", "--queue-size 100", "--queue-size 100 is not a multiple of 8"),
     ("moco", "--symmetric", "--queue-size 600 is not a multiple of 16"),
     ("moco", "--bn-group 3", "--bn-group 3 must be above 1 and divide --batch-size 8"),
@@ -553,7 +556,8 @@ def chances(name, batch_size):
     clip, ssl = math.log(batch_size), math.log(2 * batch_size - 1)
     slip = {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}
     queue = {"chance": math.log(601)}  # tests/runs.py
-    return {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "moco": queue}[name]
+    return {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "moco": queue,
+            "mocov3": {"chance": 4 * 0.2 * clip}}[name]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)

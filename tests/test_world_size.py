@@ -12,6 +12,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "moco_v1": ("moco", ["--version", "1", "--bn-group", "8"]),  # a group is one, two, four processes
+    "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
     "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48"]),
 }
 
