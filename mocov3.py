@@ -50,7 +50,7 @@ class Args:
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{micro,small,base}_patchP or resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # of ResNets; cifar: 3x3, no pooling; auto: up to 32 px
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # of ResNets; cifar: 3x3, no pool; auto: up to 32 px
     mlp_dim: int = 4096  # width of projector and predictor (Sec. 4.1)
     head_dim: int = 256  # their output
     key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
@@ -352,7 +352,7 @@ def train(args: Args) -> dict:
     run = Run("mocov3", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
     run.say(f"lr = {args.base_lr} * {args.batch_size / 256:g} = {peak:g}")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4 * args.temperature * math.log(args.batch_size)
 
     for step, batch in loader.batches(run.step, run.last):

@@ -101,7 +101,7 @@ def test_initialisation():
     block = model.blocks[0]
     for weight, fans in ((block.attn.qkv.weight, 2 * 192), (block.mlp.fc1.weight, 5 * 192), (model.patch_embed.proj.weight, 768 + 192)):
         bound = (6 / fans) ** 0.5
-        assert 0.98 * bound < weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert 0.98 * bound < weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert not block.attn.qkv.bias.any() and not model.patch_embed.proj.bias.any()
     assert 0 < model.cls_token.abs().max() < 1e-5
 
