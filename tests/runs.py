@@ -18,7 +18,7 @@ FLAGS = {
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
-    "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "2e-5", "--temperature", "0.5", "--head-dim", "16",
+    "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "2e-6", "--temperature", "0.5", "--head-dim", "16",
              "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
     "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",
                "--key-momentum", "0.9"],

@@ -13,8 +13,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     # Batch norm over fewer than eight values amplifies rounding. Groups: one in all; two, which four processes share
     "moco": ("moco", ["--bn-group", "8"]),
-    "moco_v1": ("moco", ["--version", "1", "--bn-group", "8", "--batch-size", "16", "--queue-size", "48", "--epochs", "8",
-                         "--lr", "2e-6"]),
+    "moco_v1": ("moco", ["--version", "1", "--bn-group", "8", "--batch-size", "16", "--queue-size", "48", "--epochs", "8"]),
     "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
     "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48", "--bn-group", "8"]),
 }
