@@ -327,7 +327,7 @@ def train(args: Args) -> dict:
     # run directory; continues from its checkpoint if it has one
     run = Run("moco", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
     run.say(f"version {args.version}, temperature {temperature}")
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
 
     for step, batch in loader.batches(run.step, run.last):

@@ -180,6 +180,9 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("slip", "--batch-size 1", "--batch-size 1 leaves no other sample"),
     ("simclr", "--accum-steps 2", "--accum-steps"),
     ("moco", "--accum-steps 2", "--accum-steps"),
+    ("mocov3", "--accum-steps 2", "--accum-steps"),
+    ("mocov3", "--arch vit_giant_patch16", "--arch vit_giant_patch16 is unknown, choose vit_micro_patch16"),
+    ("mocov3", "--image-size 40", "--image-size 40 is not a multiple of 16"),
     ("moco", "--queue-size 100", "--queue-size 100 is not a multiple of 8"),
     ("moco", "--symmetric", "--queue-size 600 is not a multiple of 16"),
     ("moco", "--bn-group 3", "--bn-group 3 must be above 1 and divide --batch-size 8"),
@@ -554,6 +557,7 @@ def chances(name, batch_size):
     slip = {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}
     known = {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "byol": {"chance": 4.0}}
     known |= {"moco": {"chance": math.log(601)}, "dino": {"chance": math.log(64)}}  # tests/runs.py
+    known |= {"mocov3": {"chance": 4 * 0.2 * clip}}
     return {**known, "simsiam": {}}[name]  # a cosine: chance is 0, and feature_std says more
 
 

@@ -11,9 +11,12 @@ NAMES = [*METHODS, "clip_resnet"]
 VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
-    "moco_v1": ("moco", ["--version", "1", "--bn-group", "8"]),  # a group is one, two, four processes
-    "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
+    # Batch norm over fewer than eight values amplifies rounding. Groups: one in all; two, which four processes share
+    "moco": ("moco", ["--bn-group", "8"]),
+    "moco_v1": ("moco", ["--version", "1", "--bn-group", "8", "--batch-size", "16", "--queue-size", "48", "--epochs", "8"]),
+    "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
+    "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48", "--bn-group", "8"]),
 }
 
 
