@@ -49,7 +49,7 @@ def user_errors():
         os._exit(2)  # without waiting for loader workers or for processes that still train
     finally:
         if dist.is_initialized():
-            time.sleep(0.2)  # gloo's threads free their last tensors, which they cannot while destroyed
+            time.sleep(0.2)  # gloo's threads free tensors; destroying them holds the GIL they need
             dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Data: decoding, the evaluation view, the loader, batched image operations, the tokenizer.
+"""Data: decoding, the loader, batched image operations, the tokenizer.
 
 A method file opens a dataset (sources.py says from where), names its views and texts, and takes batches:
 

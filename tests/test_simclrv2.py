@@ -95,7 +95,7 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
     for stage in FLAGS:
         logs = [rows(tmp_path / name) for name in (f"{stage}_1", stage)]
         single, several = ([row for row in log if "loss" in row] for log in logs)
-        assert len(single) == 8 and len({row["loss"] for row in single}) > 5  # it moves
+        assert len(single) == 8 and len({row["loss"] for row in single}) == 8  # it moves
         for a, b in zip(single, several, strict=True):
             assert a.keys() == b.keys()
             for name, value in a.items():
@@ -105,7 +105,7 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
         largest = max(g.abs().max() for g in third)
         assert sum(bool(g.any()) for g in many) > 50  # the network is reached
         for a, b in zip(third, many, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(largest))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(largest))
         evaluated = [[row["step"] for row in log if "val_top1" in row] for log in logs]
         assert evaluated == [[4, 8], [4, 8]]
 
@@ -253,8 +253,8 @@ def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
     names = {name.split(".")[2] for name, _ in after.model.named_parameters() if name.startswith("head.")}
     assert names == {str(k) for k in range(head_layer)}
     expected = simclr.image_encoder(before.model, head_layer)
-    for a, b in ((before.model, after.model),):  # one step in training mode has moved the running statistics
-        b.load_state_dict({k: v for k, v in a.state_dict().items() if k in b.state_dict()}, strict=False)
+    kept = after.model.state_dict().keys() & before.model.state_dict().keys()  # one step has moved batch norm's
+    after.model.load_state_dict({name: before.model.state_dict()[name] for name in kept}, strict=False)
     x = torch.rand(4, 3, 16, 16)
     torch.testing.assert_close(expected.eval()(x), after.encoder.eval()(x), rtol=0, atol=0)
     unmoved = after.model.state_dict()
