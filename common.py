@@ -402,10 +402,10 @@ class Run:
         warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.1 * self.total)
         for (name, (_, chance)), value in zip(terms.items(), self._means()):
             row[name] = value
-            texts.append(f"{name} {value:.3f}" + (f" (chance {chance:.3f})" if chance else ""))
-            if chance:
+            texts.append(f"{name} {value:.3f}" + (f" (chance {chance:.3f})" if chance is not None else ""))
+            if chance is not None:
                 row["chance" if name == "loss" else name.replace("loss", "chance")] = chance
-                if warm and abs(value / chance - 1) < 0.01 and name not in self.warned:
+                if warm and abs(value - chance) < 0.01 * abs(chance) and name not in self.warned:
                     self.warned.add(name)
                     self.say(f"warning: after {self.step} steps {name} is still at chance level {chance:.3f}")
         seconds, steps = time.time() - self.clock, self.step - self.clock_step

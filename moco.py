@@ -359,7 +359,8 @@ def train(args: Args) -> dict:
         average_statistics(model)
 
         feature_std = k[0].std(dim=0).mean()  # 1 / sqrt(E) when spread over the sphere, 0 when collapsed
-        run.log({"loss": (loss, chance), "top1": (top1, None), "feature_std": (feature_std, None)}, lr=lr)
+        terms = {"loss": (loss, chance), "top1": (top1, None), "feature_std": (feature_std, None)}
+        run.log(terms, feature_std_chance=args.head_dim**-0.5, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):

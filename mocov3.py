@@ -379,7 +379,8 @@ def train(args: Args) -> dict:
 
         keys = F.normalize(all_gather(k1.float()), dim=1)
         feature_std = keys.std(dim=0).mean()  # 1 / sqrt(E) when spread over the sphere, 0 when collapsed
-        run.log({"loss": (loss, chance), "feature_std": (feature_std, None)}, lr=lr, key_momentum=m)
+        terms = {"loss": (loss, chance), "feature_std": (feature_std, None)}
+        run.log(terms, feature_std_chance=args.head_dim**-0.5, lr=lr, key_momentum=m)
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):

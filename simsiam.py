@@ -278,7 +278,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        terms = {"loss": (loss, None), "feature_std": (feature_std(z1), None)}
+        terms = {"loss": (loss, 0.0), "feature_std": (feature_std(z1), None)}
         run.log(terms, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))

@@ -197,7 +197,7 @@ def test_predictor_has_a_constant_learning_rate(photos, tmp_path):
 def test_logged(photos, tmp_path):
     train_here("simsiam", photos, tmp_path, "--max-steps", "3")
     for row in trained(tmp_path):
-        assert "chance" not in row and row["feature_std_chance"] == 0.25  # 1 / sqrt(16)
+        assert row["chance"] == 0 and row["feature_std_chance"] == 0.25  # 1 / sqrt(16)
         assert 0.25 < row["feature_std"] < 0.27  # of 8 samples, with the n - 1 of std
     network = evaluate.open_network(tmp_path, torch.device("cpu"))
     assert torch.equal(network.encoder.conv1.weight, load_checkpoint(tmp_path)["model"]["encoder.conv1.weight"])
