@@ -4,8 +4,8 @@
     python benchmarks/table.py --check      # names those that differ, exit status 1
 
 Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->,
-<!-- curves METHOD -->, <!-- speed --> and the same with a slash, and the line numbers in links such as
-[`clip_loss`](clip.py#L364).
+<!-- curves METHOD -->, <!-- knn DATA -->, <!-- speed --> and the same with a slash, and the line numbers in
+links such as [`clip_loss`](clip.py#L364).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|speed|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|speed|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe"}
 SHARED = {
@@ -164,10 +164,33 @@ def curves(prefix, method):
         training = r["metrics"]["training"]
         header = ["step", f"loss (chance {training['chance']:.3f})" if "chance" in training else "loss"]
         header += [f"{IN_LOOP[k]} (chance {chance_of(k, training):.3g})" for k in columns]
-        rows = [[str(step), f"{min(losses, key=lambda p: abs(p[0] - step))[1]:.3f}",
-                 *(number(values[k]) for k in columns)] for step, values in points]  # fmt: skip
+        spread = {step: values["feature_std"] for step, values in r["curve"] if "feature_std" in values}
+        if spread:
+            header.append(f"feature_std (spread: {training['feature_std_chance']:.4f})")
+        rows = []
+        for step, values in points:
+            near, loss = min(losses, key=lambda p: abs(p[0] - step))
+            row = [str(step), f"{loss:.3f}", *(number(values[k]) for k in columns)]
+            rows.append(row + ([f"{spread[near]:.4f}"] if spread else []))
         text += f"{name}:\n\n" + table(header, rows) + "\n"
     return text or "No curve is recorded yet.\n"
+
+
+def knn_of_all(prefix, data):
+    """A row for each method's run NAME_DATA that has a kNN curve: the curve, evaluate.py's kNN, and that of
+    the same network with random weights."""
+    runs = [r for r in results().values() if r["name"] == f"{r['method']}_{data}"]
+    curves = {r["name"]: {step: v["knn_top1"] for step, v in r["curve"] if "knn_top1" in v} for r in runs}
+    runs = [r for r in runs if curves[r["name"]]]
+    steps = sorted({step for r in runs for step in curves[r["name"]]})
+    header = ["method", *(f"step {step}" for step in steps), "evaluate.py", "random weights", "minutes"]
+    rows = []
+    for r in runs:
+        curve = [number(curves[r["name"]][step]) if step in curves[r["name"]] else "" for step in steps]
+        found = [r["metrics"].get(f"knn {data} val{which}", {}).get("top1") for which in ("", ", random weights")]
+        link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
+        rows.append([link, *curve, *("" if x is None else number(x) for x in found), f"{r['minutes']:.1f}"])
+    return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
 def speed(prefix):
@@ -202,7 +225,8 @@ def updated(path):
 
     def block(match):
         kind, _, method = match[2].partition(" ")
-        make = {"methods": methods_table, "results": results_table, "curves": curves, "speed": speed}[kind]
+        make = {"methods": methods_table, "results": results_table, "curves": curves, "knn": knn_of_all,
+                "speed": speed}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):
