@@ -88,7 +88,7 @@ SMALL = dict(image_size=32, blur=False, arch="resnet18", projector_layers=2, hid
              weight_decay=5e-4)
 RECIPES = {
     "shapes": dict(SMALL, stem="imagenet", epochs=1, batch_size=64, base_lr=0.2),
-    "cifar10": dict(SMALL, fix_pred_lr=False, epochs=800, base_lr=0.03),  # App. D, heads as lightly
+    "cifar10": dict(SMALL, fix_pred_lr=False, epochs=200, base_lr=0.03),  # as lightly: kNN 76.4%
     "imagenet": {},  # Table 4: linear probe 68.1%
     "imagenet-800": dict(epochs=800, batch_size=256),  # Table 4: 71.3%
 }

@@ -14,10 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import byol
 import clip
 import common
 import data
+import dino
+import moco
+import mocov3
 import simclr
+import simsiam
 import slip
 from runs import METHODS, environment, make_photos, module_of, rows, train_here
 from test_resume import assert_same_run
@@ -195,6 +200,12 @@ VIEWS = {
     "simclr cifar": lambda: simclr.SimCLRView(32, 0.5, blur=False),
     "clip": lambda: clip.LanguageView(96),
     "slip image": lambda: slip.LanguageView(96, (0.5, 1.0), "bilinear"),
+    "moco 1": lambda: moco.MoCoView(96, "1"),
+    "moco 2": lambda: moco.MoCoView(96, "2"),
+    "mocov3": lambda: mocov3.MoCoV3View(96, first=False),
+    "byol": lambda: byol.BYOLView(96, blur=0.5, solarize=0.5),
+    "simsiam": lambda: simsiam.SimSiamView(96),
+    "dino": lambda: dino.DINOView(96, depth=3),
 }
 
 
