@@ -327,7 +327,10 @@ def train(args: Args) -> dict:
     # run directory; continues from its checkpoint if it has one
     run = Run("moco", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
     run.say(f"version {args.version}, temperature {temperature}")
-    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    if args.bn_group == args.batch_size:
+        run.say("warning: batch norm has one group, so shuffling is in vain, choose a smaller --bn-group")
+    # Buffers are equal on all processes already, and the queue is too large to be sent in each step
+    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
 
     for step, batch in loader.batches(run.step, run.last):

@@ -232,6 +232,13 @@ def test_a_run_fills_the_queue(tmp_path, symmetric):
     assert not any(k.startswith("encoder_k") and "running_mean" in k and not v.any() for k, v in saved.items())
 
 
+def test_one_group_is_warned_of(tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos")
+    for group, warned in (("4", False), ("8", True)):
+        train_here("moco", photos, tmp_path / group, "--max-steps", "1", "--eval-every", "0", "--bn-group", group)
+        assert ("shuffling is in vain" in capsys.readouterr().out) == warned
+
+
 def test_versions_differ_as_the_papers_say():
     import random
 

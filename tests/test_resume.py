@@ -64,15 +64,15 @@ def wait_for_step(directory, step, seconds=120):
     raise TimeoutError(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_continued(photos, tmp_path, processes, number):
-    """SLIP holds everything a checkpoint can hold of the three methods: two encoders, batch norm, AdamW."""
+@pytest.mark.parametrize("name, processes", [("slip", 1), ("slip", 2), ("moco", 2)])
+def test_killed_and_continued(photos, tmp_path, name, processes, number):
+    """SLIP: two encoders, batch norm, AdamW. MoCo: a queue that all processes hold, batch norm that they share."""
     flags = ["--save-every", "2", "--eval-every", "0", "--max-steps", "20"]
-    done = command("slip.py", "--data", photos, "--output-dir", tmp_path / "whole", *FLAGS["slip"], *flags,
+    done = command(f"{name}.py", "--data", photos, "--output-dir", tmp_path / "whole", *FLAGS[name], *flags,
                    processes=processes)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    process = start("slip", photos, tmp_path / "killed", *flags, processes=processes)
+    process = start(name, photos, tmp_path / "killed", *flags, processes=processes)
     wait_for_step(tmp_path / "killed", 3)
     if number == signal.SIGKILL:
         subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")])  # torchrun and all it started
@@ -83,7 +83,7 @@ def test_killed_and_continued(photos, tmp_path, processes, number):
         launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
         assert f"continue with: {launcher} " in output and "Traceback" not in output.split("torch/distributed")[0]
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] < 20
-    done = command("slip.py", "--data", photos, "--output-dir", tmp_path / "killed", *FLAGS["slip"], *flags,
+    done = command(f"{name}.py", "--data", photos, "--output-dir", tmp_path / "killed", *FLAGS[name], *flags,
                    processes=processes)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
