@@ -101,8 +101,8 @@ def scores(record):
         protocol, *words = label.split()
         if protocol in PROTOCOLS:
             where = " ".join(w for w in words if w != record["data"])
-            headline = next(iter(metrics.values()))
-            text = said(f"{PROTOCOLS[protocol]} {where}", headline, metrics.get("chance"))
+            first = next(iter(metrics.values()))
+            text = said(f"{PROTOCOLS[protocol]} {where}", first, metrics.get("chance"))
             for way in ("image_to_text", "text_to_image") if protocol == "retrieval" else ():
                 found = "/".join(number(metrics[f"{way}_recall@{k}"]) for k in (1, 5, 10))
                 text += f", {way.replace('_', ' ')} R@1/5/10 {found}"
@@ -110,6 +110,19 @@ def scores(record):
     last = record["metrics"]["training"]
     there = [k for k in IN_LOOP if k in last]
     return out or [said(f"{IN_LOOP[k]} in training", last[k], chance_of(k, last)) for k in there]
+
+
+def headline(record):
+    """The first of scores(), without details, beside that of random weights."""
+    label = next((label for label in record["metrics"] if label.split()[0] in PROTOCOLS), None)
+    if label is None:
+        return scores(record)[0]
+    found, start = record["metrics"][label], record["metrics"].get(f"{label}, random weights")
+    protocol, *where = (word for word in label.split() if word != record["data"])
+    beside = [said("random weights", next(iter(start.values())))] if start else []
+    beside += [f"chance {found['chance']:.3g}"] if found.get("chance") else []
+    text = said(" ".join([PROTOCOLS[protocol], *where]), next(iter(found.values())))
+    return text + (f" ({', '.join(beside)})" if beside else "")
 
 
 def table(header, rows):
@@ -121,8 +134,8 @@ def methods_table(prefix):
     header = ["method", "file (lines)", "paper", "measured here, %", "docs", "diff from its parent (lines)"]
     rows = []
     for name, (title, arxiv, parent) in methods().items():
-        mine = [r for r in results().values() if r["method"] == name]
-        measured = "; ".join(f"{r['data']}: {scores(r)[0]}" for r in mine if scores(r))
+        mine = [r for r in results().values() if r["name"] == f"{name}_{r['data']}"]  # variants have other names
+        measured = "; ".join(f"{r['data']}: {headline(r)}" for r in mine if scores(r))
         diff = "none, a first file"
         if parent:
             diff = "{0}.py: -{1} +{2}".format(parent, *diff_size(f"{parent}.py", f"{name}.py"))
