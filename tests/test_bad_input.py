@@ -558,6 +558,8 @@ def chances(name, batch_size):
     known = {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "byol": {"chance": 4.0}}
     known |= {"moco": {"chance": math.log(601)}, "dino": {"chance": math.log(64)}}  # tests/runs.py
     known |= {"mocov3": {"chance": 4 * 0.2 * clip}}
+    patch = 0.8 * math.log(64)  # eight of ten large crops are masked
+    known |= {"ibot": {"chance": math.log(64) + patch, "cls_chance": math.log(64), "patch_chance": patch}}
     return {**known, "simsiam": {}}[name]  # a cosine: chance is 0, and feature_std says more
 
 
