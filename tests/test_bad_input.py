@@ -559,7 +559,7 @@ def chances(name, batch_size):
     known |= {"moco": {"chance": math.log(601)}, "dino": {"chance": math.log(64)}}  # tests/runs.py
     known |= {"mocov3": {"chance": 4 * 0.2 * clip}}
     patch = 0.8 * math.log(64)  # eight of ten large crops are masked
-    known |= {"ibot": {"chance": math.log(64) + patch, "cls_chance": math.log(64), "patch_chance": patch}}
+    known |= {name: {"chance": math.log(64) + patch, "cls_chance": math.log(64), "patch_chance": patch} for name in ("ibot", "dinov2")}
     return {**known, "simsiam": {}}[name]  # a cosine: chance is 0, and feature_std says more
 
 

@@ -12,6 +12,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
+    "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3"]),
     # Batch norm over fewer than eight values amplifies rounding. Groups: one in all; two, which four processes share
     "moco": ("moco", ["--bn-group", "8"]),
     "moco_v1": ("moco", ["--version", "1", "--bn-group", "8", "--batch-size", "16", "--queue-size", "48", "--epochs", "8"]),
