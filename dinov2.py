@@ -100,7 +100,7 @@ class Args:
 
 
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(arch="vit_micro_patch12", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+    "shapes": dict(arch="vit_micro_patch12", image_size=48, local_size=24, local_crops=2, layer_scale=0.1,
                    blur=False, hidden_dim=512, out_dim=1024, freeze_last_layer=0.0, drop_path=0.0,
                    teacher_momentum=0.95, epochs=1, batch_size=128, base_lr=3e-3, warmup_epochs=0.1),
     "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
