@@ -240,6 +240,7 @@ class VisionTransformer(nn.Module):
         if rows == columns == side:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        # official: 0.1 against rounding down; it also shifts the samples. Not so in models with registers
         resize = dict(size=(rows, columns), antialias=True)
         if self.register_tokens is None:
             resize = dict(scale_factor=((rows + 0.1) / side, (columns + 0.1) / side))
@@ -355,13 +356,11 @@ def center_softmax(teacher, center, teacher_temp, momentum=0.9):
 def sinkhorn_knopp(teacher, teacher_temp, iterations=3):
     """Logits (n, K) of this process -> P_t (n, K): softmax, then columns and rows rescaled in turn, so that
     the global batch takes every prototype about equally often (arXiv 2006.09882)."""
-    q = teacher.float() / teacher_temp
-    largest = F.pad(q, (0, 0, 0, 1), value=-torch.inf).amax()  # there may be no row
-    q = (q - all_gather(largest[None]).amax()).exp()
+    q = teacher.float() / teacher_temp  # logarithms, which neither overflow nor vanish
     for _ in range(iterations):
-        q = q / all_gather(q.sum(0, keepdim=True)).sum(0)  # prototypes
-        q = q / q.sum(1, keepdim=True)  # samples
-    return q
+        q = q - all_gather(q.logsumexp(0, keepdim=True)).logsumexp(0)  # prototypes; there may be no row here
+        q = q - q.logsumexp(1, keepdim=True)  # samples
+    return q.exp()
 
 
 def dino_loss(student, p_t, student_temp=0.1):
