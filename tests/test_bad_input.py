@@ -446,7 +446,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 calls = itertools.count(1)
 def overflow(optimizer, *_):
     if next(calls) == 4:
-        weight = optimizer.param_groups[0]["params"][3].data
+        weight = [p for group in optimizer.param_groups for p in group["params"]][3].data
         weight[(0,) * weight.ndim] = float("inf")
 register_optimizer_step_post_hook(overflow)
 """
