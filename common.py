@@ -444,14 +444,14 @@ class Run:
         if self.pending:
             self._means()
         path, temporary = self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
-        if not all(torch.isfinite(t).all() for t in self.state["model"].state_dict().values()):
+        content = {name: item.state_dict() for name, item in self.state.items()}  # sharded ones: all together
+        if not all(torch.isfinite(t).all() for t in content["model"].values()):
             raise UserError(f"weights are not finite at step {self.step}, lower the lr; {path} is as before")
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
         rngs = [rng] * world_size()
         if dist.is_initialized():
             dist.all_gather_object(rngs, rng)
         if rank() == 0:
-            content = {name: item.state_dict() for name, item in self.state.items()}
             content |= {"method": self.method, "args": vars(self.args), "step": self.step, "rng": rngs}
             content |= self.extra
             try:

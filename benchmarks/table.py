@@ -25,6 +25,7 @@ SHARED = {
     "data.py": "loader, image operations, tokenizer",
     "sources.py": "where samples come from",
     "evaluate.py": "evaluation",
+    "sharding.py": "models too large for one GPU",
 }
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 

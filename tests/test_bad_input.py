@@ -446,7 +446,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 calls = itertools.count(1)
 def overflow(optimizer, *_):
     if next(calls) == 4:
-        weight = optimizer.param_groups[0]["params"][3].data
+        weight = [p for group in optimizer.param_groups for p in group["params"]][3].data
         weight[(0,) * weight.ndim] = float("inf")
 register_optimizer_step_post_hook(overflow)
 """
@@ -557,6 +557,8 @@ def chances(name, batch_size):
     slip = {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}
     known = {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "byol": {"chance": 4.0}}
     known |= {"moco": {"chance": math.log(601)}, "dino": {"chance": math.log(64)}}  # tests/runs.py
+    patch = 0.8 * math.log(64)  # eight of ten large crops are masked
+    known |= {name: {"chance": math.log(64) + patch, "cls_chance": math.log(64), "patch_chance": patch} for name in ("ibot", "dinov2")}
     return {**known, "mocov3": {"chance": 4 * 0.2 * clip}, "simsiam": {"chance": 0.0}}[name]
 
 

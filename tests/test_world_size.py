@@ -14,6 +14,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
+    "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3"]),
     "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
     "simsiam": ("simsiam", ["--base-lr", "0.05"]),
     # One group of 8, which the processes share; two groups, one for each of two processes (groups of 4 are chaotic)

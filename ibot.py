@@ -1,0 +1,500 @@
+"""iBOT: Image BERT Pre-Training with Online Tokenizer (2021, arXiv 2111.07832).
+
+DINO plus masked patch prediction: the student sees the large crops with some patches replaced by a mask
+token and gives for each of these the distribution that the teacher gives for that patch of the whole crop.
+The teacher is the tokenizer of a BERT for images, learnt on the way; DINO's loss gives its tokens meaning.
+
+Loss (Sec. 3.1), g and h logits of class token and patches, c and c2 their centers, s student, t teacher,
+V = 2 + L crops, of which 1 and 2 are large, u* the large crop u with the patches in M_u masked:
+    P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t);  of patches: with h and c2
+    L_cls = mean over u in {1, 2} and v in {1*, 2*, 3, ..., V}, v != u*, of -sum_k P_t(u)_k log P_s(v)_k
+    L_patch = mean over u in {1, 2} and i in M_u of -sum_k P_t(u)_ik log P_s(u*)_ik, 0 if M_u is empty
+    L = lambda1 L_cls + lambda2 L_patch,  chance level lambda1 ln K + lambda2 p ln K, p the share masked
+B global batch, b = B / processes, N patches, D width, S image size (pixels).
+
+Laptop        torchrun ibot.py
+1 GPU         torchrun ibot.py --data cifar10
+Own photos    torchrun ibot.py --data path/to/photos --recipe flickr8k
+8 GPUs        torchrun --nproc_per_node=8 ibot.py --data imagenet
+
+Parameter names are the official code's: its checkpoints load strictly (docs/ibot.md). Differences from it:
+ - Masks and stochastic depth are functions of seed, epoch, sample and crop, so runs are the same on any
+   number of processes. Official: global random state, equal on all processes.
+ - Shared prototypes are shared in student and teacher, and both losses have one tau_t, as in all released
+   runs. Official: flags of their own.
+ - Crops are antialiased, blur is a true Gaussian of sigma pixels. Official: Pillow's box filters.
+
+Diff against: dino.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import Run, UserError, all_gather, init_distributed, mixed_precision
+from common import parse_args, user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
+from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "vit_small_patch16"  # a key of ARCHS with _patchP behind it
+    drop_path: float = 0.1  # stochastic depth of the student's last block (official code)
+    hidden_dim: int = 2048  # of the head; the bottleneck after it has 256 (as DINO)
+    out_dim: int = 8192  # K (Sec. 3.2)
+    shared_head: bool = True  # one set of prototypes for class token and patches (Sec. 3.2)
+    norm_last_layer: bool = False  # prototypes keep length 1; on for ViT-B, whose training it steadies
+    freeze_last_layer: float = 1.0  # epochs in which the prototypes stay (0: none; official code)
+    image_size: int = 224  # of the two global crops, pixels
+    local_size: int = 96  # of the local ones (Sec. 3.1)
+    local_crops: int = 10  # L (0: global ones alone, then --crop-split 0.14)
+    crop_split: float = 0.25  # s: global crops cover (s, 1) of the area, local ones (0.05, s) (App. B)
+    blur: bool = True  # as BYOL; not for CIFAR-10
+    mask_shape: Literal["block", "rand"] = "block"  # blocks as in BEiT, or single patches
+    mask_prob: float = 0.5  # p: share of the global crops that are masked at all (official code)
+    mask_ratio: float = 0.3  # share of their patches that is masked (Sec. 3.2); rand: 0.7
+    mask_ratio_var: float = 0.2  # it is uniform within ratio +- this (Sec. 3.2); rand: 0.05
+    temperature: float = 0.1  # tau_s (Sec. 3.2)
+    teacher_temp: float = 0.07  # tau_t after its warm-up (Sec. 3.2)
+    warmup_teacher_temp: float = 0.04  # tau_t at first (Sec. 3.2)
+    warmup_teacher_temp_epochs: int = 30  # from one to the other, linear (0: no warm-up; Sec. 3.2)
+    teacher_momentum: float = 0.996  # l in the first step (Sec. 3.1); 0.9995 for batches of 256
+    center_momentum: float = 0.9  # m, of both centers (official code)
+    cls_weight: float = 1.0  # lambda1 (Sec. 3.1: no weights)
+    patch_weight: float = 1.0  # lambda2
+    epochs: int = 800  # Sec. 3.2 (ViT-B: 400)
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 1024  # global: all processes together (Sec. 3.2)
+    base_lr: float = 5e-4  # lr = base_lr * batch / 256 (Sec. 3.2)
+    min_lr: float = 1e-6  # end of the cosine, not scaled (official code)
+    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 3.2)
+    weight_decay: float = 0.04  # at first, on everything but biases and norms (Sec. 3.2)
+    weight_decay_end: float = 0.4  # after the last step, on a cosine (Sec. 3.2)
+    clip_grad: float = 3.0  # largest gradient norm of each parameter by itself (0: off)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order, views, masks and stochastic depth
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+VITB = dict(arch="vit_base_patch16", norm_last_layer=True, freeze_last_layer=3.0, crop_split=0.32,
+            warmup_teacher_temp_epochs=50, epochs=400, base_lr=7.5e-4, min_lr=2e-6, clip_grad=0.3)
+RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
+    "shapes": dict(arch="vit_micro_patch12", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+                   blur=False, hidden_dim=512, out_dim=1024, freeze_last_layer=0.0, drop_path=0.0,
+                   teacher_momentum=0.95, epochs=1, batch_size=128, base_lr=2e-3, warmup_epochs=0.1),
+    "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
+                    blur=False, out_dim=2048, teacher_momentum=0.99, epochs=200, batch_size=512),
+    "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
+                     teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3),
+    "imagenet": {},  # 75.2, 77.9
+    "imagenet-vitb16": VITB,  # 77.1, 79.5
+    "imagenet-vitb16-rand": dict(VITB, mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05),  # 77.3, 79.8
+}
+
+
+# -------------------------------------------- augmentation --------------------------------------------
+def draw_mask(rng, side, shape="block", prob=0.5, ratio=0.3, var=0.2):
+    """Which of side x side patches are masked: none with probability 1 - prob, otherwise at most a share that
+    is uniform in ratio +- var. rng: random.Random. -> bool (side, side)."""
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    budget = min(1, max(0, rng.uniform(ratio - var, ratio + var))) * side**2 * (rng.random() < prob)
+    if shape == "rand":
+        mask.view(-1)[rng.sample(range(side**2), int(budget))] = True
+        return mask
+    tries = 0
+    while budget > 0 and tries < 10:  # BEiT's blocks (arXiv 2106.08254, Alg. 1), which may overlap
+        area, aspect = rng.uniform((side // 3) ** 2, budget), 0.3 ** rng.uniform(-1, 1)
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        tries += 1
+        if h < side and w < side:
+            top, left = rng.randint(0, side - h), rng.randint(0, side - w)
+            block = mask[top : top + h, left : left + w]
+            if 0 < (new := h * w - int(block.sum())) <= budget:
+                block[:], budget, tries = True, budget - new, 0
+    return mask
+
+
+# Adapted from dino.py: DINOView, with masks
+class IBOTView:
+    """One of the V crops. The first is always blurred; the second with probability 0.1, and it is solarised
+    with 0.2; local ones are blurred with 0.5 (official code). mask: options of draw_mask, for large crops."""
+
+    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None,
+                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+        self.size, self.scale, self.blur, self.solarize, self.depth = size, scale, blur, solarize, depth
+        self.mask, self.mean, self.std = mask, mean, std
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
+        return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < self.blur,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            "solarize": rng.random() < self.solarize,
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+            # stochastic depth draws here too, two numbers a block, as this generator is the sample's own
+            "drop_path": [[rng.random(), rng.random()] for _ in range(self.depth)],
+            **({"mask": draw_mask(rng, **self.mask)} if self.mask else {}),
+        }
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
+        x = hflip(to_float(x), draw["flip"])
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        x = grayscale(x, draw["gray"])
+        if self.blur:
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+        if self.solarize:
+            x = solarize(x, draw["solarize"])
+        return normalize(x, self.mean, self.std)
+
+
+# Copied from dino.py: eval_view
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
+
+
+# -------------------------------------------- backbone --------------------------------------------
+# Copied from dino.py: Attention
+class Attention(nn.Module):
+    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, .)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+# Copied from dino.py: Block
+class Block(nn.Module):
+    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382) leaves
+    either branch out for a share `drop_path` of the samples: those whose number in u, (B, 2), is below it."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(dim, 4 * dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
+
+    def drop(self, y, u):
+        keep = 1 - self.drop_path
+        return y if u is None else y * ((u >= self.drop_path) / keep).to(y.dtype)[:, None, None]
+
+    def forward(self, x, u=None):
+        u1, u2 = (None, None) if u is None else u.unbind(1)
+        x = x + self.drop(self.attn(self.norm1(x)), u1)
+        return x + self.drop(self.mlp(self.norm2(x)), u2)
+
+
+# Adapted from dino.py: VisionTransformer, with a mask token, all tokens on demand
+class VisionTransformer(nn.Module):
+    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, masked=False):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
+        self.masked_embed = nn.Parameter(torch.zeros(1, dim)) if masked else None  # the student has it
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*[Block(dim, heads, rate) for rate in rates])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def interpolate_pos_embed(self, rows, columns):
+        """(1, 1 + rows * columns, D): the class token's, and the trained grid resized to this one."""
+        side = round((self.pos_embed.shape[1] - 1) ** 0.5)
+        if rows == columns == side:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        # official: 0.1 against rounding down; it also shifts the samples, so the checkpoints expect it
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def tokens(self, x, mask=None, drop_path=None):
+        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm. mask: (B, N) bool;
+        drop_path: (B, depth, 2) uniform numbers, with which stochastic depth acts."""
+        x = self.patch_embed(x)
+        pos_embed = self.interpolate_pos_embed(*x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)
+        if mask is not None:  # before the position is added: a masked patch knows where it is
+            x = torch.where(mask[..., None], self.masked_embed.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if drop_path is None else drop_path[:, i])
+        return self.norm(x)
+
+    def forward(self, x):
+        return self.tokens(x)[:, 0]
+
+
+# -------------------------------------------- model --------------------------------------------
+# Adapted from dino.py: DINOHead, with prototypes for patches
+class IBOTHead(nn.Module):
+    """MLP to a bottleneck, unit length, prototypes. Class tokens (B, D) -> logits (B, K); class token and
+    patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP. patch_out_dim 0: the same prototypes too."""
+
+    def __init__(self, dim, out_dim, patch_out_dim=0, hidden_dim=2048, bottleneck_dim=256,
+                 norm_last_layer=True):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
+                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+        def prototypes(number):
+            layer = nn.utils.parametrizations.weight_norm(nn.Linear(bottleneck_dim, number, bias=False))
+            g = layer.parametrizations.weight.original0  # (K, 1); row k is g_k v_k / |v_k|
+            nn.init.ones_(g).requires_grad_(not norm_last_layer)
+            return layer  # also loads from weight_g, weight_v
+
+        self.last_layer = prototypes(out_dim)
+        self.last_layer2 = prototypes(patch_out_dim) if patch_out_dim else self.last_layer
+
+    def forward(self, x):
+        x = F.normalize(self.mlp(x), dim=-1)
+        return self.last_layer(x) if x.ndim == 2 else (self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:]))
+
+
+# Adapted from dino.py: DINO, with masks and patches, MultiCrop's work in it
+class IBOT(nn.Module):
+    def __init__(self, student, teacher):
+        super().__init__()
+        teacher.load_state_dict(student.state_dict(), strict=False)  # it has no mask token
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.register_buffer("center", torch.zeros(1, student.head.last_layer.out_features))  # c
+        self.register_buffer("center2", torch.zeros(1, 1, student.head.last_layer2.out_features))  # c2
+
+    def forward(self, crops, mask, drop_path=()):
+        """V crops (b, 3, S, S), the two global ones first; mask: of their patches, (2 b, N) bool; drop_path:
+        by crop, (b, depth, 2) -> logits of the student for all crops and masked patches, of the teacher
+        for the global crops, whole: (V b, K), (2 b, N, K2), (2 b, K), (2 b, N, K2), the first crop first."""
+        large, small = torch.cat(crops[:2]), crops[2:]
+        drop = [torch.cat(u) if u else None for u in (drop_path[:2], drop_path[2:])]
+        with torch.no_grad():
+            teacher = self.teacher.head(self.teacher.backbone.tokens(large))
+        student, patches = self.student.head(self.student.backbone.tokens(large, mask, drop[0]))
+        if small:  # never masked, and only their class tokens go on
+            tokens = self.student.backbone.tokens(torch.cat(small), None, drop[1])
+            student = torch.cat([student, self.student.head(tokens[:, 0])])
+        return student, patches, *teacher
+
+
+# Adapted from dino.py: update_teacher, by name
+@torch.no_grad()
+def update_teacher(student, teacher, momentum):
+    """theta_t <- l theta_t + (1 - l) theta_s; the mask token is the student's alone."""
+    for name, theta_t in teacher.named_parameters():
+        theta_t.lerp_(student.get_parameter(name), 1 - momentum)
+
+
+# Copied from dino.py: teacher_temperature
+def teacher_temperature(epoch, start, end, warmup):
+    """tau_t in a 0-based epoch: from `start` in epoch 0 to `end` in epoch warmup - 1 (official code)."""
+    return start + (end - start) * epoch / max(1, warmup - 1) if epoch < warmup else end
+
+
+ARCHS = {"vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3), "vit_small": (12, 384, 6),
+         "vit_base": (12, 768, 12)}  # layers, width, heads; vit_micro is our own
+
+
+def build_network(args, drop_path=0.0, masked=False) -> nn.ModuleDict:
+    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit together."""
+    name, _, patch = args.arch.partition("_patch")
+    if name not in ARCHS or not patch.lstrip("0").isdecimal():
+        raise UserError(f"--arch {args.arch} is unknown, use one of {', '.join(ARCHS)}, with _patchP")
+    for flag, size in (("image", args.image_size), ("local", args.local_size if args.local_crops else 0)):
+        if size % int(patch):
+            raise UserError(f"--{flag}-size {size} is not a multiple of {int(patch)} ({args.arch})")
+    layers, width, heads = ARCHS[name]
+    backbone = VisionTransformer(args.image_size, int(patch), width, layers, heads, drop_path, masked)
+    head = IBOTHead(width, args.out_dim, 0 if args.shared_head else args.out_dim, args.hidden_dim,
+                    norm_last_layer=args.norm_last_layer)
+    return nn.ModuleDict({"backbone": backbone, "head": head})  # official names
+
+
+def build_model(args) -> IBOT:
+    return IBOT(build_network(args, args.drop_path, masked=True), build_network(args))
+
+
+def image_encoder(model: IBOT) -> nn.Module:
+    """Module from images to features (B, D): the teacher's backbone (official code)."""
+    return model.teacher.backbone
+
+
+# -------------------------------------------- loss --------------------------------------------
+# Copied from dino.py: dino_loss
+def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
+    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level ln K.
+
+    student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first, any dtype;
+    center: (1, K). Call it outside autocast. -> loss, entropy of P_t, KL(P_t, P_s) (Eq. 5), means over this
+    process's b images: the mean over processes is that of the global batch."""
+    n_views = 2 * len(student) // len(teacher)
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)
+    log_p_t = F.log_softmax((teacher.detach().float() - center) / teacher_temp, dim=-1)  # centered, sharpened
+    p_t = log_p_t.exp().chunk(2)
+    pairs = [(x, y) for x in range(2) for y in range(n_views) if x != y]  # no crop predicts itself
+    loss = sum(-(p_t[x] * log_p_s[y]).sum(-1).mean() for x, y in pairs) / len(pairs)
+    entropy = -(log_p_t.exp() * log_p_t).sum(-1).mean()
+    return loss, entropy, loss.detach() - entropy
+
+
+def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
+    """Cross-entropy of the student's masked patches to the teacher's whole ones (Sec. 3.1), in nats; chance
+    level p ln K2, p the share of crops with a mask: the others count as 0 (official code).
+    student, teacher: (2 b, N, K2) logits of this process, any dtype; mask: (2 b, N) bool; center:
+    (1, 1, K2). Call it outside autocast. A mean over patches by crop, then over this process's crops."""
+    log_p_s = F.log_softmax(student[mask].float() / student_temp, dim=-1)  # (masked patches, K2)
+    p_t = F.softmax((teacher.detach()[mask].float() - center[0]) / teacher_temp, dim=-1)
+    weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
+    return -((p_t * log_p_s).sum(-1) * weight).sum() / len(mask)
+
+
+# Copied from dino.py: update_center
+@torch.no_grad()
+def update_center(center, teacher, momentum=0.9):
+    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in place, after
+    the loss: a batch is centered by those before it."""
+    mean = all_gather(teacher.float().mean(0, keepdim=True)).mean(0, keepdim=True)  # (1, K)
+    center.lerp_(mean, 1 - momentum)
+
+
+# -------------------------------------------- training --------------------------------------------
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+
+    # data
+    dataset = open_dataset(args.data, args.data_dir)
+    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    model = build_model(args)
+    depth = len(model.student.backbone.blocks) if args.drop_path else 0
+    mask = dict(side=args.image_size // int(args.arch.partition("_patch")[2]), shape=args.mask_shape,
+                prob=args.mask_prob, ratio=args.mask_ratio, var=args.mask_ratio_var)
+    views = {"global1": IBOTView(args.image_size, (args.crop_split, 1.0), 1.0 * args.blur, 0.0, depth, mask),
+             "global2": IBOTView(args.image_size, (args.crop_split, 1.0), 0.1 * args.blur, 0.2, depth, mask)}
+    local = IBOTView(args.local_size, (0.05, args.crop_split), 0.5 * args.blur, 0.0, depth)
+    views |= {f"local{i + 1}": local for i in range(args.local_crops)}
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but the teacher's
+    groups = [{"params": [p for p in trained if p.ndim >= 2]},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
+    scale = args.batch_size / 256
+    peak = args.base_lr * scale
+    optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
+
+    # run directory; continues from its checkpoint if it has one
+    run = Run("ibot", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    run.say(f"lr = {args.base_lr} * {scale:g} (linear scaling) = {peak:g}")
+    temperatures = args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
+    cls_chance = math.log(args.out_dim)
+    patch_chance = args.mask_prob * cls_chance  # on average over batches
+    chance = args.cls_weight * cls_chance + args.patch_weight * patch_chance
+    run.say(f"collapsed if kl falls to 0, with teacher_entropy at {cls_chance:.3f} or at 0")
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+
+    for step, batch in loader.batches(run.step, run.last):
+        crops = [views[name](*batch[name]) for name in views]
+        drop_path = [batch[name][1]["drop_path"] for name in views] if depth else []
+        mask = torch.cat([batch[name][1]["mask"] for name in ("global1", "global2")]).flatten(1)  # (2b, N)
+        if step == 0:
+            save_views(run.dir, dict(zip(views, crops)), views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
+        weight_decay = warmup_cosine(step, run.total, 0, args.weight_decay, end=args.weight_decay_end)
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        teacher_temp = teacher_temperature(step // loader.steps_per_epoch, *temperatures)
+
+        with autocast:
+            student, patches, teacher, teacher_patches = ddp(crops, mask, drop_path)
+        cls, entropy, kl = dino_loss(student, teacher, model.center, teacher_temp, args.temperature)
+        patch = patch_loss(patches, teacher_patches, mask, model.center2, teacher_temp, args.temperature)
+        loss = args.cls_weight * cls + args.patch_weight * patch
+        scaler.scale(loss).backward()
+        update_center(model.center, teacher, args.center_momentum)
+        update_center(model.center2[0], teacher_patches.flatten(0, 1), args.center_momentum)  # of all patches
+        scaler.unscale_(optimizer)
+        for p in trained if args.clip_grad else ():  # each by itself (official code)
+            nn.utils.clip_grad_norm_(p, args.clip_grad)
+        if step < args.freeze_last_layer * loader.steps_per_epoch:  # no gradient: no decay, no moments either
+            for name, p in model.student.head.named_parameters():
+                p.grad = None if "last_layer" in name else p.grad
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        momentum = warmup_cosine(step, run.total, 0, args.teacher_momentum, end=1.0)
+        update_teacher(model.student, model.teacher, momentum)
+
+        terms = {"loss": (loss, chance), "cls_loss": (cls, cls_chance), "patch_loss": (patch, patch_chance),
+                 "teacher_entropy": (entropy, None), "kl": (kl, None), "masked": (mask.float().mean(), None)}
+        run.log(terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
+                teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
+        if val and run.due(args.eval_every):
+            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
+    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

@@ -1,0 +1,412 @@
+"""dinov2.py: numbers of the official code, KoLeo and Sinkhorn-Knopp over processes, released checkpoints, --fsdp, pasting."""
+
+import json
+import math
+import random
+import subprocess
+
+import pytest
+import timm
+import torch
+
+import dinov2
+import evaluate
+import test_structure
+from common import UserError, warmup_cosine
+from data import Loader, open_dataset
+from runs import FLAGS, argv_of, environment, make_photos, rows, train_here
+from test_dino import old_name
+from test_golden import close, close_grad, golden
+from test_structure import backward, cut
+
+
+def tiny(drop_path=0.0, registers=0, swiglu=False, layer_scale=0.5, dim=48):
+    return dinov2.VisionTransformer(32, 8, dim, 2, 3, drop_path, registers, swiglu, layer_scale)
+
+
+def tiny_network(heads=1, **options):
+    heads = [dinov2.DINOHead(48, 40, 64, 16) for _ in range(heads)]
+    return torch.nn.ModuleDict({"backbone": tiny(**options), "dino_head": heads[0], "ibot_head": heads[-1]})
+
+
+def arguments(*flags):
+    return dinov2.parse_args(dinov2.Args, dinov2.RECIPES, ["--recipe", "imagenet", *FLAGS["dinov2"], *flags])
+
+
+# ------------------------------------------------ golden ------------------------------------------------
+def test_class_token_loss_and_center():
+    """Three calls in a row. The official loss comes in two parts, and its teacher's rows are swapped."""
+    x, y, _ = golden("dinov2_dino_loss_centering")
+    center = torch.zeros(1, 32)
+    for call in ("call0", "call1", "call2"):
+        close(center, y[call]["center_seen_in_this_call"])
+        large, small = (x[call][f"student_{kind}"].clone().requires_grad_() for kind in ("global", "local"))
+        b, a = x[call]["teacher_after_head_swapped"].chunk(2)
+        p_t = dinov2.center_softmax(torch.cat([a, b]), center, x[call]["teacher_temp"])
+        close(p_t.unflatten(0, (2, -1)).flip(0), y[call]["probs"])
+        loss, entropy, kl = dinov2.dino_loss(torch.cat([large, small]), p_t)
+        loss.backward()
+        close(loss, y[call]["local_loss"] + y[call]["global_loss"])
+        close_grad(large.grad, y[call]["grad_student_global"])
+        close_grad(small.grad, y[call]["grad_student_local"])
+        close(entropy, torch.distributions.Categorical(p_t).entropy().mean())
+        close(entropy + kl, loss.detach())
+    close(center, y["center_after_applying_last"])
+
+
+def test_patch_loss_and_center():
+    x, y, _ = golden("dinov2_ibot_patch_loss")
+    center = torch.zeros(1, 1, 24)
+    for call in ("call0", "call1", "call2"):
+        close(center, y[call]["center_seen"])
+        student = x[call]["student_masked"].clone().requires_grad_()
+        p_t = dinov2.center_softmax(x[call]["teacher_masked"], center[0], x[call]["temp"])
+        close(p_t, y[call]["probs"])
+        loss = dinov2.patch_loss(student, p_t, x[call]["masks"])
+        loss.backward()
+        close(loss, y[call]["loss"])
+        close(loss, y[call]["loss_scaled_like_meta_arch"])
+        close_grad(student.grad, y[call]["grad"])
+    close(center, y["center_after_applying_last"])
+    x, y = x["sinkhorn"], y["sinkhorn"]
+    close(dinov2.sinkhorn_knopp(x["teacher_masked"], x["temp"]), y)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn(iterations):
+    x, y, _ = golden("dinov2_sinkhorn_cls")
+    p = dinov2.sinkhorn_knopp(x["teacher"], x["temp"], iterations)
+    close(p, y[f"iters{iterations}"])
+    close(p.sum(1), torch.ones(len(p)))
+    close(dinov2.sinkhorn_knopp(x["teacher"] + 1000, x["temp"], iterations), p, rtol=1e-2)  # no overflow
+    assert dinov2.sinkhorn_knopp(torch.zeros(0, 5), 0.07).shape == (0, 5)
+
+
+def test_koleo():
+    x, y, _ = golden("dinov2_koleo")
+    features = x["x"].clone().requires_grad_()
+    loss = dinov2.koleo_loss(features)
+    loss.backward()
+    close(loss, y["loss"])
+    close_grad(features.grad, y["grad"])
+    groups = dinov2.koleo_loss(x["x"], group=4)
+    close(groups, (dinov2.koleo_loss(x["x"][:4]) + dinov2.koleo_loss(x["x"][4:])) / 2)
+    assert not torch.allclose(groups, loss)
+    half = dinov2.koleo_loss(x["x"].half())  # in which eps would be 0
+    assert half.dtype == torch.float32 and torch.isfinite(dinov2.koleo_loss(torch.ones(4, 8).half()))
+
+
+def test_schedules():
+    _, y, args = golden("dinov2_schedules")
+    total = args["total"]
+    close([warmup_cosine(i, total, args["warmup"], 4e-3, end=1e-6, reach_peak=True) for i in range(total)], y["lr"], atol=1e-12)
+    close([warmup_cosine(i, total, 0, 0.04, end=0.4) for i in range(total)], y["wd"])
+    close([warmup_cosine(i, total, 0, 0.992, end=1.0) for i in range(total)], y["momentum"])
+    close([warmup_cosine(i, total, 6, 0.07, 0.04, 0.07, reach_peak=True) for i in range(6)], y["teacher_temp_warm6"])
+    assert warmup_cosine(13, total, 6, 0.07, 0.04, 0.07, reach_peak=True) == 0.07
+
+
+@pytest.mark.parametrize("part", ["backbone", "dino_head"])
+def test_learning_rate_by_layer(part):
+    _, y, args = golden("dinov2_params_groups")
+    for name, expected in y[part].items():
+        prefix = f"{part}.{name}"
+        factors = dinov2.multipliers(prefix, args["depth"], args["lr_decay_rate"], args["patch_embed_lr_mult"])
+        assert factors["lr_factor"] == pytest.approx(expected["lr_multiplier"]), name
+        assert factors["decay_factor"] == expected["wd_multiplier"], name
+        assert ("last_layer" in prefix) == expected["is_last_layer"]
+    names = {old_name(name) for name, _ in tiny_network(registers=4).named_parameters()}
+    assert {f"{part}.{name}" for name in y[part]} <= names
+
+
+def test_head():
+    x, y, args = golden("dinov2_head_tiny")
+    head = dinov2.DINOHead(args["in_dim"], args["out_dim"], args["hidden_dim"], args["bottleneck_dim"])
+    head.load_state_dict(x["state_dict"], strict=True)
+    close(head(x["x"]), y["out"])
+    assert {old_name(name): p.requires_grad for name, p in head.named_parameters()} == y["requires_grad"]
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_vit(registers):
+    x, y, _ = golden(f"dinov2_vit_tiny_reg{registers}")
+    vit, seen = tiny(registers=registers), {}
+    vit.load_state_dict(golden(f"dinov2_vit_tiny_reg{registers}_weights")[0]["state_dict"], strict=True)
+    vit.norm.register_forward_hook(lambda module, args, out: seen.update(before=args[0], after=out))
+    for case in ("x32", "x16", "x24x40", "x32_masked"):
+        out = vit.tokens(x[case.removesuffix("_masked")], x["masks"] if "masked" in case else None)
+        close(out[:, 0], y[case]["x_norm_clstoken"], atol=1e-5)
+        close(out[:, 1:], y[case]["x_norm_patchtokens"], atol=1e-5)
+        close(seen["before"], y[case]["x_prenorm"], atol=1e-5)
+        close(seen["after"][:, 1 : 1 + registers], y[case]["x_norm_regtokens"], atol=1e-5)
+    close(vit(x["x32"]), y["forward_cls"], atol=1e-5)
+
+
+# ------------------------------------------------ masks ------------------------------------------------
+def test_mask_statistics():
+    """Those of the official generator; half of the crops are masked on average instead of exactly."""
+    _, y, _ = golden("dinov2_collate_masks")
+    rng, stats = random.Random(1), y["stats_over_150_batches"]
+    ratio = torch.stack([dinov2.draw_mask(rng, 14) for _ in range(2000)]).float().mean((1, 2))
+    assert float((ratio == 0).float().mean()) == pytest.approx(stats["frac_images_unmasked"], abs=0.05)
+    masked = ratio[ratio > 0]
+    assert float(masked.mean()) == pytest.approx(stats["mean_ratio_masked_only"], abs=0.012)
+    assert 0.05 < masked.min() and masked.max() <= 0.5
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 7])
+def test_masks_of_any_size(side):
+    rng = random.Random(0)
+    assert {dinov2.draw_mask(rng, side, 1.0, ratio, 0.2).shape for ratio in (0.0, 0.5, 1.0) for _ in range(20)} == {(side, side)}
+
+
+def test_draws_do_not_depend_on_the_batch():
+    views = {name: dinov2.DINOv2View(32, depth=3, mask=dict(side=4, prob=1.0)) for name in ("global1", "global2")}
+    dataset, drawn = open_dataset("shapes"), {}
+    for size, workers in ((8, 0), (4, 0), (8, 2)):
+        for _, batch in Loader(dataset, views, {}, size, 0, workers).batches(0, 16 // size):
+            for name in views:
+                draw = batch[name][1]
+                for index, mask, u in zip(batch["index"].tolist(), draw["mask"], draw["drop_path"]):
+                    numbers = mask.flatten().tolist() + u.flatten().tolist()
+                    assert drawn.setdefault((name, index), numbers) == numbers
+    assert len(drawn) == 32
+
+
+# ------------------------------------------------ model ------------------------------------------------
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_stochastic_depth_by_subset(swiglu):
+    """What is left out is not computed, the rest is scaled, and each sample's numbers are its own."""
+    block, x = dinov2.Block(48, 3, 0.25, swiglu, 0.5), torch.randn(3, 5, 48)
+    u, seen = torch.tensor([[0.2, 0.2], [0.9, 0.2], [0.25, 0.9]]), []
+    block.norm1.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    block.norm2.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    out = block(x, u)
+    assert seen == [2, 1]
+    attended = x + 0.5 * block.attention(block.norm1(x)) / 0.75
+    close(out[0], x[0])
+    close(out[1], attended[1])
+    close(out[2], (attended + 0.5 * block.feed_forward(block.norm2(attended)) / 0.75)[2])
+    order = torch.tensor([2, 0, 1])
+    close(block(x[order], u[order]), out[order])
+    alone = block(x, torch.zeros(3, 2))  # nobody is left
+    alone.sum().backward()
+    assert torch.equal(alone, x) and block.attn.qkv.weight.grad.abs().sum() == 0
+
+
+def test_only_masked_patches_reach_the_heads():
+    model, seen = dinov2.DINOv2(tiny_network(2), tiny_network(2)), []
+    for head in (model.student.ibot_head, model.teacher.ibot_head):
+        head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    mask = torch.rand(4, 16) < 0.3
+    crops = [torch.randn(2, 3, size, size) for size in (32, 32, 16)]
+    student, patches, teacher, teacher_patches, features = model(crops, mask)
+    assert seen == [(int(mask.sum()), 48)] * 2
+    assert student.shape == (6, 40) and teacher.shape == (4, 40) and patches.shape == teacher_patches.shape == (mask.sum(), 40)
+    whole = model.teacher.backbone.tokens(torch.cat(crops[:2]))
+    close(model.teacher.ibot_head(whole[:, 1:])[mask], teacher_patches, atol=1e-5)
+    hidden = model.student.backbone.tokens(torch.cat(crops[:2]), mask)
+    close(features, hidden[:, 0])
+    assert not torch.allclose(hidden, whole)
+
+
+def timm_name(arch, registers):
+    return f"{arch}_reg{registers}_dinov2" if registers else f"{arch}_dinov2"
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("arch", ["vit_small_patch14", "vit_base_patch14"])
+def test_released_backbones_have_these_names(arch, registers):
+    """Hub files: names and shapes of the tiny official model's state dict, the sizes of S and B, 37 x 37 patches."""
+    flags = ["--recipe", "imagenet", "--arch", arch, "--registers", str(registers), "--image-size", "518", "--local-size", "98", "--out-dim", "8"]
+    with torch.device("meta"):
+        model = dinov2.build_model(dinov2.parse_args(dinov2.Args, dinov2.RECIPES, flags))
+        other = timm.create_model(timm_name(arch, registers), num_classes=0)
+    mine = {name: tuple(p.shape) for name, p in dinov2.image_encoder(model).state_dict().items()}
+    width = {"vit_small_patch14": 384, "vit_base_patch14": 768}[arch]
+    tiny_names = golden(f"dinov2_vit_tiny_reg{registers}_weights")[0]["state_dict"]
+    expected = {name.replace("blocks.1.", f"blocks.{i}.") for name in tiny_names for i in (range(12) if "blocks.1." in name else (0,))}
+    assert set(mine) == expected
+    assert mine["pos_embed"] == (1, 1370, width) and mine["patch_embed.proj.weight"] == (width, 3, 14, 14)
+    assert mine["blocks.11.mlp.fc1.weight"] == (4 * width, width) and mine["mask_token"] == (1, width)
+    theirs = {name.replace("reg_token", "register_tokens"): tuple(p.shape) for name, p in other.state_dict().items()}
+    assert {name: shape for name, shape in mine.items() if name not in ("mask_token", "pos_embed")} == {
+        name: shape for name, shape in theirs.items() if name != "pos_embed"}  # fmt: skip
+    assert model.teacher.backbone.blocks[0].heads == other.blocks[0].attn.num_heads
+    giant = dinov2.parse_args(dinov2.Args, dinov2.RECIPES, [*flags[:2], "--arch", "vit_giant_patch14", "--ffn", "swiglu", "--local-size", "98"])
+    if arch == "vit_base_patch14" and not registers:
+        with torch.device("meta"):
+            assert dinov2.build_network(giant).backbone.blocks[39].mlp.w12.weight.shape == (8192, 1536)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_vit_equals_timm(registers):
+    """timm's DINOv2 gives registers no position either, and adds the class token's to it."""
+    mine, x = tiny(registers=registers, dim=96), torch.randn(3, 3, 32, 32)
+    other = timm.models.VisionTransformer(32, 8, num_classes=0, global_pool="token", embed_dim=96, depth=2, num_heads=3,
+                                          init_values=1e-5, reg_tokens=registers, no_embed_class=registers > 0)  # fmt: skip
+    for p in mine.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    state = {name.replace("register_tokens", "reg_token"): p for name, p in mine.state_dict().items() if name != "mask_token"}
+    if registers:  # timm adds the class token's position when it converts the weights
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    other.load_state_dict(state, strict=True)
+    tokens = other.eval().forward_features(x)
+    close(mine.tokens(x), torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_official_teacher_checkpoint(style, heads):
+    """What the official run saves for evaluation: {"teacher": backbone, dino_head and, with untied heads, ibot_head}."""
+    head = golden("dinov2_head_tiny")[0]["state_dict"]
+    if style == "new":
+        head = {k.replace("weight_g", "parametrizations.weight.original0").replace("weight_v", "parametrizations.weight.original1"): v
+                for k, v in head.items()}  # fmt: skip
+    state = {"backbone." + k: v for k, v in golden("dinov2_vit_tiny_reg4_weights")[0]["state_dict"].items()}
+    state |= {f"{name}.{k}": torch.randn_like(v) for name in ("dino_head", "ibot_head")[:heads] for k, v in head.items()}
+    network = tiny_network(heads, registers=4)
+    if heads == 1:  # ours names the shared one twice
+        state |= {k.replace("dino_head", "ibot_head"): v for k, v in state.items() if k.startswith("dino_head")}
+    network.load_state_dict(state, strict=True)
+    for name in ("dino_head", "ibot_head"):
+        g, v = (state[k] for k in state if k.startswith(f"{name}.last_layer"))
+        close(network[name].last_layer.weight, g * v / v.norm(dim=1, keepdim=True))
+
+
+# ------------------------------------------------ runs ------------------------------------------------
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+def saved(directory):
+    return torch.load(directory / "checkpoint.pt", weights_only=True)
+
+
+def test_first_epoch_leaves_the_prototypes(photos, tmp_path):
+    torch.manual_seed(0)
+    first = dinov2.build_model(arguments("--no-shared-head")).state_dict()
+    train_here("dinov2", photos, tmp_path / "a", "--max-steps", "6", "--no-shared-head")  # an epoch
+    train_here("dinov2", photos, tmp_path / "b", "--max-steps", "7", "--no-shared-head")
+    frozen, free = (saved(tmp_path / d)["model"] for d in "ab")
+    names = [name for name in first if "student" in name and "last_layer" in name]
+    assert len(names) == 4 and all(torch.equal(first[name], frozen[name]) for name in names)
+    assert not any(torch.equal(first[name], free[name]) for name in names)
+    assert not torch.equal(first["student.dino_head.mlp.4.weight"], frozen["student.dino_head.mlp.4.weight"])
+    assert frozen["center"].abs().max() > 0 and frozen["center2"].abs().max() > 0
+
+
+def test_one_step(photos, tmp_path):
+    """The teacher becomes the average; layers move the less the lower they are."""
+    flags = ["--max-steps", "1", "--warmup-epochs", "0", "--freeze-last-layer", "0", "--teacher-momentum", "0.9", "--layer-decay", "0.5",
+             "--weight-decay", "0"]  # fmt: skip
+    torch.manual_seed(0)
+    before = dinov2.build_model(arguments(*flags)).state_dict()
+    train_here("dinov2", photos, tmp_path / "run", *flags)
+    after = saved(tmp_path / "run")["model"]
+    moved = 0
+    for name in before:
+        if name.startswith("teacher."):
+            student = name.replace("teacher.", "student.")
+            close(after[name], 0.9 * before[name] + 0.1 * after[student], atol=1e-7)
+            moved += not torch.equal(after[student], before[student])
+    assert moved > 40
+    steps = [(after[name] - before[name]).abs().max() for name in (f"student.backbone.blocks.{i}.mlp.fc1.weight" for i in range(4))]
+    close([b / a for a, b in zip(steps, steps[1:])], [2.0, 2.0, 2.0], rtol=0.05)  # Adam's first step is the learning rate
+
+
+@pytest.mark.parametrize("flags", [[], ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4"], ["--ffn", "swiglu", "--registers", "2"],
+                                   ["--drop-path", "0.6", "--mask-prob", "0.1"]])  # fmt: skip
+def test_log_and_evaluation(photos, tmp_path, flags):
+    train_here("dinov2", photos, tmp_path / "run", "--max-steps", "8", *flags)
+    run = rows(tmp_path / "run")
+    share = 0.1 if "--mask-prob" in flags else 0.8
+    for row in run:
+        assert [row["cls_chance"], row["teacher_entropy_chance"]] == pytest.approx([math.log(64)] * 2)
+        assert row["patch_chance"] == pytest.approx(share * math.log(64)) and row["chance"] == pytest.approx((1 + share) * math.log(64))
+        assert row["cls_loss"] == pytest.approx(row["teacher_entropy"] + row["kl"], rel=1e-5)
+        assert row["loss"] == pytest.approx(row["cls_loss"] + row["patch_loss"] + 0.1 * row["koleo"], rel=1e-5)
+    temps = [row["teacher_temp"] for row in run]
+    assert temps[0] == pytest.approx(0.04) and temps[11:] == [] and temps[-1] > temps[0]
+    net = evaluate.open_network(tmp_path / "run", torch.device("cpu"))
+    assert net.encoder is net.model.teacher.backbone
+    assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+
+
+def test_fsdp_is_the_same_run(photos, tmp_path):
+    """Two processes with and without --fsdp: curve, gradient norm's effect, checkpoint; then a resumed one."""
+    evaluated = ["--eval-every", "0", "--eval-data", "shapes"]
+    jobs = [["dinov2", str(photos), str(tmp_path / "ddp"), ["--max-steps", "20", "--no-shared-head", *evaluated]],
+            ["dinov2", str(photos), str(tmp_path / "fsdp"), ["--max-steps", "20", "--no-shared-head", *evaluated, "--fsdp"]],
+            ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "9", "--no-shared-head", *evaluated, "--fsdp"]],
+            ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "20", "--no-shared-head", *evaluated, "--fsdp"]],
+            ["dinov2", str(photos), str(tmp_path / "shared"), ["--max-steps", "3", "--fsdp"]]]  # fmt: skip
+    argv = argv_of("tests/runs.py", json.dumps(jobs), processes=2)
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ddp, fsdp, parts = (rows(tmp_path / d) for d in ("ddp", "fsdp", "parts"))
+    for key in ("loss", "koleo", "patch_loss"):
+        a, b = (torch.tensor([row[key] for row in run if key in row]) for run in (ddp, fsdp))
+        assert len(a) == 20
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert [row["knn_top1"] for row in ddp if "knn_top1" in row] == [row["knn_top1"] for row in fsdp if "knn_top1" in row] != []
+    a, b, c = (saved(tmp_path / d) for d in ("ddp", "fsdp", "parts"))
+    assert a["model"].keys() == b["model"].keys()
+    for name, value in a["model"].items():
+        assert type(b["model"][name]) is torch.Tensor
+        close(value, b["model"][name], rtol=1e-3, atol=1e-4)
+        assert torch.equal(b["model"][name], c["model"][name]), name
+    assert fsdp == parts
+    for name, moments in b["optimizer"]["state"].items():
+        assert all(torch.equal(moments[key], c["optimizer"]["state"][name][key]) for key in moments)
+    net = evaluate.open_network(tmp_path / "fsdp", torch.device("cpu"))
+    assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--arch", "vit_huge_patch8"], "vit_huge_patch8 is unknown"),
+    (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
+    (["--local-size", "20"], "--local-size 20 is not a multiple of 8"),
+    (["--koleo-group", "3"], "--koleo-group 3 does not divide"),
+    (["--koleo-group", "1"], "--koleo-group 1"),
+    (["--fsdp"], "start them with torchrun"),
+])  # fmt: skip
+def test_mistakes(photos, tmp_path, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train_here("dinov2", photos, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_build():
+    for name in dinov2.RECIPES:
+        args = dinov2.parse_args(dinov2.Args, dinov2.RECIPES, ["--recipe", name])
+        with torch.device("meta"):
+            model = dinov2.build_model(args)
+        assert model.center.shape == (1, args.out_dim) and model.center2.shape == (1, 1, args.out_dim), name
+
+
+# ------------------------------------------------ paste ------------------------------------------------
+def test_paste():
+    space = cut(["dino_loss", "patch_loss", "koleo_loss", "center_softmax", "sinkhorn_knopp", "DINOv2", "DINOHead", "VisionTransformer"],
+                ["all_gather"], file="dinov2.py")  # fmt: skip
+    student, teacher = (torch.nn.ModuleDict({"backbone": space["VisionTransformer"](32, 8, 48, 2, 3, 0.3, 2, True),
+                                             "dino_head": space["DINOHead"](48, 20), "ibot_head": space["DINOHead"](48, 20)})
+                        for _ in range(2))  # fmt: skip
+    model = space["DINOv2"](student, teacher)
+    crops = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16, 16)]
+    mask = torch.rand(8, 16) < 0.3
+    logits, patches, targets, target_patches, features = model(crops, mask, [torch.rand(4, 2, 2) for _ in crops])
+    assert not targets.requires_grad and not target_patches.requires_grad
+    loss, _, _ = space["dino_loss"](logits, space["sinkhorn_knopp"](targets, 0.07))
+    loss = loss + space["patch_loss"](patches, space["center_softmax"](target_patches, model.center2[0], 0.07), mask)
+    (loss + space["koleo_loss"](features[:4])).backward()
+    assert all(p.grad is not None for p in model.student.parameters())
+    backward(space["Block"](48, 3)(torch.randn(2, 5, 48)))
+
+
+def test_paste_augmentation():
+    test_structure.test_paste_augmentation("dinov2.py", "DINOv2View")
+    draw = dinov2.DINOv2View(32, depth=2, mask=dict(side=4)).draw(random.Random(0))
+    assert len(draw["drop_path"]) == 2 and draw["mask"].shape == (4, 4)
