@@ -1,22 +1,20 @@
 """Evaluates checkpoints: python evaluate.py PROTOCOL CHECKPOINT [CHECKPOINT ...] --data NAME [--flag VALUE]
 
-PROTOCOL is zeroshot, retrieval, knn or linear; CHECKPOINT a checkpoint.pt or the run directory that holds it.
-Several give one table. Under torchrun the result is the same for any number of processes. Every result is
-appended to results.jsonl beside its checkpoint.
+PROTOCOL is zeroshot, retrieval, knn or linear, or a picture: attention, pca, matches, neighbors. CHECKPOINT
+is a checkpoint.pt, the run directory that holds it or a file of published weights; several give one table.
+Under torchrun the result is the same for any number of processes. Every result is appended to results.jsonl
+beside its checkpoint, every picture is a PNG there.
 
     python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
     python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
+    python evaluate.py attention runs/dino_shapes_* --data shapes
     torchrun --nproc_per_node=8 evaluate.py zeroshot runs/slip_yfcc15m_* --data imagenet
 
 Scores are in percent; every function names the protocol it follows, without which a score says nothing.
 Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch or chunk.
 """
 
-import argparse
 import contextlib
-import importlib
-import importlib.util
-import itertools
 import json
 import math
 import os
@@ -24,7 +22,6 @@ import random
 import re
 import shlex
 import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,14 +31,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, all_gather, init_distributed, load_checkpoint, mixed_precision, parse_args, rank
-from common import user_errors, world_size
-from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, decode, hflip, ignore_signals, normalize
-from data import open_dataset, random_resized_crop, to_float
+import pictures
+from common import UserError, all_gather, init_distributed, mixed_precision, parse_args, rank, user_errors
+from common import world_size
+from data import CLIP_MEAN, CLIP_STD, Loader, decode, hflip, ignore_signals, normalize, open_dataset
+from data import random_resized_crop, to_float
+from pictures import save_curves, save_views  # noqa: F401
+from weights import load_released, open_network  # noqa: F401
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Args:
     random: bool = False  # evaluate networks of the same shape with random weights too
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
     classnames: str = ""  # zeroshot: file of classes, one a line, synonyms separated by |
-    k: int = 20  # knn: neighbours (DINO reports 20)
+    k: int = 20  # knn, neighbors: neighbours (DINO reports 20); matches: lines
     temperature: float = 0.07  # knn: a neighbour votes with exp(cosine / temperature)
     head_layer: int = 0  # knn, linear: features after so many layers of the projection head (SimCLR v2)
     cached: bool = False  # linear: features extracted once, not augmented; chooses base_lr among LRS
@@ -68,6 +68,13 @@ class Args:
     nesterov: bool = False  # linear (SimCLR: on)
     zero_init: bool = False  # linear: the head starts at 0 (SimCLR), not at N(0, 0.01) (MoCo v3, SLIP)
     seed: int = 0  # linear: order, crops, first weights of the head
+    heads: int = 0  # of a transformer from elsewhere whose weights do not say it (0: recognised)
+    images: int = 4  # pictures: how many samples, the same in every run
+    samples: str = ""  # pictures: these instead, numbers in the split, as 3,14,15
+    size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures have 480)
+    mass: float = 0.6  # attention: share of it that the kept patches have (DINO: 0.6)
+    threshold: float = 0.0  # pca: foreground above so many standard deviations of the first component
+    out: str = ""  # pictures: folder to write to (default: the checkpoint's)
 
 
 TEMPLATES = {  # in our own words; a dataset without an entry takes "default"
@@ -258,9 +265,9 @@ class _Batches(torch.utils.data.Dataset):
 @torch.no_grad()
 def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32", batch_size=256, workers=0,
              indices=None):  # fmt: skip
-    """-> features (n, D), labels (n,), text features (T, E), row of each text's image (T,); on the CPU, the
-    same on all processes. Whole batches are dealt out, so that each of them, and with it every rounding
-    error, is the same for any number of processes; nothing is repeated to fill up."""
+    """-> features (n, D), labels (n,), text features (T, E), row of each text's image (T,), index (n,); on
+    the CPU, the same on all processes. Whole batches are dealt out, so that each of them, and with it every
+    rounding error, is the same for any number of processes; nothing is repeated to fill up."""
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
@@ -295,7 +302,7 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
     if not (features.isfinite().all() and texts.isfinite().all()):
         raise UserError("some features are not finite: the network has diverged, or --dtype fp16 overflows")
     (index, order), (owners, text_order) = index.sort(), owners.sort(stable=True)
-    return features[order], labels[order], texts[text_order], torch.searchsorted(index, owners)
+    return features[order], labels[order], texts[text_order], torch.searchsorted(index, owners), index
 
 
 def extract(encoder, dataset, view, device, **options):
@@ -339,7 +346,7 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
     one pass. classnames, templates: as in zeroshot_weights; kw: options of `extract`."""
     kw["tokenizer"] = tokenizer if captions else None
     extracted = _extract(model, model.encode_image, dataset, view, device, **kw)
-    images, labels, texts, image_of_text = (x.to(device) for x in extracted)
+    images, labels, texts, image_of_text, _ = (x.to(device) for x in extracted)
     metrics = {}
     if classnames:
         templates = templates or TEMPLATES.get(dataset.name, TEMPLATES["default"])
@@ -381,46 +388,6 @@ def captions(dataset, most=20000):
     for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
         with contextlib.suppress(OSError, ValueError):  # the loader will name what cannot be read
             yield from dataset[index].captions
-
-
-def save_views(directory, images, views):
-    """Writes views.png: the first eight samples of a batch, a row for each view, as the model sees them.
-    Wrong augmentations are found by looking, so this comes before the first step. images: name -> float (b,
-    3, S, S), as normalised by views[name]."""
-    strips = []
-    for name, x in images.items() if rank() == 0 else ():
-        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
-        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
-        x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
-        x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
-        strips.append((name, torchvision.transforms.functional.to_pil_image(torchvision.utils.make_grid(x))))
-    if strips:
-        size = max(strip.width for _, strip in strips), sum(strip.height + 14 for _, strip in strips)
-        page, top = Image.new("RGB", size, "white"), 0
-        for name, strip in strips:
-            ImageDraw.Draw(page).text((2, top + 1), name, fill="black")
-            page.paste(strip, (0, top + 14))
-            top += strip.height + 14
-        page.save(Path(directory) / "views.png")
-
-
-def save_curves(directory):
-    """Writes curves.png if matplotlib is there: every column of metrics.jsonl, its chance level dashed."""
-    if rank() > 0 or not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    names = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows))
-             if name not in ("step", "epoch", "end") and "chance" not in name]  # fmt: skip
-    figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)), layout="constrained")
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(-(-len(names) // 4), min(4, len(names)), i + 1, title=name, xlabel="step")
-        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
-        for key, style in ((name, "-"), (chance, "--")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points), style) if points else None
-    figure.savefig(Path(directory) / "curves.png", dpi=80)
 
 
 # -------------------------------------------- linear probe --------------------------------------------
@@ -511,92 +478,7 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
     return zeroshot_metrics(head(test).detach(), test_labels), head, base_lr
 
 
-# -------------------------------------------- command line --------------------------------------------
-def open_network(path, device, head_layer=0, random_weights=False):
-    """-> namespace of method, step, model, encoder, view, tokenizer (None without text). random_weights: as
-    before training. Raises UserError unless one of our method files wrote `path`."""
-    saved = load_checkpoint(path)
-    if not (isinstance(saved, dict) and saved.keys() >= {"method", "args", "model"}):
-        raise UserError(f"{path} was not written by one of our method files: it lacks method, args or model")
-    name = str(saved["method"])
-    if not (name.isidentifier() and Path(__file__).with_name(f"{name}.py").is_file()):
-        raise UserError(f"{path} was written by {name}.py, which is not beside evaluate.py")
-    method = importlib.import_module(name)
-    args = types.SimpleNamespace(**{**vars(method.Args()), **saved["args"]})
-    torch.manual_seed(0)
-    model = method.build_model(args).to(device)
-    try:
-        if not random_weights:
-            model.load_state_dict(saved["model"])
-        encoder = method.image_encoder(model, **({"head_layer": head_layer} if head_layer else {})).to(device)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {name}.py: {str(error).splitlines()[-1].strip()}") from error
-    except TypeError as error:
-        raise UserError(f"{name} has no --head-layer, its encoder ends before any head") from error
-    tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
-    return types.SimpleNamespace(method=name, step=saved.get("step"), model=model, encoder=encoder,
-                                 view=method.eval_view(args), tokenizer=tokenizer)  # fmt: skip
-
-
-def _depth(state, prefix):
-    """Number of different modules prefix0, prefix1, ... in a state dict."""
-    return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-
-
-def _clip_of(state):
-    """A state dict with OpenAI's names -> clip.CLIP of the sizes read off its tensors."""
-    clip = importlib.import_module("clip")
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers = _depth(state, "visual.transformer.resblocks.")
-        tokens = len(state["visual.positional_embedding"])
-    else:
-        width, patch = len(state["visual.conv3.weight"]), None
-        layers = [_depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-        tokens = len(state["visual.attnpool.positional_embedding"])
-    text_width, embed_dim = state["text_projection"].shape
-    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
-    text_layers = _depth(state, "transformer.resblocks.")
-    return clip.CLIP(embed_dim, (patch or 32) * math.isqrt(tokens - 1), layers, width, patch, context_length,
-                     vocab_size, text_width, text_width // 64, text_layers)
-
-
-def _slip_of(state):
-    """A state dict with the names of SLIP_VIT{S,B,L}16 -> slip.SLIP of the sizes read off its tensors."""
-    slip = importlib.import_module("slip")
-    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    heads = next((heads for _, w, heads in slip.ARCHS.values() if w == width), width // 64)
-    image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
-    visual = slip.VisionTransformer(image_size, patch, width, _depth(state, "visual.blocks."), heads)
-    text_width, embed_dim = state["text_projection"].shape
-    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
-    ssl_emb_dim, ssl_mlp_dim = state["image_mlp.layer3.weight"].shape
-    return slip.SLIP(embed_dim, visual, width, context_length, vocab_size, text_width, text_width // 64,
-                     _depth(state, "transformer.resblocks."), ssl_mlp_dim, ssl_emb_dim)
-
-
-def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
-    dict with their names -> (method module, model in float32), loaded strictly. Only tensors and argparse's
-    Namespace are unpickled. Raises UserError."""
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, ValueError):  # not TorchScript
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_checkpoint(path)
-    state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    for key in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
-        state.pop(key, None)
-    method, build = ("slip", _slip_of) if "visual.cls_token" in state else ("clip", _clip_of)
-    try:
-        model = build(state)
-        model.load_state_dict(state, strict=True)  # copies half into single precision
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a CLIP or SLIP model: {str(error).splitlines()[0]}") from error
-    return importlib.import_module(method), model
-
-
+# -------------------------------------------- protocols --------------------------------------------
 def lines(path, flag) -> list[str]:
     """The lines of a text file that are not empty. Raises UserError."""
     try:
@@ -649,6 +531,100 @@ def linear(net, train, test, args, kw):
 PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn_vote, "linear": linear}
 
 
+# -------------------------------------------- pictures --------------------------------------------
+def picked(dataset, args, one_kind=False):
+    """-> [(index, Sample, uint8 (3, H, W))]: --samples or, the same in every run, --images that can be read;
+    one_kind: of one class, if there are classes."""
+    try:
+        wanted = [int(word) for word in args.samples.split(",")] if args.samples else []
+    except ValueError as error:
+        raise UserError(f"--samples {args.samples} must be numbers with commas between them") from error
+    if any(not 0 <= i < len(dataset) for i in wanted):
+        raise UserError(f"--samples {args.samples}: {dataset.name} has those from 0 to {len(dataset) - 1}")
+    found = []
+    for i in wanted or torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist():
+        try:
+            sample = dataset[i]
+            image = decode(sample.image)
+        except (ValueError, OSError) as error:
+            if wanted:
+                raise UserError(f"sample {i} of {dataset.name} cannot be read ({error})") from error
+            continue
+        if wanted or not (one_kind and found) or sample.label == found[0][1].label:
+            found.append((i, sample, image))
+        if len(found) == (len(wanted) or args.images):
+            break
+    return found
+
+
+def title(dataset, i, label):
+    return f"{i}, {dataset.classes[label]}" if dataset.classes and label >= 0 else str(i)
+
+
+def looked_at(net, dataset, args, one_kind=False):
+    """-> [(picture, title, attention (heads, R, C), features (R, C, D))] of the samples. Raises UserError
+    unless the network is a transformer with timm's names."""
+    if not hasattr(net.encoder, "blocks"):
+        raise UserError("this picture needs a transformer with timm's names, as DINO, SLIP and MoCo v3 have, "
+                        f"not {net.method}'s {net.arch}")  # fmt: skip
+    patch = net.encoder.patch_embed.proj.kernel_size[0]
+    if (size := args.size or net.view.size) < patch:
+        raise UserError(f"--size {size} is smaller than a patch, {patch}")
+    out, device = [], next(net.encoder.parameters()).device
+    for i, sample, image in picked(dataset, args, one_kind):
+        picture = pictures.fit_image(image, size, patch, net.view.filter)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device)
+        with evaluating(net.encoder):
+            attention, features = pictures.patches(net.encoder, net.view(pixels))
+        out.append((picture, title(dataset, i, sample.label), attention[0].cpu(), features[0].cpu()))
+    return out
+
+
+# A picture: (network, train split, test split, args, options of `extract`) -> Pillow image
+def attention(net, train, test, args, kw):
+    return pictures.attention_page([(p, t, a) for p, t, a, _ in looked_at(net, test, args)], args.mass)
+
+
+def pca(net, train, test, args, kw):
+    samples = [(p, t, f) for p, t, _, f in looked_at(net, test, args, one_kind=True)]
+    return pictures.pca_page(samples, args.threshold)
+
+
+def matches(net, train, test, args, kw):
+    samples = looked_at(net, test, args, one_kind=True)
+    if len(samples) < 2:
+        raise UserError("matches needs two images, give --samples or a larger --images")
+    (picture, name, looks, a), (other, other_name, _, b) = samples[:2]
+    found = pictures.matches(a, b, looks.mean(0), args.k)
+    return pictures.matches_page((picture, name, a.shape[:2]), (other, other_name, b.shape[:2]), found)
+
+
+def neighbors(net, train, test, args, kw):
+    """From the train split or, where there is none, from the others of the same split."""
+    memory, size, rows = train or test, args.size or net.view.size, []
+    x, _, _, _, index = _extract(net.encoder, net.encoder, memory, **kw)
+
+    def cell(dataset, i, text, query=None):
+        sample = dataset[i]
+        picture = pictures.fit_image(decode(sample.image), size, 1, net.view.filter)
+        right = None if query is None or query.label < 0 else query.label == sample.label
+        return picture, f"{text}{title(dataset, i, sample.label)}", right
+
+    for i, sample, _ in picked(test, args):
+        asked = _extract(net.encoder, net.encoder, test, **kw, indices=[i])[0]
+        cosine = F.normalize(x, dim=1) @ F.normalize(asked, dim=1)[0]
+        if memory is test:
+            cosine[index == i] = -2  # it is no neighbour of itself
+        nearest = cosine.topk(min(args.k, len(x) - (memory is test)))
+        found = [cell(memory, int(index[j]), f"{c:.3f}\n", sample) for c, j in zip(*nearest)]
+        rows.append([cell(test, i, ""), *found])
+    return pictures.neighbors_page(rows)
+
+
+PICTURES = {"attention": attention, "pca": pca, "matches": matches, "neighbors": neighbors}
+
+
+# -------------------------------------------- command line --------------------------------------------
 def table(rows: dict[str, dict]) -> str:
     """{row: {column: number}} -> aligned text."""
     header = ["", *next(iter(rows.values()))]
@@ -659,37 +635,75 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(map("  ".join, cells))
 
 
-def main(argv: list[str]):
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
-    if protocol not in PROTOCOLS or not paths or not args.data:
-        raise UserError(f"use: evaluate.py {'|'.join(PROTOCOLS)} CHECKPOINT ... --data NAME (see --help)")
-    if not (args.k and args.temperature and args.probe_batch):
-        raise UserError("--k, --temperature and --probe-batch must be above 0")
-    device = init_distributed(args.device)
-    torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
-    test = open_dataset(args.data, args.data_dir, args.split)
+def open_splits(protocol, args):
+    """-> train split (None where the protocol needs none), split to report on. Raises UserError."""
+    try:
+        test = open_dataset(args.data, args.data_dir, args.split)
+    except UserError:
+        if protocol not in PICTURES or args.split != "val":
+            raise
+        return None, open_dataset(args.data, args.data_dir, "train")  # a folder of photos has no other
+    if protocol in PICTURES:
+        train = None
+        if protocol == "neighbors" and args.split != "train":
+            with contextlib.suppress(UserError):
+                train = open_dataset(args.data, args.data_dir, "train")
+        return train, test
     train = open_dataset(args.data, args.data_dir, "train") if protocol in ("knn", "linear") else None
     needs = "captions" if protocol == "retrieval" else "classes"
     if not (test.captioned if needs == "captions" else test.classes):
         raise UserError(f"{protocol} needs {needs}, which {args.data} does not have")
     if train and (args.split == "train" or train.classes != test.classes):
         raise UserError(f"{protocol} needs a --split other than train, with the same classes")
+    return train, test
+
+
+def save_picture(picture, path, protocol, kind, args):
+    """Beside the checkpoint or in --out, named after protocol, data and, unless it is a run's, the file."""
+    folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
+    words = [] if path.is_dir() or path.name == "checkpoint.pt" else [path.stem]
+    words += [protocol, Path(args.data).stem, *(["random"] if kind != "metrics" else [])]
+    file = folder / ("_".join(words) + ".png")
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error}), use another --out") from error
+        print(file)
+
+
+def main(argv: list[str]):
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
+    if protocol not in PROTOCOLS | PICTURES or not paths or not args.data:
+        known = "|".join(PROTOCOLS | PICTURES)
+        raise UserError(f"use: evaluate.py {known} CHECKPOINT ... --data NAME (see --help)")
+    if not (args.k and args.temperature and args.probe_batch):
+        raise UserError("--k, --temperature and --probe-batch must be above 0")
+    device = init_distributed(args.device)
+    torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
+    train, test = open_splits(protocol, args)
     kw = {"device": device, "dtype": args.dtype, "batch_size": args.batch_size, "workers": args.workers}
     rows = {}
     for path in map(Path, paths):
         result = {"protocol": protocol, "data": args.data, "split": args.split, "checkpoint": str(path)}
         for kind in ["metrics", "random weights"][: 1 + args.random]:
-            net = open_network(path, device, args.head_layer, kind == "random weights")
-            if protocol in ("zeroshot", "retrieval") and not net.tokenizer:
+            text = protocol in ("zeroshot", "retrieval")
+            net = open_network(path, device, args.head_layer, kind == "random weights", args.heads, text)
+            if text and not net.tokenizer:
                 raise UserError(f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s")
-            result[kind] = PROTOCOLS[protocol](net, train, test, args, {**kw, "view": net.view})
+            options = {**kw, "view": net.view}
+            if protocol in PICTURES:
+                save_picture(PICTURES[protocol](net, train, test, args, options), path, protocol, kind, args)
+                continue
+            result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
             rows[f"{path}, {kind}" if kind != "metrics" else str(path)] = result[kind]
         result |= {"method": net.method, "step": net.step, "command": shlex.join(["evaluate.py", *argv])}
         result["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision)}
-        if rank() == 0:
+        if rank() == 0 and protocol in PROTOCOLS:
             if args.json:
                 print(json.dumps(result), flush=True)
             try:
@@ -697,7 +711,7 @@ def main(argv: list[str]):
                     file.write(json.dumps(result) + "\n")
             except OSError as error:
                 print(f"not recorded: {error}", file=sys.stderr)
-    if rank() == 0 and not args.json:
+    if rank() == 0 and rows and not args.json:
         print(f"{protocol}, {args.data} {args.split}, percent", table(rows), sep="\n")
 
 

@@ -25,6 +25,8 @@ SHARED = {
     "data.py": "loader, image operations, tokenizer",
     "sources.py": "where samples come from",
     "evaluate.py": "evaluation",
+    "pictures.py": "its pictures",
+    "weights.py": "reads checkpoints of ours and of others",
 }
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 

@@ -68,7 +68,7 @@ def parse(script, words):
     module = importlib.import_module(path.stem)
     if path.stem == "evaluate":
         first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        assert words[0] in module.PROTOCOLS or words[0] == "PROTOCOL", words
+        assert words[0] in module.PROTOCOLS | module.PICTURES or words[0] == "PROTOCOL", words
         assert first > 1, "no checkpoint"
         if words[0] == "PROTOCOL":  # the synopsis
             return
