@@ -1,9 +1,9 @@
 """Evaluates checkpoints: python evaluate.py PROTOCOL CHECKPOINT [CHECKPOINT ...] --data NAME [--flag VALUE]
 
-PROTOCOL is zeroshot, retrieval, knn or linear, or a picture: attention, pca, matches, neighbors. CHECKPOINT
-is a checkpoint.pt, the run directory that holds it or a file of published weights; several give one table.
-Under torchrun the result is the same for any number of processes. Every result is appended to results.jsonl
-beside its checkpoint, every picture is a PNG there.
+PROTOCOL is zeroshot, retrieval, knn, logreg or linear, or a picture: attention, pca, matches, neighbors.
+CHECKPOINT is a checkpoint.pt, the run directory that holds it or a file of published weights; several give
+one table. Under torchrun the result is the same for any number of processes. Every result is appended to
+results.jsonl beside its checkpoint, every picture is a PNG there.
 
     python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
     python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
@@ -15,6 +15,7 @@ Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -32,15 +33,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import pictures
-from common import UserError, all_gather, init_distributed, mixed_precision, parse_args, rank, user_errors
-from common import world_size
+from common import UserError, all_gather, all_reduce_mean, init_distributed, load_checkpoint, mixed_precision
+from common import parse_args, rank, user_errors, world_size
 from data import CLIP_MEAN, CLIP_STD, Loader, decode, hflip, ignore_signals, normalize, open_dataset
 from data import random_resized_crop, to_float
 from pictures import save_curves, save_views  # noqa: F401
+from probes import LastBlocks, best_exponent, fit_heads, grid, logistic_regression
 from weights import load_released, open_network  # noqa: F401
 
 
@@ -57,17 +58,24 @@ class Args:
     random: bool = False  # evaluate networks of the same shape with random weights too
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
     classnames: str = ""  # zeroshot: file of classes, one a line, synonyms separated by |
-    k: int = 20  # knn, neighbors: neighbours (DINO reports 20); matches: lines
-    temperature: float = 0.07  # knn: a neighbour votes with exp(cosine / temperature)
+    cache: bool = True  # knn, logreg, linear --cached: keep features beside the checkpoint for the next time
+    k: str = "20"  # knn, neighbors: neighbours (DINO's is 20; knn: also several, 10,20,100); matches: lines
+    temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
     head_layer: int = 0  # knn, linear: features after so many layers of the projection head (SimCLR v2)
     cached: bool = False  # linear: features extracted once, not augmented; chooses base_lr among LRS
+    blocks: int = 1  # linear: class tokens of so many last blocks (DINO: 4 for ViT-S; --grid: 4 in DINOv2)
+    average: bool = False  # linear: and the mean of the patches (DINO: for ViT-B)
+    grid: bool = False  # linear: DINOv2's heads, 13 rates on 4 kinds of features, at once; chooses one
     base_lr: float = 0.1  # linear: lr = base_lr * probe_batch / 256
+    lr_steps: str = ""  # linear: a tenth of the rate after these epochs (MoCo: 60,80), no cosine
+    lars: bool = False  # linear: in place of SGD (SimSiam)
     probe_batch: int = 1024  # linear: global batch
     epochs: int = 90  # linear: passes over the train split
     weight_decay: float = 0.0  # linear (SimCLR: 1e-6)
     nesterov: bool = False  # linear (SimCLR: on)
     zero_init: bool = False  # linear: the head starts at 0 (SimCLR), not at N(0, 0.01) (MoCo v3, SLIP)
-    seed: int = 0  # linear: order, crops, first weights of the head
+    seed: int = 0  # linear: order, crops, first weights of the head; logreg: the held-out tenth
+    C: float = 0.0  # logreg: scikit-learn's C, how much data count beside |w|^2 / 2 (0: swept)
     heads: int = 0  # of a transformer from elsewhere whose weights do not say it (0: recognised)
     images: int = 4  # pictures: how many samples, the same in every run
     samples: str = ""  # pictures: these instead, numbers in the split, as 3,14,15
@@ -89,6 +97,7 @@ TEMPLATES["cifar100"] = TEMPLATES["stl10"] = TEMPLATES["cifar10"]
 METRIC = dict.fromkeys(["aircraft", "pets", "caltech101", "flowers"], "mean_per_class")
 METRIC |= {"kinetics700": "mean_top1_top5", "hateful_memes": "roc_auc"}
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that --cached tries
+GRID_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)  # DINOv2's code
 CHUNK = 2**23  # elements that a matrix of similarities may have
 
 
@@ -141,29 +150,40 @@ class EvalView:
         return normalize(to_float(x), self.mean, self.std)
 
 
-@torch.no_grad()
 def knn(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07, num_classes=None):
-    """Weighted k-nearest-neighbour vote (DINO eval_knn.py; arXiv 1805.01978) -> (top1, top5) in percent.
+    """knn_sweep for one k and one temperature -> (top1, top5) in percent."""
+    inputs = train_features, train_labels, test_features, test_labels
+    return knn_sweep(*inputs, [k], [temperature], num_classes)[k, temperature]
+
+
+@torch.no_grad()
+def knn_sweep(train_features, train_labels, test_features, test_labels, ks, temperatures, num_classes=None):
+    """Weighted k-nearest-neighbour vote (DINO eval_knn.py; arXiv 1805.01978) -> {(k, temperature): (top1,
+    top5)} in percent, the neighbours being looked for once.
 
     (N, D), (N,), (M, D), (M,) on one device. The k train features of largest cosine vote for their class with
     exp(cosine / temperature). As in DINO, top5 counts the first min(5, k) classes, also those without a vote.
     Equal cosines and equal votes stand in the order of their index."""
     train, test = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
     num_classes = num_classes or int(max(train_labels.max(), test_labels.max())) + 1
-    train_labels, k, ranks = train_labels.cpu(), min(k, len(train)), []
+    train_labels, most = train_labels.cpu(), min(max(ks), len(train))
+    ranks = {(k, temperature): [] for k in ks for temperature in temperatures}
     for query, label in chunks(max(len(train), num_classes), test, test_labels.cpu()):
         cosine = query @ train.T  # (b, N)
-        kth = cosine.topk(k).values[:, -1:]
+        kth = cosine.topk(most).values[:, -1:]
         above, equal = cosine > kth, cosine == kth  # topk does not say which of equal ones it takes
-        nearest = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
-        nearest = nearest.nonzero()[:, 1].view(-1, k)
+        nearest = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= most - above.sum(1, keepdim=True)))
+        nearest = nearest.nonzero()[:, 1].view(-1, most)
         cosine, nearest = cosine.gather(1, nearest).cpu().double(), nearest.cpu()
-        weight = ((cosine - cosine.amax(1, keepdim=True)) / temperature).exp()  # never inf
-        votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, train_labels[nearest], weight)
-        # float64 sums, rounded: equal votes stay equal in whatever order they were added
-        ranks.append(hit_rank(votes.float(), label[:, None] == torch.arange(num_classes)))
-    ranks = torch.cat(ranks)
-    return percent(ranks < 1), percent(ranks < min(5, k))
+        cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+        classes, right = train_labels[nearest.gather(1, order)], label[:, None] == torch.arange(num_classes)
+        for k, temperature in ranks:
+            weight = ((cosine[:, :k] - cosine[:, :1]) / temperature).exp()  # never inf
+            votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, classes[:, :k], weight)
+            # float64 sums, rounded: equal votes stay equal in whatever order they were added
+            ranks[k, temperature].append(hit_rank(votes.float(), right))
+    ranks = {key: torch.cat(parts) for key, parts in ranks.items()}
+    return {key: (percent(r < 1), percent(r < min(5, key[0], len(train)))) for key, r in ranks.items()}
 
 
 def tokenize(tokenizer, texts, device):
@@ -305,13 +325,37 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
     return features[order], labels[order], texts[text_order], torch.searchsorted(index, owners), index
 
 
-def extract(encoder, dataset, view, device, **options):
+def extract(encoder, dataset, view, device, cache="", **options):
     """Collective. -> features (n, D) float32 and labels (n,), in the order of the index, all on every CPU.
 
     encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay as they
-    were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). What cannot be read is left
-    out and counted on stderr. Raises UserError when nothing can be read or a feature is not finite."""
-    return _extract(encoder, encoder, dataset, view, device, **options)[:2]
+    were. cache: folder in which they are kept for the next time. options: dtype="fp32", batch_size=256,
+    workers=0, indices=None (all). What cannot be read is left out and counted on stderr. Raises UserError
+    when nothing can be read or a feature is not finite."""
+    if not cache:
+        return _extract(encoder, encoder, dataset, view, device, **options)[:2]
+    file = Path(cache) / f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
+    if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
+        with contextlib.suppress(UserError):
+            return load_checkpoint(file)["features"], load_checkpoint(file)["labels"]
+    features, labels = _extract(encoder, encoder, dataset, view, device, **options)[:2]
+    if rank() == 0:
+        try:
+            torch.save({"features": features, "labels": labels}, file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)
+        except (OSError, RuntimeError) as error:
+            print(f"features are not kept: {error}", file=sys.stderr)
+    return features, labels
+
+
+def fingerprint(encoder, dataset, view, device, options):
+    """Name for what features depend on. Eight of them tell network, preprocessing, precision, machine and
+    data; the number of samples, the classes and what else is asked for are added."""
+    few = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
+    features, labels = _extract(encoder, encoder, dataset, view, device, **{**options, "indices": few})[:2]
+    rest = dataset.name, len(dataset), dataset.classes, options.get("batch_size"), options.get("indices")
+    text = repr((features.tolist(), labels.tolist(), rest, torch.__version__))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def some(dataset, most):
@@ -407,26 +451,6 @@ class ProbeView:
         return self.view(hflip(x, draw["flip"]), {})
 
 
-def fit_heads(batches, dim, num_classes, lrs, args, device):
-    """One linear classifier per learning rate, all on the same batches: epoch, features (b, dim), labels
-    (b,). SGD, momentum 0.9, rate on half a cosine per epoch to 0 (MoCo v3, SLIP); equal starts. -> nn.Linear
-    each."""
-    start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(args.seed))
-    heads = [nn.utils.skip_init(nn.Linear, dim, num_classes, device=device) for _ in lrs]
-    for head in heads:
-        head.weight.data.copy_(start * (0.0 if args.zero_init else 0.01))
-        head.bias.data.zero_()
-    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, lrs)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    for epoch, x, y in batches:
-        for group, lr in zip(optimizer.param_groups, lrs):
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-        optimizer.zero_grad()
-        sum(F.cross_entropy(head(x), y, ignore_index=-1) for head in heads).backward()  # no parameter shared
-        optimizer.step()
-    return heads
-
-
 def cached_batches(features, labels, batch_size, args):
     """Shuffled batches of features in memory; what does not fill the last one waits for another epoch."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -446,36 +470,69 @@ def augmented_batches(encoder, loader, view, args):
         yield step // loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
 
 
+class Part:
+    """Some samples of a dataset."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices, self.captioned = dataset, indices, False
+        self.name, self.classes = dataset.name, dataset.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.dataset[self.indices[i]]
+
+
 def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
     """Collective. A linear classifier on frozen features -> (test scores, head, base_lr).
 
     As MoCo v3 and SLIP: trained on crops and flips, lr = base_lr * batch / 256 (SimCLR: nesterov, weight
-    decay 1e-6, zero_init, batch 4096). cached: on features of the eval view extracted once; the base_lr of
-    LRS that is best on a held-out tenth of the train split then trains on all of it. The last epoch counts;
-    nothing is ever chosen on the test split. args: an Args; kw: options of `extract`."""
+    decay 1e-6, zero_init, batch 4096; MoCo: lr_steps; SimSiam: lars). cached: on features of the eval view
+    extracted once. cached chooses among LRS, grid among GRID_LRS and kinds of features, by the scores on a
+    held-out tenth of the train split; cached then trains on all of it, grid takes the head as it is. The last
+    epoch counts; nothing is ever chosen on the test split. args: an Args; kw: options of `extract`."""
 
     def extracted(dataset):
-        return (x.to(device) for x in labelled(dataset, *extract(encoder, dataset, view, device, **kw)))
+        return [x.to(device) for x in labelled(dataset, *extract(encoder, dataset, view, device, **kw))]
+
+    def scores(heads, parts, x, y):
+        return [zeroshot_metrics(h(x[:, a:b]).detach(), y)["top1"] for h, (a, b) in zip(heads, parts)]
+
+    def loader_of(dataset, batch):
+        return Loader(dataset, {"image": probe_view}, {}, batch, args.seed, args.workers, device)
 
     test, test_labels = extracted(test_set)
-    size, base_lr, b = (test.shape[1], len(train_set.classes)), args.base_lr, args.probe_batch
+    dim, classes, probe_view = test.shape[1], len(train_set.classes), ProbeView(view)
+    b, base_lr, lrs, parts = args.probe_batch, args.base_lr, [args.base_lr], [(0, dim)]
+    if args.grid:
+        lrs, parts = zip(*grid(args.blocks, dim, GRID_LRS))
+    elif args.cached:
+        lrs, parts = LRS, [(0, dim)] * len(LRS)
     if args.cached:
         x, y = extracted(train_set)
         if len(y) < 10:
             raise UserError(f"{train_set.name} has only {len(y)} labels, too few to choose a learning rate")
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
-        held, rest = order[: len(y) // 10], order[len(y) // 10 :]
+    n = len(y) if args.cached else len(train_set)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed))
+    held, rest = order[: n // 10], order[n // 10 :]
+    if args.cached:
         b = min(b, len(rest))
-        lrs = [lr * b / 256 for lr in LRS]
-        heads = fit_heads(cached_batches(x[rest], y[rest], b, args), *size, lrs, args, device)
-        scores = [zeroshot_metrics(head(x[held]).detach(), y[held])["top1"] for head in heads]
-        base_lr, batches = LRS[scores.index(max(scores))], cached_batches(x, y, b, args)
+        batches, (held_x, held_y) = cached_batches(x[rest], y[rest], b, args), (x[held], y[held])
+    elif args.grid:
+        batches = augmented_batches(encoder, loader_of(Part(train_set, rest.tolist()), b), probe_view, args)
+        held_x, held_y = extracted(Part(train_set, held.tolist()))
     else:
-        probe_view = ProbeView(view)
-        loader = Loader(train_set, {"image": probe_view}, {}, b, args.seed, args.workers, device)
-        batches = augmented_batches(encoder, loader, probe_view, args)
-    head = fit_heads(batches, *size, [base_lr * b / 256], args, device)[0]
-    return zeroshot_metrics(head(test).detach(), test_labels), head, base_lr
+        batches = augmented_batches(encoder, loader_of(train_set, b), probe_view, args)
+    heads = fit_heads(batches, dim, classes, [lr * b / 256 for lr in lrs], args, device, parts)
+    best = 0
+    if len(heads) > 1:
+        found = scores(heads, parts, held_x, held_y)
+        best = found.index(max(found))
+    head, part, base_lr = heads[best], parts[best], lrs[best]
+    if args.cached and not args.grid:
+        head = fit_heads(cached_batches(x, y, b, args), dim, classes, [base_lr * b / 256], args, device)[0]
+    return zeroshot_metrics(head(test[:, slice(*part)]).detach(), test_labels), head, base_lr
 
 
 # -------------------------------------------- protocols --------------------------------------------
@@ -487,6 +544,17 @@ def lines(path, flag) -> list[str]:
         raise UserError(f"{flag} {path} cannot be read as text ({error})") from error
     if not found:
         raise UserError(f"{flag} {path} is empty")
+    return found
+
+
+def numbers(text, kind=float) -> list:
+    """"10,20" -> [10, 20]. Raises UserError unless all are above 0."""
+    try:
+        found = [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--k and --temperature are numbers with commas between them, not {text}") from error
+    if not all(0 < x < math.inf for x in found):
+        raise UserError(f"--k and --temperature must be above 0 and finite, not {text}")
     return found
 
 
@@ -504,11 +572,17 @@ def zeroshot(net, train, test, args, kw):
     if len(names) != len(test.classes):
         raise UserError(f"--classnames {args.classnames} has {len(names)} lines, not {len(test.classes)}")
     metrics, *_ = language_scores(net.model, net.tokenizer, test, classnames=names, templates=templates, **kw)
-    headline = METRIC.get(test.name, "top1")
-    metrics = {headline: metrics.pop(headline), **metrics}
+    metrics = headline_first(metrics, test.name)
+    return {**metrics, "chance": 50.0 if next(iter(metrics)) == "roc_auc" else 100 / len(names)}
+
+
+def headline_first(metrics, dataset):
+    """zeroshot_metrics with the one first that is quoted for this dataset."""
+    headline = METRIC.get(dataset, "top1") if METRIC.get(dataset) in metrics else "top1"
+    metrics = {headline: metrics[headline], **metrics}
     if headline != "mean_top1_top5":
         metrics.pop("mean_top1_top5", None)
-    return {**metrics, "chance": 50.0 if headline == "roc_auc" else 100 / len(names)}
+    return metrics
 
 
 def retrieval(net, train, test, args, kw):
@@ -517,18 +591,52 @@ def retrieval(net, train, test, args, kw):
 
 
 def knn_vote(net, train, test, args, kw):
-    kw |= {"k": args.k, "temperature": args.temperature, "max_train": 0, "max_val": 0}
-    found = knn_eval(net.encoder, train, test, **kw)
-    return {name.removeprefix("knn_"): value for name, value in found.items()}
+    """One k and temperature: top1 and top5; several: the top1 of each. None is chosen."""
+    memory, asked = (labelled(d, *extract(net.encoder, d, **kw)) for d in (train, test))
+    inputs = [x.to(kw["device"]) for x in memory + asked]
+    found = knn_sweep(*inputs, numbers(args.k, int), numbers(args.temperature), len(train.classes))
+    if len(found) == 1:
+        metrics = dict(zip(("top1", "top5"), *found.values()))
+    else:
+        metrics = {f"top1_k{k}_T{temperature:g}": top1 for (k, temperature), (top1, _) in found.items()}
+    return {**metrics, "chance": 100 / len(train.classes)}
 
 
 def linear(net, train, test, args, kw):
-    metrics, _, base_lr = linear_probe(net.encoder, train, test, args=args, **kw)
-    metrics.pop("mean_top1_top5", None)
-    return {**metrics, "chance": 100 / len(test.classes), "base_lr": base_lr}
+    encoder = net.encoder
+    if args.grid or args.blocks > 1 or args.average:
+        if len(getattr(encoder, "blocks", ())) < args.blocks:
+            raise UserError(f"--grid, --blocks and --average need a transformer with {args.blocks} blocks "
+                            f"and timm's names, not {net.method}'s {net.arch}")
+        encoder = LastBlocks(encoder, args.blocks, args.average or args.grid)
+    metrics, _, base_lr = linear_probe(encoder, train, test, args=args, **kw)
+    return {**headline_first(metrics, test.name), "chance": 100 / len(test.classes), "base_lr": base_lr}
+
+
+def logreg(net, train, test, args, kw):
+    """CLIP's protocol (App. A.3): C is swept on a held-out tenth of the train split, unless --C sets it; the
+    last fit is on all of it."""
+    device, n = kw["device"], len(train.classes)
+    double = torch.float32 if device.type == "mps" else torch.float64
+    splits = [labelled(d, *extract(net.encoder, d, **kw)) for d in (train, test)]
+    (x, y), (asked, right) = [(features.to(device, double), labels.to(device)) for features, labels in splits]
+    if not (C := args.C):
+        if len(y) < 10:
+            raise UserError(f"{train.name} has only {len(y)} labels, too few to choose --C")
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
+        held, rest = order[: len(y) // 10], order[len(y) // 10 :]
+
+        def score(exponent):
+            logits = logistic_regression(x[rest], y[rest], 10**exponent, n)(x[held])
+            return zeroshot_metrics(logits, y[held])["top1"]
+
+        C = 10 ** best_exponent(score)
+    metrics = zeroshot_metrics(logistic_regression(x, y, C, n)(asked), right)
+    return {**headline_first(metrics, test.name), "chance": 100 / n, "C": C}
 
 
 PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn_vote, "linear": linear}
+PROTOCOLS |= {"logreg": logreg}
 
 
 # -------------------------------------------- pictures --------------------------------------------
@@ -595,7 +703,7 @@ def matches(net, train, test, args, kw):
     if len(samples) < 2:
         raise UserError("matches needs two images, give --samples or a larger --images")
     (picture, name, looks, a), (other, other_name, _, b) = samples[:2]
-    found = pictures.matches(a, b, looks.mean(0), args.k)
+    found = pictures.matches(a, b, looks.mean(0), numbers(args.k, int)[0])
     return pictures.matches_page((picture, name, a.shape[:2]), (other, other_name, b.shape[:2]), found)
 
 
@@ -615,7 +723,7 @@ def neighbors(net, train, test, args, kw):
         cosine = F.normalize(x, dim=1) @ F.normalize(asked, dim=1)[0]
         if memory is test:
             cosine[index == i] = -2  # it is no neighbour of itself
-        nearest = cosine.topk(min(args.k, len(x) - (memory is test)))
+        nearest = cosine.topk(min(numbers(args.k, int)[0], len(x) - (memory is test)))
         found = [cell(memory, int(index[j]), f"{c:.3f}\n", sample) for c, j in zip(*nearest)]
         rows.append([cell(test, i, ""), *found])
     return pictures.neighbors_page(rows)
@@ -649,7 +757,8 @@ def open_splits(protocol, args):
             with contextlib.suppress(UserError):
                 train = open_dataset(args.data, args.data_dir, "train")
         return train, test
-    train = open_dataset(args.data, args.data_dir, "train") if protocol in ("knn", "linear") else None
+    fits = protocol in ("knn", "linear", "logreg")
+    train = open_dataset(args.data, args.data_dir, "train") if fits else None
     needs = "captions" if protocol == "retrieval" else "classes"
     if not (test.captioned if needs == "captions" else test.classes):
         raise UserError(f"{protocol} needs {needs}, which {args.data} does not have")
@@ -681,8 +790,10 @@ def main(argv: list[str]):
     if protocol not in PROTOCOLS | PICTURES or not paths or not args.data:
         known = "|".join(PROTOCOLS | PICTURES)
         raise UserError(f"use: evaluate.py {known} CHECKPOINT ... --data NAME (see --help)")
-    if not (args.k and args.temperature and args.probe_batch):
-        raise UserError("--k, --temperature and --probe-batch must be above 0")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.lr_steps):
+        raise UserError(f"--lr-steps {args.lr_steps} must be epochs with commas between them")
+    if not (numbers(args.k, int) and numbers(args.temperature) and args.probe_batch):
+        raise UserError("--probe-batch must be above 0")
     device = init_distributed(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
     train, test = open_splits(protocol, args)
@@ -696,6 +807,8 @@ def main(argv: list[str]):
             if text and not net.tokenizer:
                 raise UserError(f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s")
             options = {**kw, "view": net.view}
+            if args.cache and (protocol in ("knn", "logreg") or protocol == "linear" and args.cached):
+                options["cache"] = str(path if path.is_dir() else path.parent)
             if protocol in PICTURES:
                 save_picture(PICTURES[protocol](net, train, test, args, options), path, protocol, kind, args)
                 continue
