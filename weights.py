@@ -27,9 +27,13 @@ from data import Tokenizer
 
 def read(path):
     """-> what a file or run directory holds, a dict: torch.save's, safetensors, or OpenAI's TorchScript."""
+    if str(path).endswith(".safetensors"):
+        load_file = importlib.import_module("safetensors.torch").load_file
+        try:
+            return load_file(path)
+        except Exception as error:  # it has a class of its own for what is damaged
+            raise UserError(f"{path} is no safetensors file or is damaged ({error})") from error
     try:
-        if str(path).endswith(".safetensors"):
-            return importlib.import_module("safetensors.torch").load_file(path)
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith("/constants.pkl") for name in names):
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # there is no other reader
@@ -95,7 +99,7 @@ def timm_names(state):
     out = {}
     for key, value in state.items():
         for old, new in renamed.items():
-            key = re.sub(rf"(^|(?<=\.)){old}", new, key)
+            key = re.sub(rf"(?:^|(?<=\.)){old}", new, key)
         out[key] = value
     return out
 
@@ -120,6 +124,8 @@ def resnet_of(state):
     """torchvision's names -> ResNet without classifier, image size, which the weights do not say: 32 with
     CIFAR's stem, else 224."""
     layers = [depth(state, f"layer{i}.") for i in (1, 2, 3, 4)]
+    if layers not in ([2, 2, 2, 2], [3, 4, 6, 3], [3, 4, 23, 3], [3, 8, 36, 3]):  # something was cut off
+        raise ValueError(f"no ResNet has {layers} blocks")
     block, options = torchvision.models.resnet.BasicBlock, {}
     if "layer1.0.conv3.weight" in state:
         out, per_group, _, _ = state["layer1.0.conv2.weight"].shape  # wide and grouped ones too
@@ -138,7 +144,7 @@ def encoder_of(state, name, heads=0):
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = timm_names(state) if name == "torchvision's ViT" else state
     state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
-    is_vit = "patch_embed.proj.weight" in state
+    is_vit = any(key.startswith("patch_embed.") for key in state)
     return *(vit_of(state, heads) if is_vit else resnet_of(state)), state
 
 
@@ -219,7 +225,9 @@ def ours(path, saved, head_layer, random_weights):
             model.load_state_dict(saved["model"])
         encoder = method.image_encoder(model, **({"head_layer": head_layer} if head_layer else {}))
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit {name}.py: {str(error).splitlines()[-1].strip()}") from error
+        looks = f", it looks like {family(saved['model'])}" if family(saved["model"]) else ""
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit {name}.py{looks}: {what}") from error
     except TypeError as error:
         raise UserError(f"{name} has no --head-layer, its encoder ends before any head") from error
     tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
