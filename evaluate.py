@@ -35,6 +35,7 @@ import torchvision
 from PIL import Image
 from tqdm import tqdm
 
+import exports
 import pictures
 from common import UserError, all_gather, all_reduce_mean, init_distributed, load_checkpoint, mixed_precision
 from common import parse_args, rank, user_errors, world_size
@@ -82,7 +83,8 @@ class Args:
     size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures have 480)
     mass: float = 0.6  # attention: share of it that the kept patches have (DINO: 0.6)
     threshold: float = 0.0  # pca: foreground above so many standard deviations of the first component
-    out: str = ""  # pictures: folder to write to (default: the checkpoint's)
+    out: str = ""  # pictures, export: folder to write to (default: the checkpoint's, or a new one in it)
+    to: Literal["timm", "torchvision", "open_clip", "transformers", "safetensors"] = "timm"  # export: target
 
 
 TEMPLATES = {  # in our own words; a dataset without an entry takes "default"
@@ -782,13 +784,25 @@ def save_picture(picture, path, protocol, kind, args):
         print(file)
 
 
+def export(args, path, *others):
+    """Writes a checkpoint's network for another project and prints the lines that load it there."""
+    if others:
+        raise UserError("export takes one checkpoint at a time")
+    net = open_network(path, torch.device("cpu"), args.head_layer, heads=args.heads, text=False)
+    folder = args.out or (Path(path) if Path(path).is_dir() else Path(path).parent) / f"export_{args.to}"
+    print(exports.export(net, args.to, folder))
+
+
 def main(argv: list[str]):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
+    if protocol == "export" and paths:
+        export(args, *paths)
+        return
     if protocol not in PROTOCOLS | PICTURES or not paths or not args.data:
-        known = "|".join(PROTOCOLS | PICTURES)
+        known = "|".join([*PROTOCOLS, *PICTURES, "export"])
         raise UserError(f"use: evaluate.py {known} CHECKPOINT ... --data NAME (see --help)")
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.lr_steps):
         raise UserError(f"--lr-steps {args.lr_steps} must be epochs with commas between them")

@@ -29,6 +29,7 @@ SHARED = {
     "probes.py": "its linear classifiers",
     "pictures.py": "its pictures",
     "weights.py": "reads checkpoints of ours and of others",
+    "exports.py": "writes them for others",
 }
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 
