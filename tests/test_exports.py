@@ -14,35 +14,41 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small checkpoint of every method, with weights and statistics that no initialisation has."""
-    root = tmp_path_factory.mktemp("exports")
-    for name in [*runs.METHODS, "clip_resnet"]:
-        module = runs.module_of(name)
-        args = module.parse_args(module.Args, module.RECIPES, runs.FLAGS[name])
-        torch.manual_seed(0)
-        model = module.build_model(args)
-        g = torch.Generator().manual_seed(1)
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                value += 0.05 * torch.rand(value.shape, generator=g)
-        saved = {"method": name.split("_")[0], "args": vars(args), "model": model.state_dict(), "step": 3}
-        if name in ("clip", "slip"):
-            captions = ["a red thing", "a green thing"] * 99
-            saved["tokenizer"] = Tokenizer("train", args.context_length, captions, args.vocab_size).to_json()
-        (root / name).mkdir()
-        torch.save(saved, root / name / "checkpoint.pt")
-    return root
+    return tmp_path_factory.mktemp("exports")
+
+
+def checkpoint(folder, name):
+    """A small run of a method, with weights and statistics that no initialisation has. simclr_cifar: CIFAR's stem."""
+    path = folder / name
+    if path.exists():
+        return path
+    module = runs.module_of(name)
+    flags = [*runs.FLAGS["simclr"], "--stem", "cifar"] if name == "simclr_cifar" else runs.FLAGS[name]
+    args = module.parse_args(module.Args, module.RECIPES, flags)
+    torch.manual_seed(0)
+    model, g = module.build_model(args), torch.Generator().manual_seed(1)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value += 0.05 * torch.rand(value.shape, generator=g)
+    saved = {"method": name.split("_")[0], "args": vars(args), "model": model.state_dict(), "step": 3}
+    if name in ("clip", "slip"):
+        captions = ["a red thing", "a green thing"] * 99
+        saved["tokenizer"] = Tokenizer("train", args.context_length, captions, args.vocab_size).to_json()
+    path.mkdir()
+    torch.save(saved, path / "checkpoint.pt")
+    return path
 
 
 def exported(folder, name, to, capsys):
-    """-> the network here, the namespace in which the printed lines ran."""
-    evaluate.main(["export", str(folder / name), "--to", to])
+    """-> the network here, the namespace in which the printed lines ran, those lines."""
+    path = checkpoint(folder, name)
+    evaluate.main(["export", str(path), "--to", to])
     printed, space = capsys.readouterr().out, {"images": torch.rand(2, 3, 32, 32)}
     exec(printed, space)
-    return evaluate.open_network(folder / name, CPU), space, printed
+    return evaluate.open_network(path, CPU), space, printed
 
 
-RESNETS, VITS = ["simclr", "moco", "byol", "simsiam"], ["dino", "mocov3", "slip"]
+RESNETS, VITS = ["simclr", "simclr_cifar", "moco", "byol", "simsiam"], ["dino", "mocov3", "slip"]
 
 
 @pytest.mark.parametrize("to", ["timm", "torchvision"])
@@ -104,8 +110,10 @@ ERRORS = [
 
 @pytest.mark.parametrize("words, sentence", ERRORS)
 def test_mistakes_are_sentences(folder, words, sentence):
+    paths = words.split("--")[0].split()
+    paths = [str(folder / p if p == "nowhere" else checkpoint(folder, p)) for p in paths]
     with pytest.raises(UserError, match=sentence) as error:
-        evaluate.main(["export", *(str(folder / w) if (w == "nowhere" or (folder / w).exists()) else w for w in words.split())])
+        evaluate.main(["export", *paths, *words.split()[len(paths) :]])
     assert "\n" not in str(error.value)
 
 
