@@ -127,6 +127,9 @@ def test_clip_and_slip(tmp_path):
             close(net.encoder.eval()(image), module.image_encoder(model)(image))
             close(net.model.eval().encode_image(image), model.encode_image(image))
         assert net.method == name and net.view.size == 32 and net.tokenizer is None
+    model.token_embedding = torch.nn.Embedding(49408, 64)
+    net = open_network(saved(tmp_path / "released.pt", {"state_dict": model.state_dict()}), CPU)
+    assert net.tokenizer("a cat") == [49406, 320, 2368, 49407] and net.tokenizer.context_length == 24
 
 
 def test_random_weights_have_the_same_shape(tmp_path):
