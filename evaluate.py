@@ -1,22 +1,21 @@
 """Evaluates checkpoints: python evaluate.py PROTOCOL CHECKPOINT [CHECKPOINT ...] --data NAME [--flag VALUE]
 
-PROTOCOL is zeroshot, retrieval, knn or linear; CHECKPOINT a checkpoint.pt or the run directory that holds it.
-Several give one table. Under torchrun the result is the same for any number of processes. Every result is
-appended to results.jsonl beside its checkpoint.
+PROTOCOL is zeroshot, retrieval, knn, logreg or linear, or a picture: attention, pca, matches, neighbors.
+CHECKPOINT is a checkpoint.pt, the run directory that holds it or a file of published weights; several give
+one table. Under torchrun the result is the same for any number of processes. Every result is appended to
+results.jsonl beside its checkpoint, every picture is a PNG there.
 
     python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
     python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
+    python evaluate.py attention runs/dino_shapes_* --data shapes
     torchrun --nproc_per_node=8 evaluate.py zeroshot runs/slip_yfcc15m_* --data imagenet
 
 Scores are in percent; every function names the protocol it follows, without which a score says nothing.
 Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch or chunk.
 """
 
-import argparse
 import contextlib
-import importlib
-import importlib.util
-import itertools
+import hashlib
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import random
 import re
 import shlex
 import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,14 +32,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
-from torch import nn
+from PIL import Image
 from tqdm import tqdm
 
-from common import UserError, all_gather, init_distributed, load_checkpoint, mixed_precision, parse_args, rank
-from common import user_errors, world_size
-from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, decode, hflip, ignore_signals, normalize
-from data import open_dataset, random_resized_crop, to_float
+import exports
+import pictures
+from common import UserError, all_gather, all_reduce_mean, init_distributed, load_checkpoint, mixed_precision
+from common import parse_args, rank, user_errors, world_size
+from data import CLIP_MEAN, CLIP_STD, Loader, decode, hflip, ignore_signals, normalize, open_dataset
+from data import random_resized_crop, to_float
+from pictures import save_curves, save_views  # noqa: F401
+from probes import LastBlocks, best_exponent, fit_heads, grid, logistic_regression
+from weights import load_released, open_network  # noqa: F401
 
 
 @dataclass
@@ -57,17 +59,32 @@ class Args:
     random: bool = False  # evaluate networks of the same shape with random weights too
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
     classnames: str = ""  # zeroshot: file of classes, one a line, synonyms separated by |
-    k: int = 20  # knn: neighbours (DINO reports 20)
-    temperature: float = 0.07  # knn: a neighbour votes with exp(cosine / temperature)
+    cache: bool = True  # knn, logreg, linear --cached: keep features beside the checkpoint for the next time
+    k: str = "20"  # knn, neighbors: neighbours (DINO's is 20; knn: also several, 10,20,100); matches: lines
+    temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
     head_layer: int = 0  # knn, linear: features after so many layers of the projection head (SimCLR v2)
     cached: bool = False  # linear: features extracted once, not augmented; chooses base_lr among LRS
+    blocks: int = 1  # linear: class tokens of so many last blocks (DINO: 4 for ViT-S; --grid: 4 in DINOv2)
+    average: bool = False  # linear: and the mean of the patches (DINO: for ViT-B)
+    grid: bool = False  # linear: DINOv2's heads, 13 rates on 4 kinds of features, at once; chooses one
     base_lr: float = 0.1  # linear: lr = base_lr * probe_batch / 256
+    lr_steps: str = ""  # linear: a tenth of the rate after these epochs (MoCo: 60,80), no cosine
+    lars: bool = False  # linear: in place of SGD (SimSiam)
     probe_batch: int = 1024  # linear: global batch
     epochs: int = 90  # linear: passes over the train split
     weight_decay: float = 0.0  # linear (SimCLR: 1e-6)
     nesterov: bool = False  # linear (SimCLR: on)
     zero_init: bool = False  # linear: the head starts at 0 (SimCLR), not at N(0, 0.01) (MoCo v3, SLIP)
-    seed: int = 0  # linear: order, crops, first weights of the head
+    seed: int = 0  # linear: order, crops, first weights of the head; logreg: the held-out tenth
+    C: float = 0.0  # logreg: scikit-learn's C, how much data count beside |w|^2 / 2 (0: swept)
+    heads: int = 0  # of a transformer from elsewhere whose weights do not say it (0: recognised)
+    images: int = 4  # pictures: how many samples, the same in every run
+    samples: str = ""  # pictures: these instead, numbers in the split, as 3,14,15
+    size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures have 480)
+    mass: float = 0.6  # attention: share of it that the kept patches have (DINO: 0.6)
+    threshold: float = 0.0  # pca: foreground above so many standard deviations of the first component
+    out: str = ""  # pictures, export: folder to write to (default: the checkpoint's, or a new one in it)
+    to: Literal["timm", "torchvision", "open_clip", "transformers", "safetensors"] = "timm"  # export: target
 
 
 TEMPLATES = {  # in our own words; a dataset without an entry takes "default"
@@ -82,6 +99,7 @@ TEMPLATES["cifar100"] = TEMPLATES["stl10"] = TEMPLATES["cifar10"]
 METRIC = dict.fromkeys(["aircraft", "pets", "caltech101", "flowers"], "mean_per_class")
 METRIC |= {"kinetics700": "mean_top1_top5", "hateful_memes": "roc_auc"}
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that --cached tries
+GRID_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)  # DINOv2's code
 CHUNK = 2**23  # elements that a matrix of similarities may have
 
 
@@ -134,29 +152,40 @@ class EvalView:
         return normalize(to_float(x), self.mean, self.std)
 
 
-@torch.no_grad()
 def knn(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07, num_classes=None):
-    """Weighted k-nearest-neighbour vote (DINO eval_knn.py; arXiv 1805.01978) -> (top1, top5) in percent.
+    """knn_sweep for one k and one temperature -> (top1, top5) in percent."""
+    inputs = train_features, train_labels, test_features, test_labels
+    return knn_sweep(*inputs, [k], [temperature], num_classes)[k, temperature]
+
+
+@torch.no_grad()
+def knn_sweep(train_features, train_labels, test_features, test_labels, ks, temperatures, num_classes=None):
+    """Weighted k-nearest-neighbour vote (DINO eval_knn.py; arXiv 1805.01978) -> {(k, temperature): (top1,
+    top5)} in percent, the neighbours being looked for once.
 
     (N, D), (N,), (M, D), (M,) on one device. The k train features of largest cosine vote for their class with
     exp(cosine / temperature). As in DINO, top5 counts the first min(5, k) classes, also those without a vote.
     Equal cosines and equal votes stand in the order of their index."""
     train, test = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
     num_classes = num_classes or int(max(train_labels.max(), test_labels.max())) + 1
-    train_labels, k, ranks = train_labels.cpu(), min(k, len(train)), []
+    train_labels, most = train_labels.cpu(), min(max(ks), len(train))
+    ranks = {(k, temperature): [] for k in ks for temperature in temperatures}
     for query, label in chunks(max(len(train), num_classes), test, test_labels.cpu()):
         cosine = query @ train.T  # (b, N)
-        kth = cosine.topk(k).values[:, -1:]
+        kth = cosine.topk(most).values[:, -1:]
         above, equal = cosine > kth, cosine == kth  # topk does not say which of equal ones it takes
-        nearest = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - above.sum(1, keepdim=True)))
-        nearest = nearest.nonzero()[:, 1].view(-1, k)
+        nearest = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= most - above.sum(1, keepdim=True)))
+        nearest = nearest.nonzero()[:, 1].view(-1, most)
         cosine, nearest = cosine.gather(1, nearest).cpu().double(), nearest.cpu()
-        weight = ((cosine - cosine.amax(1, keepdim=True)) / temperature).exp()  # never inf
-        votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, train_labels[nearest], weight)
-        # float64 sums, rounded: equal votes stay equal in whatever order they were added
-        ranks.append(hit_rank(votes.float(), label[:, None] == torch.arange(num_classes)))
-    ranks = torch.cat(ranks)
-    return percent(ranks < 1), percent(ranks < min(5, k))
+        cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+        classes, right = train_labels[nearest.gather(1, order)], label[:, None] == torch.arange(num_classes)
+        for k, temperature in ranks:
+            weight = ((cosine[:, :k] - cosine[:, :1]) / temperature).exp()  # never inf
+            votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, classes[:, :k], weight)
+            # float64 sums, rounded: equal votes stay equal in whatever order they were added
+            ranks[k, temperature].append(hit_rank(votes.float(), right))
+    ranks = {key: torch.cat(parts) for key, parts in ranks.items()}
+    return {key: (percent(r < 1), percent(r < min(5, key[0], len(train)))) for key, r in ranks.items()}
 
 
 def tokenize(tokenizer, texts, device):
@@ -258,9 +287,9 @@ class _Batches(torch.utils.data.Dataset):
 @torch.no_grad()
 def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32", batch_size=256, workers=0,
              indices=None):  # fmt: skip
-    """-> features (n, D), labels (n,), text features (T, E), row of each text's image (T,); on the CPU, the
-    same on all processes. Whole batches are dealt out, so that each of them, and with it every rounding
-    error, is the same for any number of processes; nothing is repeated to fill up."""
+    """-> features (n, D), labels (n,), text features (T, E), row of each text's image (T,), index (n,); on
+    the CPU, the same on all processes. Whole batches are dealt out, so that each of them, and with it every
+    rounding error, is the same for any number of processes; nothing is repeated to fill up."""
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
@@ -295,16 +324,40 @@ def _extract(module, encode, dataset, view, device, tokenizer=None, dtype="fp32"
     if not (features.isfinite().all() and texts.isfinite().all()):
         raise UserError("some features are not finite: the network has diverged, or --dtype fp16 overflows")
     (index, order), (owners, text_order) = index.sort(), owners.sort(stable=True)
-    return features[order], labels[order], texts[text_order], torch.searchsorted(index, owners)
+    return features[order], labels[order], texts[text_order], torch.searchsorted(index, owners), index
 
 
-def extract(encoder, dataset, view, device, **options):
+def extract(encoder, dataset, view, device, cache="", **options):
     """Collective. -> features (n, D) float32 and labels (n,), in the order of the index, all on every CPU.
 
     encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay as they
-    were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). What cannot be read is left
-    out and counted on stderr. Raises UserError when nothing can be read or a feature is not finite."""
-    return _extract(encoder, encoder, dataset, view, device, **options)[:2]
+    were. cache: folder in which they are kept for the next time. options: dtype="fp32", batch_size=256,
+    workers=0, indices=None (all). What cannot be read is left out and counted on stderr. Raises UserError
+    when nothing can be read or a feature is not finite."""
+    if not cache:
+        return _extract(encoder, encoder, dataset, view, device, **options)[:2]
+    file = Path(cache) / f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
+    if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
+        with contextlib.suppress(UserError):
+            return load_checkpoint(file)["features"], load_checkpoint(file)["labels"]
+    features, labels = _extract(encoder, encoder, dataset, view, device, **options)[:2]
+    if rank() == 0:
+        try:
+            torch.save({"features": features, "labels": labels}, file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)
+        except (OSError, RuntimeError) as error:
+            print(f"features are not kept: {error}", file=sys.stderr)
+    return features, labels
+
+
+def fingerprint(encoder, dataset, view, device, options):
+    """Name for what features depend on. Eight of them tell network, preprocessing, precision, machine and
+    data; the number of samples, the classes and what else is asked for are added."""
+    few = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
+    features, labels = _extract(encoder, encoder, dataset, view, device, **{**options, "indices": few})[:2]
+    rest = dataset.name, len(dataset), dataset.classes, options.get("batch_size"), options.get("indices")
+    text = repr((features.tolist(), labels.tolist(), rest, torch.__version__))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def some(dataset, most):
@@ -339,7 +392,7 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
     one pass. classnames, templates: as in zeroshot_weights; kw: options of `extract`."""
     kw["tokenizer"] = tokenizer if captions else None
     extracted = _extract(model, model.encode_image, dataset, view, device, **kw)
-    images, labels, texts, image_of_text = (x.to(device) for x in extracted)
+    images, labels, texts, image_of_text, _ = (x.to(device) for x in extracted)
     metrics = {}
     if classnames:
         templates = templates or TEMPLATES.get(dataset.name, TEMPLATES["default"])
@@ -383,46 +436,6 @@ def captions(dataset, most=20000):
             yield from dataset[index].captions
 
 
-def save_views(directory, images, views):
-    """Writes views.png: the first eight samples of a batch, a row for each view, as the model sees them.
-    Wrong augmentations are found by looking, so this comes before the first step. images: name -> float (b,
-    3, S, S), as normalised by views[name]."""
-    strips = []
-    for name, x in images.items() if rank() == 0 else ():
-        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
-        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
-        x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
-        x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
-        strips.append((name, torchvision.transforms.functional.to_pil_image(torchvision.utils.make_grid(x))))
-    if strips:
-        size = max(strip.width for _, strip in strips), sum(strip.height + 14 for _, strip in strips)
-        page, top = Image.new("RGB", size, "white"), 0
-        for name, strip in strips:
-            ImageDraw.Draw(page).text((2, top + 1), name, fill="black")
-            page.paste(strip, (0, top + 14))
-            top += strip.height + 14
-        page.save(Path(directory) / "views.png")
-
-
-def save_curves(directory):
-    """Writes curves.png if matplotlib is there: every column of metrics.jsonl, its chance level dashed."""
-    if rank() > 0 or not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    names = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows))
-             if name not in ("step", "epoch", "end") and "chance" not in name]  # fmt: skip
-    figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)), layout="constrained")
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(-(-len(names) // 4), min(4, len(names)), i + 1, title=name, xlabel="step")
-        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
-        for key, style in ((name, "-"), (chance, "--")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points), style) if points else None
-    figure.savefig(Path(directory) / "curves.png", dpi=80)
-
-
 # -------------------------------------------- linear probe --------------------------------------------
 class ProbeView:
     """Training view of the linear probes since MoCo: a crop of 8 to 100% of the area, resized, and a flip."""
@@ -438,26 +451,6 @@ class ProbeView:
 
     def __call__(self, x, draw):
         return self.view(hflip(x, draw["flip"]), {})
-
-
-def fit_heads(batches, dim, num_classes, lrs, args, device):
-    """One linear classifier per learning rate, all on the same batches: epoch, features (b, dim), labels
-    (b,). SGD, momentum 0.9, rate on half a cosine per epoch to 0 (MoCo v3, SLIP); equal starts. -> nn.Linear
-    each."""
-    start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(args.seed))
-    heads = [nn.utils.skip_init(nn.Linear, dim, num_classes, device=device) for _ in lrs]
-    for head in heads:
-        head.weight.data.copy_(start * (0.0 if args.zero_init else 0.01))
-        head.bias.data.zero_()
-    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, lrs)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=args.nesterov, weight_decay=args.weight_decay)
-    for epoch, x, y in batches:
-        for group, lr in zip(optimizer.param_groups, lrs):
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-        optimizer.zero_grad()
-        sum(F.cross_entropy(head(x), y, ignore_index=-1) for head in heads).backward()  # no parameter shared
-        optimizer.step()
-    return heads
 
 
 def cached_batches(features, labels, batch_size, args):
@@ -479,124 +472,72 @@ def augmented_batches(encoder, loader, view, args):
         yield step // loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
 
 
+class Part:
+    """Some samples of a dataset."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices, self.captioned = dataset, indices, False
+        self.name, self.classes = dataset.name, dataset.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.dataset[self.indices[i]]
+
+
 def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
     """Collective. A linear classifier on frozen features -> (test scores, head, base_lr).
 
     As MoCo v3 and SLIP: trained on crops and flips, lr = base_lr * batch / 256 (SimCLR: nesterov, weight
-    decay 1e-6, zero_init, batch 4096). cached: on features of the eval view extracted once; the base_lr of
-    LRS that is best on a held-out tenth of the train split then trains on all of it. The last epoch counts;
-    nothing is ever chosen on the test split. args: an Args; kw: options of `extract`."""
+    decay 1e-6, zero_init, batch 4096; MoCo: lr_steps; SimSiam: lars). cached: on features of the eval view
+    extracted once. cached chooses among LRS, grid among GRID_LRS and kinds of features, by the scores on a
+    held-out tenth of the train split; cached then trains on all of it, grid takes the head as it is. The last
+    epoch counts; nothing is ever chosen on the test split. args: an Args; kw: options of `extract`."""
 
     def extracted(dataset):
-        return (x.to(device) for x in labelled(dataset, *extract(encoder, dataset, view, device, **kw)))
+        return [x.to(device) for x in labelled(dataset, *extract(encoder, dataset, view, device, **kw))]
+
+    def scores(heads, parts, x, y):
+        return [zeroshot_metrics(h(x[:, a:b]).detach(), y)["top1"] for h, (a, b) in zip(heads, parts)]
+
+    def loader_of(dataset, batch):
+        return Loader(dataset, {"image": probe_view}, {}, batch, args.seed, args.workers, device)
 
     test, test_labels = extracted(test_set)
-    size, base_lr, b = (test.shape[1], len(train_set.classes)), args.base_lr, args.probe_batch
+    dim, classes, probe_view = test.shape[1], len(train_set.classes), ProbeView(view)
+    b, base_lr, lrs, parts = args.probe_batch, args.base_lr, [args.base_lr], [(0, dim)]
+    if args.grid:
+        lrs, parts = zip(*grid(args.blocks, dim, GRID_LRS))
+    elif args.cached:
+        lrs, parts = LRS, [(0, dim)] * len(LRS)
     if args.cached:
         x, y = extracted(train_set)
         if len(y) < 10:
             raise UserError(f"{train_set.name} has only {len(y)} labels, too few to choose a learning rate")
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
-        held, rest = order[: len(y) // 10], order[len(y) // 10 :]
+    n = len(y) if args.cached else len(train_set)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed))
+    held, rest = order[: n // 10], order[n // 10 :]
+    if args.cached:
         b = min(b, len(rest))
-        lrs = [lr * b / 256 for lr in LRS]
-        heads = fit_heads(cached_batches(x[rest], y[rest], b, args), *size, lrs, args, device)
-        scores = [zeroshot_metrics(head(x[held]).detach(), y[held])["top1"] for head in heads]
-        base_lr, batches = LRS[scores.index(max(scores))], cached_batches(x, y, b, args)
+        batches, (held_x, held_y) = cached_batches(x[rest], y[rest], b, args), (x[held], y[held])
+    elif args.grid:
+        batches = augmented_batches(encoder, loader_of(Part(train_set, rest.tolist()), b), probe_view, args)
+        held_x, held_y = extracted(Part(train_set, held.tolist()))
     else:
-        probe_view = ProbeView(view)
-        loader = Loader(train_set, {"image": probe_view}, {}, b, args.seed, args.workers, device)
-        batches = augmented_batches(encoder, loader, probe_view, args)
-    head = fit_heads(batches, *size, [base_lr * b / 256], args, device)[0]
-    return zeroshot_metrics(head(test).detach(), test_labels), head, base_lr
+        batches = augmented_batches(encoder, loader_of(train_set, b), probe_view, args)
+    heads = fit_heads(batches, dim, classes, [lr * b / 256 for lr in lrs], args, device, parts)
+    best = 0
+    if len(heads) > 1:
+        found = scores(heads, parts, held_x, held_y)
+        best = found.index(max(found))
+    head, part, base_lr = heads[best], parts[best], lrs[best]
+    if args.cached and not args.grid:
+        head = fit_heads(cached_batches(x, y, b, args), dim, classes, [base_lr * b / 256], args, device)[0]
+    return zeroshot_metrics(head(test[:, slice(*part)]).detach(), test_labels), head, base_lr
 
 
-# -------------------------------------------- command line --------------------------------------------
-def open_network(path, device, head_layer=0, random_weights=False):
-    """-> namespace of method, step, model, encoder, view, tokenizer (None without text). random_weights: as
-    before training. Raises UserError unless one of our method files wrote `path`."""
-    saved = load_checkpoint(path)
-    if not (isinstance(saved, dict) and saved.keys() >= {"method", "args", "model"}):
-        raise UserError(f"{path} was not written by one of our method files: it lacks method, args or model")
-    name = str(saved["method"])
-    if not (name.isidentifier() and Path(__file__).with_name(f"{name}.py").is_file()):
-        raise UserError(f"{path} was written by {name}.py, which is not beside evaluate.py")
-    method = importlib.import_module(name)
-    args = types.SimpleNamespace(**{**vars(method.Args()), **saved["args"]})
-    torch.manual_seed(0)
-    model = method.build_model(args).to(device)
-    try:
-        if not random_weights:
-            model.load_state_dict(saved["model"])
-        encoder = method.image_encoder(model, **({"head_layer": head_layer} if head_layer else {})).to(device)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {name}.py: {str(error).splitlines()[-1].strip()}") from error
-    except TypeError as error:
-        raise UserError(f"{name} has no --head-layer, its encoder ends before any head") from error
-    tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
-    return types.SimpleNamespace(method=name, step=saved.get("step"), model=model, encoder=encoder,
-                                 view=method.eval_view(args), tokenizer=tokenizer)  # fmt: skip
-
-
-def _depth(state, prefix):
-    """Number of different modules prefix0, prefix1, ... in a state dict."""
-    return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-
-
-def _clip_of(state):
-    """A state dict with OpenAI's names -> clip.CLIP of the sizes read off its tensors."""
-    clip = importlib.import_module("clip")
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers = _depth(state, "visual.transformer.resblocks.")
-        tokens = len(state["visual.positional_embedding"])
-    else:
-        width, patch = len(state["visual.conv3.weight"]), None
-        layers = [_depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-        tokens = len(state["visual.attnpool.positional_embedding"])
-    text_width, embed_dim = state["text_projection"].shape
-    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
-    text_layers = _depth(state, "transformer.resblocks.")
-    return clip.CLIP(embed_dim, (patch or 32) * math.isqrt(tokens - 1), layers, width, patch, context_length,
-                     vocab_size, text_width, text_width // 64, text_layers)
-
-
-def _slip_of(state):
-    """A state dict with the names of SLIP_VIT{S,B,L}16 -> slip.SLIP of the sizes read off its tensors."""
-    slip = importlib.import_module("slip")
-    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    heads = next((heads for _, w, heads in slip.ARCHS.values() if w == width), width // 64)
-    image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
-    visual = slip.VisionTransformer(image_size, patch, width, _depth(state, "visual.blocks."), heads)
-    text_width, embed_dim = state["text_projection"].shape
-    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
-    ssl_emb_dim, ssl_mlp_dim = state["image_mlp.layer3.weight"].shape
-    return slip.SLIP(embed_dim, visual, width, context_length, vocab_size, text_width, text_width // 64,
-                     _depth(state, "transformer.resblocks."), ssl_mlp_dim, ssl_emb_dim)
-
-
-def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
-    dict with their names -> (method module, model in float32), loaded strictly. Only tensors and argparse's
-    Namespace are unpickled. Raises UserError."""
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, ValueError):  # not TorchScript
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = load_checkpoint(path)
-    state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    for key in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
-        state.pop(key, None)
-    method, build = ("slip", _slip_of) if "visual.cls_token" in state else ("clip", _clip_of)
-    try:
-        model = build(state)
-        model.load_state_dict(state, strict=True)  # copies half into single precision
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a CLIP or SLIP model: {str(error).splitlines()[0]}") from error
-    return importlib.import_module(method), model
-
-
+# -------------------------------------------- protocols --------------------------------------------
 def lines(path, flag) -> list[str]:
     """The lines of a text file that are not empty. Raises UserError."""
     try:
@@ -605,6 +546,17 @@ def lines(path, flag) -> list[str]:
         raise UserError(f"{flag} {path} cannot be read as text ({error})") from error
     if not found:
         raise UserError(f"{flag} {path} is empty")
+    return found
+
+
+def numbers(text, kind=float) -> list:
+    """"10,20" -> [10, 20]. Raises UserError unless all are above 0."""
+    try:
+        found = [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--k and --temperature are numbers with commas between them, not {text}") from error
+    if not all(0 < x < math.inf for x in found):
+        raise UserError(f"--k and --temperature must be above 0 and finite, not {text}")
     return found
 
 
@@ -622,11 +574,17 @@ def zeroshot(net, train, test, args, kw):
     if len(names) != len(test.classes):
         raise UserError(f"--classnames {args.classnames} has {len(names)} lines, not {len(test.classes)}")
     metrics, *_ = language_scores(net.model, net.tokenizer, test, classnames=names, templates=templates, **kw)
-    headline = METRIC.get(test.name, "top1")
-    metrics = {headline: metrics.pop(headline), **metrics}
+    metrics = headline_first(metrics, test.name)
+    return {**metrics, "chance": 50.0 if next(iter(metrics)) == "roc_auc" else 100 / len(names)}
+
+
+def headline_first(metrics, dataset):
+    """zeroshot_metrics with the one first that is quoted for this dataset."""
+    headline = METRIC.get(dataset, "top1") if METRIC.get(dataset) in metrics else "top1"
+    metrics = {headline: metrics[headline], **metrics}
     if headline != "mean_top1_top5":
         metrics.pop("mean_top1_top5", None)
-    return {**metrics, "chance": 50.0 if headline == "roc_auc" else 100 / len(names)}
+    return metrics
 
 
 def retrieval(net, train, test, args, kw):
@@ -635,20 +593,148 @@ def retrieval(net, train, test, args, kw):
 
 
 def knn_vote(net, train, test, args, kw):
-    kw |= {"k": args.k, "temperature": args.temperature, "max_train": 0, "max_val": 0}
-    found = knn_eval(net.encoder, train, test, **kw)
-    return {name.removeprefix("knn_"): value for name, value in found.items()}
+    """One k and temperature: top1 and top5; several: the top1 of each. None is chosen."""
+    memory, asked = (labelled(d, *extract(net.encoder, d, **kw)) for d in (train, test))
+    inputs = [x.to(kw["device"]) for x in memory + asked]
+    found = knn_sweep(*inputs, numbers(args.k, int), numbers(args.temperature), len(train.classes))
+    if len(found) == 1:
+        metrics = dict(zip(("top1", "top5"), *found.values()))
+    else:
+        metrics = {f"top1_k{k}_T{temperature:g}": top1 for (k, temperature), (top1, _) in found.items()}
+    return {**metrics, "chance": 100 / len(train.classes)}
 
 
 def linear(net, train, test, args, kw):
-    metrics, _, base_lr = linear_probe(net.encoder, train, test, args=args, **kw)
-    metrics.pop("mean_top1_top5", None)
-    return {**metrics, "chance": 100 / len(test.classes), "base_lr": base_lr}
+    encoder = net.encoder
+    if args.grid or args.blocks > 1 or args.average:
+        if len(getattr(encoder, "blocks", ())) < args.blocks:
+            raise UserError(f"--grid, --blocks and --average need a transformer with {args.blocks} blocks "
+                            f"and timm's names, not {net.method}'s {net.arch}")
+        encoder = LastBlocks(encoder, args.blocks, args.average or args.grid)
+    metrics, _, base_lr = linear_probe(encoder, train, test, args=args, **kw)
+    return {**headline_first(metrics, test.name), "chance": 100 / len(test.classes), "base_lr": base_lr}
+
+
+def logreg(net, train, test, args, kw):
+    """CLIP's protocol (App. A.3): C is swept on a held-out tenth of the train split, unless --C sets it; the
+    last fit is on all of it."""
+    device, n = kw["device"], len(train.classes)
+    double = torch.float32 if device.type == "mps" else torch.float64
+    splits = [labelled(d, *extract(net.encoder, d, **kw)) for d in (train, test)]
+    (x, y), (asked, right) = [(features.to(device, double), labels.to(device)) for features, labels in splits]
+    if not (C := args.C):
+        if len(y) < 10:
+            raise UserError(f"{train.name} has only {len(y)} labels, too few to choose --C")
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
+        held, rest = order[: len(y) // 10], order[len(y) // 10 :]
+
+        def score(exponent):
+            logits = logistic_regression(x[rest], y[rest], 10**exponent, n)(x[held])
+            return zeroshot_metrics(logits, y[held])["top1"]
+
+        C = 10 ** best_exponent(score)
+    metrics = zeroshot_metrics(logistic_regression(x, y, C, n)(asked), right)
+    return {**headline_first(metrics, test.name), "chance": 100 / n, "C": C}
 
 
 PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn_vote, "linear": linear}
+PROTOCOLS |= {"logreg": logreg}
 
 
+# -------------------------------------------- pictures --------------------------------------------
+def picked(dataset, args, one_kind=False):
+    """-> [(index, Sample, uint8 (3, H, W))]: --samples or, the same in every run, --images that can be read;
+    one_kind: of one class, if there are classes."""
+    try:
+        wanted = [int(word) for word in args.samples.split(",")] if args.samples else []
+    except ValueError as error:
+        raise UserError(f"--samples {args.samples} must be numbers with commas between them") from error
+    if any(not 0 <= i < len(dataset) for i in wanted):
+        raise UserError(f"--samples {args.samples}: {dataset.name} has those from 0 to {len(dataset) - 1}")
+    found = []
+    for i in wanted or torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist():
+        try:
+            sample = dataset[i]
+            image = decode(sample.image)
+        except (ValueError, OSError) as error:
+            if wanted:
+                raise UserError(f"sample {i} of {dataset.name} cannot be read ({error})") from error
+            continue
+        if wanted or not (one_kind and found) or sample.label == found[0][1].label:
+            found.append((i, sample, image))
+        if len(found) == (len(wanted) or args.images):
+            break
+    return found
+
+
+def title(dataset, i, label):
+    return f"{i}, {dataset.classes[label]}" if dataset.classes and label >= 0 else str(i)
+
+
+def looked_at(net, dataset, args, one_kind=False):
+    """-> [(picture, title, attention (heads, R, C), features (R, C, D))] of the samples. Raises UserError
+    unless the network is a transformer with timm's names."""
+    if not hasattr(net.encoder, "blocks"):
+        raise UserError("this picture needs a transformer with timm's names, as DINO, SLIP and MoCo v3 have, "
+                        f"not {net.method}'s {net.arch}")  # fmt: skip
+    patch = net.encoder.patch_embed.proj.kernel_size[0]
+    if (size := args.size or net.view.size) < patch:
+        raise UserError(f"--size {size} is smaller than a patch, {patch}")
+    out, device = [], next(net.encoder.parameters()).device
+    for i, sample, image in picked(dataset, args, one_kind):
+        picture = pictures.fit_image(image, size, patch, net.view.filter)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device)
+        with evaluating(net.encoder):
+            attention, features = pictures.patches(net.encoder, net.view(pixels))
+        out.append((picture, title(dataset, i, sample.label), attention[0].cpu(), features[0].cpu()))
+    return out
+
+
+# A picture: (network, train split, test split, args, options of `extract`) -> Pillow image
+def attention(net, train, test, args, kw):
+    return pictures.attention_page([(p, t, a) for p, t, a, _ in looked_at(net, test, args)], args.mass)
+
+
+def pca(net, train, test, args, kw):
+    samples = [(p, t, f) for p, t, _, f in looked_at(net, test, args, one_kind=True)]
+    return pictures.pca_page(samples, args.threshold)
+
+
+def matches(net, train, test, args, kw):
+    samples = looked_at(net, test, args, one_kind=True)
+    if len(samples) < 2:
+        raise UserError("matches needs two images, give --samples or a larger --images")
+    (picture, name, looks, a), (other, other_name, _, b) = samples[:2]
+    found = pictures.matches(a, b, looks.mean(0), numbers(args.k, int)[0])
+    return pictures.matches_page((picture, name, a.shape[:2]), (other, other_name, b.shape[:2]), found)
+
+
+def neighbors(net, train, test, args, kw):
+    """From the train split or, where there is none, from the others of the same split."""
+    memory, size, rows = train or test, args.size or net.view.size, []
+    x, _, _, _, index = _extract(net.encoder, net.encoder, memory, **kw)
+
+    def cell(dataset, i, text, query=None):
+        sample = dataset[i]
+        picture = pictures.fit_image(decode(sample.image), size, 1, net.view.filter)
+        right = None if query is None or query.label < 0 else query.label == sample.label
+        return picture, f"{text}{title(dataset, i, sample.label)}", right
+
+    for i, sample, _ in picked(test, args):
+        asked = _extract(net.encoder, net.encoder, test, **kw, indices=[i])[0]
+        cosine = F.normalize(x, dim=1) @ F.normalize(asked, dim=1)[0]
+        if memory is test:
+            cosine[index == i] = -2  # it is no neighbour of itself
+        nearest = cosine.topk(min(numbers(args.k, int)[0], len(x) - (memory is test)))
+        found = [cell(memory, int(index[j]), f"{c:.3f}\n", sample) for c, j in zip(*nearest)]
+        rows.append([cell(test, i, ""), *found])
+    return pictures.neighbors_page(rows)
+
+
+PICTURES = {"attention": attention, "pca": pca, "matches": matches, "neighbors": neighbors}
+
+
+# -------------------------------------------- command line --------------------------------------------
 def table(rows: dict[str, dict]) -> str:
     """{row: {column: number}} -> aligned text."""
     header = ["", *next(iter(rows.values()))]
@@ -659,37 +745,92 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(map("  ".join, cells))
 
 
-def main(argv: list[str]):
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
-    if protocol not in PROTOCOLS or not paths or not args.data:
-        raise UserError(f"use: evaluate.py {'|'.join(PROTOCOLS)} CHECKPOINT ... --data NAME (see --help)")
-    if not (args.k and args.temperature and args.probe_batch):
-        raise UserError("--k, --temperature and --probe-batch must be above 0")
-    device = init_distributed(args.device)
-    torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
-    test = open_dataset(args.data, args.data_dir, args.split)
-    train = open_dataset(args.data, args.data_dir, "train") if protocol in ("knn", "linear") else None
+def open_splits(protocol, args):
+    """-> train split (None where the protocol needs none), split to report on. Raises UserError."""
+    try:
+        test = open_dataset(args.data, args.data_dir, args.split)
+    except UserError:
+        if protocol not in PICTURES or args.split != "val":
+            raise
+        return None, open_dataset(args.data, args.data_dir, "train")  # a folder of photos has no other
+    if protocol in PICTURES:
+        train = None
+        if protocol == "neighbors" and args.split != "train":
+            with contextlib.suppress(UserError):
+                train = open_dataset(args.data, args.data_dir, "train")
+        return train, test
+    fits = protocol in ("knn", "linear", "logreg")
+    train = open_dataset(args.data, args.data_dir, "train") if fits else None
     needs = "captions" if protocol == "retrieval" else "classes"
     if not (test.captioned if needs == "captions" else test.classes):
         raise UserError(f"{protocol} needs {needs}, which {args.data} does not have")
     if train and (args.split == "train" or train.classes != test.classes):
         raise UserError(f"{protocol} needs a --split other than train, with the same classes")
+    return train, test
+
+
+def save_picture(picture, path, protocol, kind, args):
+    """Beside the checkpoint or in --out, named after protocol, data and, unless it is a run's, the file."""
+    folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
+    words = [] if path.is_dir() or path.name == "checkpoint.pt" else [path.stem]
+    words += [protocol, Path(args.data).stem, *(["random"] if kind != "metrics" else [])]
+    file = folder / ("_".join(words) + ".png")
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error}), use another --out") from error
+        print(file)
+
+
+def export(args, path, *others):
+    """Writes a checkpoint's network for another project and prints the lines that load it there."""
+    if others:
+        raise UserError("export takes one checkpoint at a time")
+    net = open_network(path, torch.device("cpu"), args.head_layer, heads=args.heads, text=False)
+    folder = args.out or (Path(path) if Path(path).is_dir() else Path(path).parent) / f"export_{args.to}"
+    print(exports.export(net, args.to, folder))
+
+
+def main(argv: list[str]):
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
+    if protocol == "export" and paths:
+        export(args, *paths)
+        return
+    if protocol not in PROTOCOLS | PICTURES or not paths or not args.data:
+        known = "|".join([*PROTOCOLS, *PICTURES, "export"])
+        raise UserError(f"use: evaluate.py {known} CHECKPOINT ... --data NAME (see --help)")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.lr_steps):
+        raise UserError(f"--lr-steps {args.lr_steps} must be epochs with commas between them")
+    if not (numbers(args.k, int) and numbers(args.temperature) and args.probe_batch):
+        raise UserError("--probe-batch must be above 0")
+    device = init_distributed(args.device)
+    torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
+    train, test = open_splits(protocol, args)
     kw = {"device": device, "dtype": args.dtype, "batch_size": args.batch_size, "workers": args.workers}
     rows = {}
     for path in map(Path, paths):
         result = {"protocol": protocol, "data": args.data, "split": args.split, "checkpoint": str(path)}
         for kind in ["metrics", "random weights"][: 1 + args.random]:
-            net = open_network(path, device, args.head_layer, kind == "random weights")
-            if protocol in ("zeroshot", "retrieval") and not net.tokenizer:
+            text = protocol in ("zeroshot", "retrieval")
+            net = open_network(path, device, args.head_layer, kind == "random weights", args.heads, text)
+            if text and not net.tokenizer:
                 raise UserError(f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s")
-            result[kind] = PROTOCOLS[protocol](net, train, test, args, {**kw, "view": net.view})
+            options = {**kw, "view": net.view}
+            if args.cache and (protocol in ("knn", "logreg") or protocol == "linear" and args.cached):
+                options["cache"] = str(path if path.is_dir() else path.parent)
+            if protocol in PICTURES:
+                save_picture(PICTURES[protocol](net, train, test, args, options), path, protocol, kind, args)
+                continue
+            result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
             rows[f"{path}, {kind}" if kind != "metrics" else str(path)] = result[kind]
         result |= {"method": net.method, "step": net.step, "command": shlex.join(["evaluate.py", *argv])}
         result["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision)}
-        if rank() == 0:
+        if rank() == 0 and protocol in PROTOCOLS:
             if args.json:
                 print(json.dumps(result), flush=True)
             try:
@@ -697,7 +838,7 @@ def main(argv: list[str]):
                     file.write(json.dumps(result) + "\n")
             except OSError as error:
                 print(f"not recorded: {error}", file=sys.stderr)
-    if rank() == 0 and not args.json:
+    if rank() == 0 and rows and not args.json:
         print(f"{protocol}, {args.data} {args.split}, percent", table(rows), sep="\n")
 
 

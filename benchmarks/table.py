@@ -19,12 +19,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (methods|speed|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
-PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe"}
+PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
+             "logreg": "logistic regression"}  # fmt: skip
 SHARED = {
     "common.py": "arguments, processes, checkpoints, log",
     "data.py": "loader, image operations, tokenizer",
     "sources.py": "where samples come from",
     "evaluate.py": "evaluation",
+    "probes.py": "its linear classifiers",
+    "pictures.py": "its pictures",
+    "weights.py": "reads checkpoints of ours and of others",
+    "exports.py": "writes them for others",
     "sharding.py": "models too large for one GPU",
 }
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}

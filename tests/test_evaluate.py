@@ -13,15 +13,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+import dino
 import evaluate
+import pictures
+import probes
 import runs
-from common import UserError, init_distributed, rank, user_errors
+import test_golden
+from common import LARS, UserError, init_distributed, rank, user_errors
 from data import Sample, Tokenizer
 from evaluate import EvalView
 from evaluate import Args, extract, fit_heads, knn, knn_eval, language_eval, linear_probe, recall
 from evaluate import zeroshot_metrics, zeroshot_weights
+from probes import best_exponent, logistic_regression
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -74,6 +80,13 @@ def test_knn_reference(k, n_test, ties, monkeypatch):
     whole = knn(*inputs)
     monkeypatch.setattr(evaluate, "CHUNK", 200)  # two rows at a time
     assert knn(*inputs) == whole
+
+
+def test_knn_sweep_is_every_single_one():
+    g = torch.Generator().manual_seed(0)
+    inputs = signs(90, 1), torch.randint(0, 9, (90,), generator=g), signs(61, 2), torch.randint(0, 9, (61,), generator=g)
+    found = evaluate.knn_sweep(*inputs, [1, 5, 20, 500], [0.07, 0.5], 9)
+    assert found == {(k, t): knn(*inputs, k, t, 9) for k in (1, 5, 20, 500) for t in (0.07, 0.5)} and len(found) == 8
 
 
 def test_knn_thousand_classes_and_cold_temperature():
@@ -317,6 +330,77 @@ def test_captions_stay_with_their_images():
     assert zeroshot == pytest.approx(zeroshot_metrics(logits, torch.tensor([i % 3 for i in kept])))
 
 
+def test_features_are_kept(tmp_path, capsys, monkeypatch):
+    """And taken again only if nothing has changed that they depend on."""
+
+    class Longer(Toy):
+        def __getitem__(self, i):
+            if i == 40:
+                opened.append(i)
+            return super().__getitem__(i)
+
+    opened, data, options = [], Longer(50), {"batch_size": 7, "cache": str(tmp_path)}
+    first = extract(Net(), data, VIEW, CPU, **options)
+    again = extract(Net(), data, VIEW, CPU, **options)
+    assert len(opened) == 1 and all(torch.equal(a, b) for a, b in zip(first, again))
+    assert torch.equal(first[0], extract(Net(), Toy(50), VIEW, CPU, batch_size=7)[0])
+    trained = Net()
+    trained.image[1].bias.data += 1
+    narrow = Longer(50)
+    narrow.classes = ["red", "green", "else"]
+    for changed in ((trained, data, VIEW), (Net(), Longer(49), VIEW), (Net(), Longer(50, first=1), VIEW), (Net(), narrow, VIEW),
+                    (Net(), data, EvalView(8, 10))):  # fmt: skip
+        extract(*changed, CPU, **options)
+    extract(Net(), data, VIEW, CPU, **{**options, "batch_size": 8})
+    extract(Net(), data, VIEW, CPU, **options, dtype="bf16")
+    extract(Net(), data, VIEW, CPU, **options, indices=[40, 41])
+    assert len(opened) == 9 and len(list(tmp_path.iterdir())) == 9
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(first[0], extract(Net(), data, VIEW, CPU, **options)[0])
+    options["cache"] = str(tmp_path / "nowhere")
+    extract(Net(), data, VIEW, CPU, **options)
+    assert "features are not kept" in capsys.readouterr().err
+
+
+# ------------------------------------------------ logistic regression ------------------------------------------------
+@pytest.mark.parametrize("C", [1e-4, 0.316, 100.0])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_logistic_regression_equals_scikit_learn(C, classes, monkeypatch):
+    g = torch.Generator().manual_seed(classes)
+    y = torch.randint(0, classes, (300,), generator=g)
+    x = torch.randn(300, 12, generator=g, dtype=torch.float64) + F.one_hot(y, 12) * 2 + 1
+    theirs = LogisticRegression(C=C, max_iter=10000, tol=1e-10).fit(x.numpy(), y.numpy())
+    asked = torch.randn(40, 12, generator=g, dtype=torch.float64)
+    want = torch.from_numpy(theirs.predict_log_proba(asked.numpy()))
+    torch.testing.assert_close(logistic_regression(x, y, C, classes)(asked).log_softmax(1), want, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(probes, "CHUNK", 7 * classes)  # seven rows at a time
+    torch.testing.assert_close(logistic_regression(x, y, C, classes)(asked).log_softmax(1), want, atol=1e-5, rtol=1e-5)
+
+
+def test_logistic_regression_of_absent_classes():
+    """1,000 classes of which 3 occur: the same as scikit-learn, which knows no others."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.tensor([5, 700, 999])[torch.randint(0, 3, (60,), generator=g)]
+    x, asked = torch.randn(60, 6, generator=g, dtype=torch.float64), torch.randn(9, 6, generator=g, dtype=torch.float64)
+    theirs = LogisticRegression(C=1.0, max_iter=1000, tol=1e-10).fit(x.numpy(), y.numpy())
+    logits = logistic_regression(x, y, 1.0, 1000)(asked)
+    want = torch.from_numpy(theirs.predict_proba(asked.numpy()))
+    torch.testing.assert_close(logits.softmax(1)[:, [5, 700, 999]], want, atol=1e-6, rtol=1e-5)
+    scores = zeroshot_metrics(logits, torch.tensor([5, 700, 999, 0, 1, 2, 3, 4, 6]))
+    assert scores["top1"] <= 100 / 3 and math.isfinite(scores["mean_per_class"])
+    one = logistic_regression(x[:1], y[:1], 1.0, 1000)(asked)  # one sample, one class
+    assert (one.argmax(1) == y[0]).all()
+
+
+@pytest.mark.parametrize("peak", [-6.0, -5.125, 0.375, 5.0, 6.0])
+def test_search_finds_the_peak(peak):
+    tried = []
+    assert best_exponent(lambda e: tried.append(e) or -abs(e - peak)) == peak
+    assert len(tried) <= 15 and all((8 * e).is_integer() and -6 <= e <= 6 for e in tried)
+    assert best_exponent(lambda e: 0.0) == -6  # of equal ones the strongest penalty
+
+
 # ------------------------------------------------ linear probe ------------------------------------------------
 class Pixels(nn.Module):
     """Mean colour: what the class of Toy is, linearly."""
@@ -343,6 +427,68 @@ def test_head_equals_momentum_by_hand():
                 bias = bias - rate * (bias_grad + 0.9 * bias_v if args.nesterov else bias_v)
             torch.testing.assert_close(head.weight.detach().double(), w, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(head.bias.detach().double(), bias, atol=1e-5, rtol=1e-4)
+
+
+def test_lars_and_steps():
+    """MoCo's rate falls to a tenth twice; SimSiam's optimizer is LARS."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 16, 5, generator=g), torch.randint(0, 4, (4, 16), generator=g)
+    args = Args(epochs=4, lr_steps="1,3", lars=True, weight_decay=1e-3)
+    head = fit_heads([(i, x[i], y[i]) for i in range(4)], 5, 4, [0.5], args, CPU)[0]
+    other = nn.Linear(5, 4)
+    other.weight.data = 0.01 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    other.bias.data.zero_()
+    optimizer = LARS(other.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3)
+    for i, rate in enumerate((0.5, 0.05, 0.05, 0.005)):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        F.cross_entropy(other(x[i]), y[i]).backward()
+        optimizer.step()
+    torch.testing.assert_close(head.weight, other.weight)
+    torch.testing.assert_close(head.bias, other.bias)
+
+
+def test_features_of_blocks_official():
+    g = golden("eval_linear_features_dino")
+    tokens, out = g["inputs"]["intermediate_n2"], g["outputs"]
+    torch.testing.assert_close(probes.block_features(tokens, 16, False), out["n2_noavgpool"])
+    interleaved = probes.block_features(tokens[-1:], 16, True).unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+    torch.testing.assert_close(interleaved, out["n1_avgpool"])
+    g = golden("eval_linear_features_dinov2")
+    tokens = [torch.cat([cls[:, None], patches], 1) for patches, cls in g["inputs"]["tokens"]]
+    every = probes.block_features(tokens, 5, True)
+    heads = [every[:, a:b] for _, (a, b) in probes.grid(4, every.shape[1], [0.1])]
+    for features, name in zip(heads, ("n1_avgFalse", "n1_avgTrue", "n4_avgFalse", "n4_avgTrue"), strict=True):
+        torch.testing.assert_close(features, g["outputs"][name])
+
+
+def test_blocks_of_a_network_official():
+    x, y, _ = test_golden.golden("dino_vit_tiny")
+    vit = dino.VisionTransformer(32, 8, 48, 2, 3).eval()
+    vit.load_state_dict(test_golden.golden("dino_vit_tiny_weights")[0]["state_dict"])
+    with torch.no_grad():
+        features = probes.LastBlocks(vit, 2, True)(x["x24x40"])
+        test_golden.close(features[:, :48], y["x24x40"]["intermediate_n2"][0][:, 0], atol=1e-5)
+        test_golden.close(features[:, 48:96], y["x24x40"]["cls"], atol=1e-5)
+        test_golden.close(features[:, 96:], pictures.patches(vit, x["x24x40"])[1].mean((1, 2)), atol=1e-5)
+    assert not vit.blocks[0]._forward_hooks
+
+
+class Blocks(nn.Module):
+    """LastBlocks of two blocks of two channels: what is of use is in the mean of the patches alone."""
+
+    def forward(self, x):
+        colour = x.mean((2, 3))
+        return torch.cat([torch.zeros(len(x), 6), 20 * colour], dim=1)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_grid_chooses_kind_and_rate(cached):
+    args = Args(grid=True, cached=cached, blocks=2, probe_batch=32, epochs=5, workers=0)
+    out, head, base_lr = linear_probe(Blocks(), Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
+    assert out["top1"] == 100 and head.in_features in (6, 9) and base_lr in evaluate.GRID_LRS
+    again, same, _ = linear_probe(Blocks(), Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
+    assert torch.equal(head.weight, same.weight) and again == out
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -449,6 +595,14 @@ def test_commands(folder, capsys):
     }
     (retrieval,) = run(folder, "retrieval", "clip", data="captions")
     assert len(retrieval["metrics"]) == 8 and retrieval["metrics"]["chance@1"] == 100 / 11
+    (sweep,) = run(folder, "knn", "simclr", "--k", "1,3", "--temperature", "0.07,1", "--no-cache")
+    assert list(sweep["metrics"]) == ["top1_k1_T0.07", "top1_k1_T1", "top1_k3_T0.07", "top1_k3_T1", "chance"]
+    assert sweep["metrics"]["top1_k3_T0.07"] == knn["metrics"]["top1"]
+    assert len(list((folder / "simclr").glob("features_*.pt"))) == 4  # both splits, trained and random; not the last one's
+    (logreg,) = run(folder, "logreg", "simclr", "--random")
+    assert logreg["metrics"].keys() == {"top1", "mean_per_class", "chance", "C"} and logreg["metrics"]["top1"] > 60
+    assert len(list((folder / "simclr").glob("features_*.pt"))) == 4  # taken from there
+    assert run(folder, "logreg", "clip", "--C", "0.316")[0]["metrics"]["C"] == 0.316
     cached, plain = run(folder, "linear", "simclr", "--cached", *LINEAR), run(folder, "linear", "simclr", *LINEAR)
     assert cached[0]["metrics"]["base_lr"] in evaluate.LRS and plain[0]["metrics"]["base_lr"] == 0.1
     deeper = run(folder, "knn", "simclr", "--head-layer", "1")
@@ -469,6 +623,9 @@ ERRORS = [
     ("nothing clip", "use: evaluate.py zeroshot"),
     ("knn", "use: evaluate.py zeroshot"),
     ("knn clip --k 0", "must be above 0"),
+    ("knn clip --k 1,x", "numbers with commas"),
+    ("knn clip --k 2.5", "numbers with commas"),
+    ("knn clip --temperature 0.1,inf", "must be above 0 and finite"),
     ("knn clip --tempratur 1", "did you mean --temperature"),
     ("knn clip --split train", "other than train"),
     ("knn clip --data nowhere", "nowhere"),
@@ -488,6 +645,10 @@ ERRORS = [
     ("knn method.pt", "not beside evaluate.py"),
     ("zeroshot shape.pt", "does not fit clip.py"),
     ("linear simclr", "batch"),
+    ("logreg simclr --split train", "other than train"),
+    ("linear simclr --grid", "need a transformer with 1 blocks"),
+    ("linear simclr --blocks 4", "need a transformer with 4 blocks and timm's names, not simclr's resnet18"),
+    ("linear simclr --lr-steps 6O", "must be epochs"),
 ]
 
 
@@ -517,6 +678,7 @@ def collective():
 def protocols(folder):
     lines = run(folder, "knn", "simclr", "clip") + run(folder, "zeroshot", "clip", "--random")
     lines += run(folder, "retrieval", "clip", data="captions") + run(folder, "linear", "simclr", "--cached")
+    lines += run(folder, "logreg", "simclr", "--no-cache")
     return [{key: line[key] for key in ("metrics", "random weights") if key in line} for line in lines]
 
 

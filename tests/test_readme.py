@@ -68,11 +68,11 @@ def parse(script, words):
     module = importlib.import_module(path.stem)
     if path.stem == "evaluate":
         first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        assert words[0] in module.PROTOCOLS or words[0] == "PROTOCOL", words
+        assert words[0] in [*module.PROTOCOLS, *module.PICTURES, "export", "PROTOCOL"], words
         assert first > 1, "no checkpoint"
         if words[0] == "PROTOCOL":  # the synopsis
             return
-        assert common.parse_args(module.Args, {}, words[first:]).data
+        assert common.parse_args(module.Args, {}, words[first:]).data or words[0] == "export"
     elif "--help" not in words:
         args = common.parse_args(module.Args, module.RECIPES, words)
         if args.arch and not hasattr(args, "checkpoint"):  # simclrv2.py takes the rest from that

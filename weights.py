@@ -1,0 +1,265 @@
+"""Weights in: a checkpoint of a method file here, or somebody else's weights, which are told apart by their
+names -> a network ready to be evaluated.
+
+    net = open_network("runs/dino_shapes", device)      # or dino_deitsmall16_pretrain.pth, RN50.pt, ...
+    features = net.encoder(net.view(pixels, {}))        # uint8 (b, 3, S, S) as net.view.crop() makes them
+
+Nothing is unpickled but tensors, numbers and argparse's Namespace, and everything is loaded strictly: what is
+left out is left out by name.
+"""
+
+import argparse
+import importlib
+import math
+import re
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from common import UserError, load_checkpoint
+from data import Tokenizer
+
+
+def read(path):
+    """-> what a file or run directory holds, a dict: torch.save's, safetensors, or OpenAI's TorchScript."""
+    if str(path).endswith(".safetensors"):
+        load_file = importlib.import_module("safetensors.torch").load_file
+        try:
+            return load_file(path)
+        except Exception as error:  # it has a class of its own for what is damaged
+            raise UserError(f"{path} is no safetensors file or is damaged ({error})") from error
+    try:
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in names):
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # there is no other reader
+                return torch.jit.load(path, map_location="cpu").state_dict()
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        saved = load_checkpoint(path)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
+    return saved
+
+
+def state_of(saved):
+    """The state dict in a dict that others saved, without what data parallelism puts before the names."""
+    for key in ("teacher", "state_dict", "model"):  # DINO, iBOT; SLIP, MoCo, SimSiam; DeiT, MAE
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
+    state = {str(k).removeprefix("module."): v for k, v in saved.items() if torch.is_tensor(v)}
+    for key in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
+        state.pop(key, None)
+    return state
+
+
+# -------------------------------------------- whose it is --------------------------------------------
+# What a name must begin with, where the names of the evaluated encoder go on, and whose preprocessing it has
+FAMILIES = {  # the first that fits
+    "SLIP": ("visual.cls_token", "visual.", "slip"),
+    "CLIP": ("visual.", "visual.", "clip"),
+    "MoCo v3": ("momentum_encoder.", "base_encoder.", "mocov3"),
+    "MoCo": ("encoder_q.", "encoder_q.", "moco"),
+    "SimSiam": ("predictor.", "encoder.", "simsiam"),
+    "SimCLR": ("head.linears.", "backbone.", "simclr"),
+    "DINO or iBOT": ("head.last_layer.", "backbone.", "dino"),
+    "DINOv2": ("blocks.0.ls1.", "", "dinov2"),
+    "torchvision's ViT": ("conv_proj.", "", "dino"),
+    "a ViT with timm's names": ("patch_embed.proj.", "", "dino"),
+    "a ViT backbone with timm's names": ("backbone.patch_embed.proj.", "backbone.", "dino"),
+    "a ResNet with torchvision's names": ("layer1.0.conv1.", "", "dino"),
+    "a ResNet backbone with torchvision's names": ("backbone.layer1.0.conv1.", "backbone.", "dino"),
+}
+HEADS = ("fc.", "head.", "heads.", "head_dist.", "masked_embed")  # beside an encoder; never evaluated
+
+
+def family(state):
+    """-> key of FAMILIES, or None."""
+    fits = (name for name, (mark, _, _) in FAMILIES.items() if any(key.startswith(mark) for key in state))
+    return next(fits, None)
+
+
+def depth(state, prefix):
+    """Number of different modules prefix0, prefix1, ... in a state dict."""
+    return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+
+
+def timm_names(state):
+    """torchvision's names of a ViT -> timm's."""
+    renamed = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "encoder.ln": "norm",
+               "conv_proj": "patch_embed.proj", r"encoder.layers.encoder_layer_(\d+)": r"blocks.\1",
+               "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
+               "ln_([12])": r"norm\1", r"mlp.(0|linear_1)\.": "mlp.fc1.",
+               r"mlp.(3|linear_2)\.": "mlp.fc2."}  # fmt: skip
+    out = {}
+    for key, value in state.items():
+        for old, new in renamed.items():
+            key = re.sub(rf"(?:^|(?<=\.)){old}", new, key)
+        out[key] = value
+    return out
+
+
+def vit_of(state, heads=0):
+    """timm's names -> dino.VisionTransformer, which takes any image size, of the sizes read off the tensors.
+
+    They do not say how many heads there are: one for 64 channels, but 12 in the ViT-S of MoCo v3 and of SLIP,
+    which would load with 6 and give other features. MoCo v3's is known by its positions."""
+    dino = importlib.import_module("dino")
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    fixed = not state["pos_embed"][:, 0].any()  # sines and cosines, and zeros for the class token
+    usual = next((heads for _, w, heads in dino.ARCHS.values() if w == width), max(1, width // 64))
+    heads = heads or (12 if width == 384 and fixed else usual)
+    if width % heads:
+        raise UserError(f"--heads {heads} does not divide the width {width} of this transformer")
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    return dino.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads), side * patch
+
+
+def resnet_of(state):
+    """torchvision's names -> ResNet without classifier, image size, which the weights do not say: 32 with
+    CIFAR's stem, else 224."""
+    layers = [depth(state, f"layer{i}.") for i in (1, 2, 3, 4)]
+    if layers not in ([2, 2, 2, 2], [3, 4, 6, 3], [3, 4, 23, 3], [3, 8, 36, 3]):  # something was cut off
+        raise ValueError(f"no ResNet has {layers} blocks")
+    block, options = torchvision.models.resnet.BasicBlock, {}
+    if "layer1.0.conv3.weight" in state:
+        out, per_group, _, _ = state["layer1.0.conv2.weight"].shape  # wide and grouped ones too
+        block, groups = torchvision.models.resnet.Bottleneck, out // per_group
+        options = {"groups": groups, "width_per_group": out // groups}
+    net = torchvision.models.resnet.ResNet(block, layers, **options)
+    net.fc = nn.Identity()
+    if small := state["conv1.weight"].shape[-1] == 3:
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return net, 32 if small else 224
+
+
+def encoder_of(state, name, heads=0):
+    """-> encoder with random weights, image size, state dict that fits it."""
+    prefix = FAMILIES[name][1]
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state = timm_names(state) if name == "torchvision's ViT" else state
+    state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
+    is_vit = any(key.startswith("patch_embed.") for key in state)
+    return *(vit_of(state, heads) if is_vit else resnet_of(state)), state
+
+
+def clip_of(state):
+    """OpenAI's names -> clip.CLIP of the sizes read off its tensors, image size."""
+    clip = importlib.import_module("clip")
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        layers, tokens = depth(state, "visual.transformer.resblocks."), state["visual.positional_embedding"]
+    else:
+        width, patch = len(state["visual.conv3.weight"]), None
+        layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+        tokens = state["visual.attnpool.positional_embedding"]
+    image_size = (patch or 32) * math.isqrt(len(tokens) - 1)
+    text_width, embed_dim = state["text_projection"].shape
+    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
+    model = clip.CLIP(embed_dim, image_size, layers, width, patch, context_length, vocab_size, text_width,
+                      text_width // 64, depth(state, "transformer.resblocks."))  # fmt: skip
+    return model, image_size
+
+
+def slip_of(state):
+    """SLIP_VIT{S,B,L}16's names -> slip.SLIP of the sizes read off its tensors, image size."""
+    slip = importlib.import_module("slip")
+    width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
+    heads = next((heads for _, w, heads in slip.ARCHS.values() if w == width), width // 64)
+    image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
+    visual = slip.VisionTransformer(image_size, patch, width, depth(state, "visual.blocks."), heads)
+    text_width, embed_dim = state["text_projection"].shape
+    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
+    ssl_emb_dim, ssl_mlp_dim = state["image_mlp.layer3.weight"].shape
+    model = slip.SLIP(embed_dim, visual, width, context_length, vocab_size, text_width, text_width // 64,
+                      depth(state, "transformer.resblocks."), ssl_mlp_dim, ssl_emb_dim)  # fmt: skip
+    return model, image_size
+
+
+# -------------------------------------------- networks --------------------------------------------
+def load_released(path):
+    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
+    dict with their names -> (method module, model in float32), loaded strictly. Raises UserError."""
+    state = state_of(read(path))
+    name, build = ("slip", slip_of) if family(state) == "SLIP" else ("clip", clip_of)
+    try:
+        model, _ = build(state)
+        model.load_state_dict(state, strict=True)  # copies half into single precision
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold a CLIP or SLIP model: {str(error).splitlines()[0]}") from error
+    return importlib.import_module(name), model
+
+
+def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True):
+    """-> namespace of method, arch, step, model, encoder, view, tokenizer (None without text).
+
+    random_weights: as before training; heads: of somebody else's transformer (0: recognised); text: whether
+    to look for the tokenizer of a published CLIP or SLIP. Raises UserError."""
+    saved = read(path)
+    torch.manual_seed(0)
+    if saved.keys() >= {"method", "args", "model"}:
+        net = ours(path, saved, head_layer, random_weights)
+    else:
+        net = others(path, state_of(saved), random_weights, heads, text)
+        if head_layer:
+            raise UserError(f"{path} has no --head-layer, of others' checkpoints only the encoder is read")
+    net.model, net.encoder = net.model.to(device), net.encoder.to(device)
+    return net
+
+
+def ours(path, saved, head_layer, random_weights):
+    """A checkpoint of a method file -> open_network's namespace."""
+    name = str(saved["method"])
+    if not (name.isidentifier() and Path(__file__).with_name(f"{name}.py").is_file()):
+        raise UserError(f"{path} was written by {name}.py, which is not beside evaluate.py")
+    method = importlib.import_module(name)
+    args = types.SimpleNamespace(**{**vars(method.Args()), **saved["args"]})
+    model = method.build_model(args)
+    try:
+        if not random_weights:
+            model.load_state_dict(saved["model"])
+        encoder = method.image_encoder(model, **({"head_layer": head_layer} if head_layer else {}))
+    except RuntimeError as error:
+        looks = f", it looks like {family(saved['model'])}" if family(saved["model"]) else ""
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit {name}.py{looks}: {what}") from error
+    except TypeError as error:
+        raise UserError(f"{name} has no --head-layer, its encoder ends before any head") from error
+    tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
+    return types.SimpleNamespace(method=name, arch=args.arch, step=saved.get("step"), model=model,
+                                 encoder=encoder, view=method.eval_view(args), tokenizer=tokenizer)
+
+
+def others(path, state, random_weights, heads, text):
+    """Somebody else's state dict -> open_network's namespace. model is the whole one of CLIP and SLIP, else
+    the encoder alone."""
+    name = family(state)
+    if name is None:
+        first = ", ".join(list(state)[:3]) or "no tensors"
+        raise UserError(f"{path} was not written by one of our method files, and looks like nothing known "
+                        f"here: it holds {first} ...")  # fmt: skip
+    method = FAMILIES[name][2]
+    if not Path(__file__).with_name(f"{method}.py").is_file():
+        raise UserError(f"{path} looks like {name}, for which there is no {method}.py here")
+    module, tokenizer = importlib.import_module(method), None
+    try:
+        if whole := name in ("CLIP", "SLIP"):
+            model, size = (slip_of if name == "SLIP" else clip_of)(state)
+        else:
+            model, size, state = encoder_of(state, name, heads)
+        if not random_weights:
+            model.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} looks like {name}, but does not fit: {what}") from error
+    if whole and text:
+        tokenizer = Tokenizer("clip", len(state["positional_embedding"]))
+    return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,
+                                 encoder=module.image_encoder(model) if whole else model,
+                                 view=module.eval_view(types.SimpleNamespace(image_size=size)),
+                                 tokenizer=tokenizer)  # fmt: skip
