@@ -54,6 +54,8 @@ SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["te
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MEMBERS = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}  # of a sample in a tar
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
+STOP_WORDS = set(("a an the in on at by to of off up out over is are was be am as it its i he his she her who have "
+                  "has no not so or and but for from with do does can will more most some than then").split())
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip
@@ -87,6 +89,34 @@ def open_dataset(name, data_dir=None, split="train"):
         raise UserError(f"{root} holds no pictures for {split}, see docs/data.md for what is expected there")
     dataset.name = name if name in NAMES else root.resolve().name
     return dataset
+
+
+def open_synonyms(path=""):
+    """-> function from a word in lower case to a list of its synonyms (or None): those of a file with a line
+    "word, synonym, ..." for each, else WordNet's; None where nltk or its WordNet is not there. UserError."""
+    if path:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--synonyms {path} cannot be read as text ({error})") from error
+        rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
+        return {row[0]: row[1:] for row in rows if row}.get
+    try:
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()  # its index; forked workers open the rest for themselves, as _handle does
+    except (ImportError, LookupError):
+        return None
+    return _wordnet_synonyms
+
+
+def _wordnet_synonyms(word):
+    from nltk.corpus import wordnet
+
+    if word in STOP_WORDS:
+        return []
+    names = {name for meaning in wordnet.synsets(word) for name in meaning.lemma_names()}
+    return sorted({name.replace("_", " ").lower() for name in names} - {word})
 
 
 def _open(root, split):

@@ -17,16 +17,20 @@ FLAGS = {
     "clip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-3"],
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
+    "declip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "64"],
+    "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "64"],
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
 }
-METHODS = ["clip", "slip", "simclr"]
+METHODS = ["clip", "slip", "declip", "simclr"]
 
 
 def module_of(name):
-    """The method's module; clip_resnet is clip.py with a ResNet small enough for a test."""
+    """The method's module; clip_resnet is clip.py with a ResNet small enough for a test, declip_resnet declip.py."""
     module = importlib.import_module(name.split("_")[0])
     if name == "clip_resnet":
         module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8, 64)
+    if name == "declip_resnet":
+        module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8)
     return module
 
 
