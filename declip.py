@@ -151,8 +151,11 @@ class AugmentedText:
         elif operation == "delete":
             words = [word for word in words if rng.random() > 0.1] or [rng.choice(words)]
         else:  # every occurrence of one word
-            old = next((word for word in rng.sample(words, len(words)) if self.synonyms(word.lower())), "")
-            words = [rng.choice(self.synonyms(old.lower())) if word == old else word for word in words]
+            for old in rng.sample(words, len(words)):
+                if found := self.synonyms(old.lower()):
+                    new = rng.choice(found)
+                    words = [new if word == old else word for word in words]
+                    break
         return " ".join(words)
 
     def __call__(self, caption, rng):
@@ -472,7 +475,7 @@ def train(args: Args) -> dict:
     run = Run("declip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     if synonyms is None:
         run.say("no --synonyms and no WordNet: captions are augmented by swapping and deleting words alone")
-    warmup, start = round(args.warmup_epochs * loader.steps_per_epoch), args.lr / 10
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     clip_weight = 1 - args.ssl_weight - args.mvs_weight - args.nns_weight
     mvs_weight = args.mvs_weight
@@ -488,7 +491,9 @@ def train(args: Args) -> dict:
         if step == 0:
             save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, start, args.min_lr, True)
+            # official: its last step has the rate of the end, not the one after
+            group["lr"] = lr = warmup_cosine(
+                step, run.total - 1, warmup - 1, args.lr, args.lr / 10, args.min_lr)  # fmt: skip
 
         with autocast:
             inputs = view1, view2, None if args.released else text, batch["text_aug"], masked, chosen

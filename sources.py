@@ -54,8 +54,9 @@ SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["te
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MEMBERS = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}  # of a sample in a tar
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
-STOP_WORDS = set(("a an the in on at by to of off up out over is are was be am as it its i he his she her who have "
-                  "has no not so or and but for from with do does can will more most some than then").split())
+# Words that WordNet knows as something else ("in": inch)
+STOP_WORDS = {*"""a an the in on at by to of off up out over is are was be am as it its i he his she who have has
+no not so or and but for from with do does can will more most some than then""".split()}
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip
@@ -102,21 +103,27 @@ def open_synonyms(path=""):
         rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
         return {row[0]: row[1:] for row in rows if row}.get
     try:
-        from nltk.corpus import wordnet
-
-        wordnet.ensure_loaded()  # its index; forked workers open the rest for themselves, as _handle does
-    except (ImportError, LookupError):
+        return _wordnet().get
+    except (ImportError, LookupError, OSError):
         return None
-    return _wordnet_synonyms
 
 
-def _wordnet_synonyms(word):
-    from nltk.corpus import wordnet
+def _wordnet():
+    """-> {word: its synonyms} of WordNet, without inflected forms."""
+    import nltk  # only to find the files: its reader would share open ones with forked workers
 
-    if word in STOP_WORDS:
-        return []
-    names = {name for meaning in wordnet.synsets(word) for name in meaning.lemma_names()}
-    return sorted({name.replace("_", " ").lower() for name in names} - {word})
+    table = {}
+    for part in ("noun", "verb", "adj", "adv"):
+        with nltk.data.find(f"corpora/wordnet/data.{part}").open() as file:
+            lines = file.read().decode().splitlines()
+        for line in lines:
+            if not line.startswith(" "):  # not the licence
+                fields = line.split()  # offset, file, kind, count, then word, id for each
+                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
+                for word in words - STOP_WORDS:
+                    table.setdefault(word, set()).update(words - {word})
+    return {word: sorted(synonyms) for word, synonyms in table.items()}
 
 
 def _open(root, split):
