@@ -55,8 +55,8 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 MEMBERS = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}  # of a sample in a tar
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
 # Words that WordNet knows as something else ("in": inch)
-STOP_WORDS = {*"""a an the in on at by to of off up out over is are was be am as it its i he his she who have has
-no not so or and but for from with do does can will more most some than then""".split()}
+STOP_WORDS = """a an the in on at by to of off up out over is are was be am as it its he his she who have has
+no not so or and but for from with do does can will more most some than then"""
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip
@@ -121,7 +121,7 @@ def _wordnet():
                 fields = line.split()  # offset, file, kind, count, then word, id for each
                 words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
                 words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
-                for word in words - STOP_WORDS:
+                for word in words - set(STOP_WORDS.split()):
                     table.setdefault(word, set()).update(words - {word})
     return {word: sorted(synonyms) for word, synonyms in table.items()}
 

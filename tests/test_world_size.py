@@ -7,10 +7,11 @@ import torch
 
 from runs import METHODS, argv_of, environment, make_photos, rows, train_here
 
-NAMES = [*METHODS, "clip_resnet"]
+NAMES = [*METHODS, "clip_resnet", "declip_resnet"]
 VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
+    "declip_released": ("declip", ["--released"]),
 }
 
 
