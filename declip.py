@@ -382,7 +382,7 @@ def build_model(args) -> DeCLIP:
     embed_dim, layers, width = ARCHS[name]
     embed_dim = args.embed_dim or embed_dim
     if patch:
-        visual = VisionTransformer(args.image_size, int(patch), width, layers, width // 64 or 1, embed_dim)
+        visual = VisionTransformer(args.image_size, int(patch), width, layers, width // 64, embed_dim)
     else:
         from clip import ModifiedResNet  # as it is: with a copy of its 80 lines this file would be too long
 
@@ -395,7 +395,6 @@ def build_model(args) -> DeCLIP:
 def image_encoder(model: DeCLIP) -> nn.Module:
     """Module from images to pooled features: before the projection for a ViT, the attention pooling for a
     ResNet."""
-
     encoder = copy.copy(model.visual)  # with the same parameters
     encoder.forward = encoder.pool
     return encoder
@@ -440,7 +439,7 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+        raise UserError("--accum-steps is refused: batch norm, negatives, queue need the whole batch, use 1")
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
@@ -459,6 +458,9 @@ def train(args: Args) -> dict:
     model = sync_batchnorm(build_model(args), device).to(device)
     if args.released and "_patch" in args.arch:
         model.visual.conv1.requires_grad_(False)
+    clip_weight = 1 - args.ssl_weight - args.mvs_weight - args.nns_weight
+    if clip_weight < 0:
+        raise UserError("--ssl-weight, --mvs-weight and --nns-weight are above 1 in sum, lower them")
     if args.queue_size < args.batch_size * (1 + args.released):
         raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
     queue = TextQueue(args.queue_size, model.encode_text.text_projection.out_features).to(device)
@@ -477,9 +479,8 @@ def train(args: Args) -> dict:
         run.say("no --synonyms and no WordNet: captions are augmented by swapping and deleting words alone")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
-    clip_weight = 1 - args.ssl_weight - args.mvs_weight - args.nns_weight
     mvs_weight = args.mvs_weight
-    if args.released:
+    if args.released:  # all four pairs alike
         clip_weight = mvs_weight = clip_weight / 4
     clip_chance, tss_chance = math.log(args.batch_size), math.log(args.vocab_size)
     chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance + args.ssl_weight * tss_chance
@@ -522,8 +523,8 @@ def train(args: Args) -> dict:
 
         terms = {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "mvs_loss": (mvs, 3 * clip_chance)}
         terms |= {"nns_loss": (nns, clip_chance), "iss_loss": (iss, None), "tss_loss": (tss, tss_chance)}
-        numbers = {"logit_scale": model.logit_scale.detach().exp(), "feature_std": feature_std, "lr": lr}
-        run.log(terms | {"nn_cosine": (nn_cosine, None)}, **numbers)
+        numbers = {"feature_std": feature_std, "feature_std_chance": args.ssl_dim**-0.5, "lr": lr}
+        run.log(terms | {"nn_cosine": (nn_cosine, None)}, logit_scale=model.logit_scale.exp(), **numbers)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):

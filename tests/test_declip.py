@@ -404,6 +404,7 @@ def test_mlm_loss_without_masked_tokens():
 @pytest.mark.parametrize("flags, word", [
     (["--accum-steps", "2"], "--accum-steps"), (["--queue-size", "7"], "--queue-size"),
     (["--queue-size", "15", "--released"], "--queue-size"), (["--synonyms", "/nothing"], "--synonyms"),
+    (["--ssl-weight", "0.7"], "--ssl-weight"),
     (["--arch", "vit_huge"], "--arch"), (["--text-width", "65"], "--text-width")])  # fmt: skip
 def test_what_the_user_can_mend_is_one_sentence(photos, tmp_path, flags, word):
     with pytest.raises(UserError, match=word) as error:
