@@ -17,8 +17,8 @@ FLAGS = {
     "clip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-3"],
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
-    "declip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "64"],
-    "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "64",
+    "declip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "256"],
+    "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "256",
                       "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
 }

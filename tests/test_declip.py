@@ -358,7 +358,7 @@ def test_without_wordnet_the_log_says_so_once(photos, tmp_path, monkeypatch, cap
 # ------------------------------------------------ runs ------------------------------------------------
 def test_queue_is_global_and_survives(photos, tmp_path):
     """On two processes it is that of one; five and five steps there are ten."""
-    flags = ["--eval-every", "0", "--max-steps"]
+    flags = ["--eval-every", "0", "--queue-size", "64", "--max-steps"]
     jobs = [("declip", str(photos), str(tmp_path / "two"), [*flags, "10"]),
             ("declip", str(photos), str(tmp_path / "parts"), [*flags, "5"]),
             ("declip", str(photos), str(tmp_path / "parts"), [*flags, "10"])]  # fmt: skip
