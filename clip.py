@@ -384,8 +384,7 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
 
 # -------------------------------------------- training --------------------------------------------
 def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
-    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv
-    2101.06983).
+    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, 2101.06983).
 
     The features of all pieces are computed without graph; the loss sees all of them and gives their gradient;
     then each piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b,
@@ -438,9 +437,7 @@ def train(args: Args) -> dict:
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("clip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = model
-    if world_size() > 1 and args.accum_steps == 1:
-        ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
 
     def encode(piece):
         with autocast:

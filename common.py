@@ -47,8 +47,10 @@ def user_errors():
         if os.environ.get("LOCAL_RANK", "0") == "0" or alone:  # else every process fails alike: say it once
             print(f"{Path(sys.argv[0]).name}: error: {error}{hint}", file=sys.stderr, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():
+            time.sleep(0.2)  # gloo's threads free tensors; destroying them holds the GIL they need
+            dist.destroy_process_group()
 
 
 # -------------------------------------------- arguments --------------------------------------------

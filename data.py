@@ -1,4 +1,4 @@
-"""Data: decoding, the evaluation view, the loader, batched image operations, the tokenizer.
+"""Data: decoding, the loader, batched image operations, the tokenizer.
 
 A method file opens a dataset (sources.py says from where), names its views and texts, and takes batches:
 
@@ -200,9 +200,8 @@ def ignore_signals(worker):
 
 
 # -------------------------------------------- image operations --------------------------------------------
-# The first two serve one sample in a loader worker. The others take a batch on any device, floats in [0, 1],
-# (B, 3, H, W), with parameters (B,), and equal torchvision.transforms.v2.functional on each sample by itself.
-# mask (B,) bool: the samples to change.
+# The first two serve one sample in a worker, the others a batch on any device, in [0, 1], float (B, 3, H, W),
+# as torchvision.transforms.v2.functional each sample, with parameters (B,); mask (B,) bool: those to change.
 def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
     """torchvision's RandomResizedCrop, antialiased: uint8 (3, H, W) -> uint8 (3, size, size). Fastest on an
     image stored as (H, W, 3), as decode() returns it; the crop is then stored so too. rng: random.Random."""
@@ -341,8 +340,7 @@ def clip_bpe(merges=(), captions=None, vocab_size=49408):
     bpe.add_special_tokens(list(SOT_EOT[0]))
     if captions is None:
         return bpe
-    # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given
-    # here.
+    # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given.
     given = {"initial_alphabet": start, "special_tokens": end, "end_of_word_suffix": "</w>"}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, show_progress=False, **given)
     bpe.train_from_iterator(captions, trainer)

@@ -85,7 +85,7 @@ class Args:
     save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
     log_every: int = 10  # steps (0: first and last only)
     tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 

@@ -383,11 +383,11 @@ def nt_xent_loss(z1, z2, temperature):
     loss2 = F.cross_entropy(torch.cat([z2 @ all_z1.T / temperature, same2], dim=1), labels)
     return (loss1 + loss2) / 2
 
+
 # -------------------------------------------- training --------------------------------------------
 # Copied from clip.py: replay_backward
 def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
-    """Exact gradient of a loss over a batch whose activations do not fit in memory (GradCache, arXiv
-    2101.06983).
+    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, 2101.06983).
 
     The features of all pieces are computed without graph; the loss sees all of them and gives their gradient;
     then each piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b,
@@ -443,9 +443,7 @@ def train(args: Args) -> dict:
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("slip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = model
-    if world_size() > 1 and args.accum_steps == 1:
-        ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
 
     def encode(piece):
         with autocast:

@@ -162,7 +162,7 @@ def curves(prefix, method):
         if len(points) > 8:
             points = [points[round(i * (len(points) - 1) / 7)] for i in range(8)]
         training = r["metrics"]["training"]
-        header = ["step", f"loss (chance {training['chance']:.3f})"]
+        header = ["step", f"loss (chance {training['chance']:.3f})" if "chance" in training else "loss"]
         header += [f"{IN_LOOP[k]} (chance {chance_of(k, training):.3g})" for k in columns]
         rows = [[str(step), f"{min(losses, key=lambda p: abs(p[0] - step))[1]:.3f}",
                  *(number(values[k]) for k in columns)] for step, values in points]  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from common import user_errors
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
@@ -21,8 +22,17 @@ FLAGS = {
     "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "256",
                       "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
+    "simsiam": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
+                "--projector-layers", "2", "--hidden-dim", "64"],
+    "byol": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--tau", "0.9", "--hidden-dim", "64", "--out-dim", "16"],
+    "dino": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
+             "--base-lr", "0.016", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
+    "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "2e-6", "--temperature", "0.5", "--head-dim", "16",
+             "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
+    "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",
+               "--key-momentum", "0.9"],
 }
-METHODS = ["clip", "slip", "declip", "simclr"]
+METHODS = ["clip", "slip", "declip", "simclr", "moco", "mocov3", "byol", "simsiam", "dino"]
 
 
 def module_of(name):
@@ -57,7 +67,7 @@ def train_here(name, photos, directory, *flags):
 
     def keep(optimizer, *_):
         if not grads:
-            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+            grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 
     handle = register_optimizer_step_pre_hook(keep)
     argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *flags]
@@ -90,9 +100,8 @@ def environment():
 
 
 if __name__ == "__main__":  # under torchrun: python runs.py JOBS, a json list of [method, photos, directory, flags]
-    for name, photos, directory, flags in json.loads(sys.argv[1]):
-        grads = train_here(name, photos, directory, *flags)
-        if int(os.environ["RANK"]) == 0:
-            torch.save(grads, Path(directory) / "grads.pt")
-    torch.distributed.barrier()  # who leaves with the group still open can abort the others
-    torch.distributed.destroy_process_group()
+    with user_errors():
+        for name, photos, directory, flags in json.loads(sys.argv[1]):
+            grads = train_here(name, photos, directory, *flags)
+            if int(os.environ["RANK"]) == 0:
+                torch.save(grads, Path(directory) / "grads.pt")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import clip
 import simclr
 import slip
-from common import LARS, warmup_cosine
+from common import LARS, user_errors, warmup_cosine
 from runs import argv_of, environment
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -245,8 +245,8 @@ def test_lars(name):
 
 
 if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    this = torch.distributed.get_rank()
-    Path(sys.argv[1], f"{this}.json").write_text(json.dumps({name: rank_result(this, name) for name in GATHERED}))
-    torch.distributed.barrier()  # who leaves with the group still open can abort the other
-    torch.distributed.destroy_process_group()
+    with user_errors():
+        torch.distributed.init_process_group("gloo")
+        this = torch.distributed.get_rank()
+        results = {name: rank_result(this, name) for name in GATHERED}
+        Path(sys.argv[1], f"{this}.json").write_text(json.dumps(results))

@@ -80,7 +80,8 @@ def test_killed_and_continued(photos, tmp_path, processes, number):
         process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     if number == signal.SIGTERM:
-        assert "continue with: " in output and "Traceback" not in output.split("torch/distributed")[0]
+        launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+        assert f"continue with: {launcher} " in output and "Traceback" not in output.split("torch/distributed")[0]
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] < 20
     done = command("slip.py", "--data", photos, "--output-dir", tmp_path / "killed", *FLAGS["slip"], *flags,
                    processes=processes)  # fmt: skip

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import evaluate
 import simclr
 import simclrv2
-from common import UserError, load_checkpoint
+from common import UserError, load_checkpoint, user_errors
 from data import Loader, decode, open_dataset
 from runs import COMMON, argv_of, command, environment, make_photos, rows
 from runs import train_here as train_method
@@ -95,7 +95,7 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
     for stage in FLAGS:
         logs = [rows(tmp_path / name) for name in (f"{stage}_1", stage)]
         single, several = ([row for row in log if "loss" in row] for log in logs)
-        assert len(single) == 8 and len({row["loss"] for row in single}) > 5  # it moves
+        assert len(single) == 8 and len({row["loss"] for row in single}) == 8  # it moves
         for a, b in zip(single, several, strict=True):
             assert a.keys() == b.keys()
             for name, value in a.items():
@@ -105,7 +105,7 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
         largest = max(g.abs().max() for g in third)
         assert sum(bool(g.any()) for g in many) > 50  # the network is reached
         for a, b in zip(third, many, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(largest))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(largest))
         evaluated = [[row["step"] for row in log if "val_top1" in row] for log in logs]
         assert evaluated == [[4, 8], [4, 8]]
 
@@ -122,15 +122,15 @@ def test_chance_stands_beside_the_losses(stages):
 
 
 def test_learns_its_labels_then_its_teacher(photos, stages, tmp_path):
-    """Eight labelled pictures, forty times, then all of them from that teacher. Cropping makes steps noisy."""
-    flags = ["--label-fraction", "0.16", "--base-lr", "0.01", "--epochs", "40", "--eval-every", "0"]
+    """Eight labelled pictures, sixty times, then all of them from that teacher. Cropping makes steps noisy."""
+    flags = ["--label-fraction", "0.16", "--base-lr", "0.003", "--epochs", "60", "--eval-every", "0"]
     train_here(argv_for("finetune", photos, stages, tmp_path / "teacher", *flags))
     losses = [row["loss"] for row in rows(tmp_path / "teacher") if "loss" in row]
-    assert sum(losses[-10:]) / 10 < 0.5 * math.log(4)
+    assert sum(losses[-20:]) / 20 < 0.7 * math.log(4)  # a share of 0.3 to 0.5 with seeds 0 to 2
     flags = ["--teacher", str(tmp_path / "teacher"), "--alpha", "1", "--base-lr", "0.003", "--epochs", "20"]
     train_here(argv_for("distill", photos, stages, tmp_path / "student", *flags, "--eval-every", "0"))
     apart = [row["loss"] - row["teacher_entropy"] for row in rows(tmp_path / "student") if "loss" in row]
-    assert sum(apart[-10:]) < 0.8 * sum(apart[:10])
+    assert sum(apart[-20:]) < 0.8 * sum(apart[:20])
 
 
 # ------------------------------------------------ losses ------------------------------------------------
@@ -253,8 +253,8 @@ def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
     names = {name.split(".")[2] for name, _ in after.model.named_parameters() if name.startswith("head.")}
     assert names == {str(k) for k in range(head_layer)}
     expected = simclr.image_encoder(before.model, head_layer)
-    for a, b in ((before.model, after.model),):  # one step in training mode has moved the running statistics
-        b.load_state_dict({k: v for k, v in a.state_dict().items() if k in b.state_dict()}, strict=False)
+    kept = after.model.state_dict().keys() & before.model.state_dict().keys()  # one step has moved batch norm's
+    after.model.load_state_dict({name: before.model.state_dict()[name] for name in kept}, strict=False)
     x = torch.rand(4, 3, 16, 16)
     torch.testing.assert_close(expected.eval()(x), after.encoder.eval()(x), rtol=0, atol=0)
     unmoved = after.model.state_dict()
@@ -354,9 +354,8 @@ def test_layout_and_paste():
 
 
 if __name__ == "__main__":  # under torchrun: python test_simclrv2.py JOBS, a json list of command lines
-    for argv in json.loads(sys.argv[1]):
-        grads = train_here(argv)
-        if int(os.environ["RANK"]) == 0:
-            torch.save(grads[2], Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")
-    torch.distributed.barrier()  # who leaves with the group still open can abort the others
-    torch.distributed.destroy_process_group()
+    with user_errors():
+        for argv in json.loads(sys.argv[1]):
+            grads = train_here(argv)
+            if int(os.environ["RANK"]) == 0:
+                torch.save(grads[2], Path(argv[argv.index("--output-dir") + 1]) / "grads.pt")

@@ -114,7 +114,7 @@ def test_paste_simclr():
 
 
 @pytest.mark.parametrize("file, name", [("clip.py", "LanguageView"), ("slip.py", "LanguageView"), ("slip.py", "SSLView"),
-                                        ("simclr.py", "SimCLRView")])  # fmt: skip
+                                        ("simclr.py", "SimCLRView"), ("moco.py", "MoCoView"), ("mocov3.py", "MoCoV3View")])  # fmt: skip
 def test_paste_augmentation(file, name):
     """With the image operations it names, and Python's random generator that is handed in."""
     import random

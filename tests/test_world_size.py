@@ -12,6 +12,12 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "declip_released": ("declip", ["--released"]),
+    "dino_accum": ("dino", ["--accum-steps", "2"]),
+    # Batch norm over fewer than eight values amplifies rounding. Groups: one in all; two, which four processes share
+    "moco": ("moco", ["--bn-group", "8"]),
+    "moco_v1": ("moco", ["--version", "1", "--bn-group", "8", "--batch-size", "16", "--queue-size", "48", "--epochs", "8"]),
+    "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
+    "moco_symmetric": ("moco", ["--symmetric", "--queue-size", "48", "--bn-group", "8"]),
 }
 
 
@@ -43,13 +49,14 @@ def test_same_run_on_more_processes(results, variant, processes):
     (one, one_grads), (many, many_grads) = results[variant, 1], results[variant, processes]
     losses = [[row["loss"] for row in rows(directory) if "loss" in row] for directory in (one, many)]
     assert len(losses[0]) == 20 and len(set(losses[0])) > 15  # it moves
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
+    atol = 1e-5 if variant == "simsiam" else 0  # a cosine near 0
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=atol)
     largest = max(g.abs().max() for g in one_grads)
     for a, b in zip(one_grads, many_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(largest))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(largest))
 
 
-@pytest.mark.parametrize("name", ["clip", "slip"])
+@pytest.mark.parametrize("name", ["clip", "slip", "dino"])
 def test_accumulation_is_exact(results, name):
     (plain, plain_grads), (accum, accum_grads) = results[name, 1], results[f"{name}_accum", 1]
     assert rows(plain)[0]["loss"] == pytest.approx(rows(accum)[0]["loss"], rel=1e-6)

@@ -1,0 +1,357 @@
+"""BYOL: Bootstrap Your Own Latent, A New Approach to Self-Supervised Learning (2020, arXiv 2006.07733).
+
+An online network predicts, from one augmentation of an image, what a target network says of another; no
+image is pushed away from any other. The target follows the online network as a slow moving average. What
+makes it work, instead of all outputs becoming one: the predictor, which only the online network has, and a
+target that moves slowly. Even one that stays random teaches (--target random, see docs/byol.md).
+
+Loss (Eq. 2), f backbone, g projector, q predictor, theta online and xi target weights, x and x' two views:
+    p = q(g_theta(f_theta(x))), z' = g_xi(f_xi(x')), both scaled to unit length
+    L = |p - z'|^2 = 2 - 2 p.z', plus the same with x and x' exchanged, mean over the batch
+    after the optimizer's step: xi <- tau xi + (1 - tau) theta (Eq. 1), tau from --tau to 1 on half a cosine
+    chance level 4 (independent directions: p.z' = 0), range 0 to 8; 0 is also the collapse, when all outputs
+    are one: feature_std tells, which is about 1 / sqrt(E) or else falls to 0
+B global batch, b = B / processes, D features of the backbone, E output of the projector, S image size.
+
+Laptop           torchrun byol.py
+                 torchrun byol.py --target random
+1 GPU            torchrun byol.py --data cifar10
+8 GPUs           torchrun --nproc_per_node=8 byol.py --data imagenet
+  300 epochs     torchrun --nproc_per_node=8 byol.py --data imagenet --recipe imagenet-300
+
+Backbones are torchvision's ResNets. Differences from the official code:
+ - No linear classifier is trained along on the labels: it does not reach the encoder, and kNN tells the same.
+ - Colour operations are torchvision's (brightness is a factor, contrast mixes with the mean grey level), and
+   crops are antialiased; official: brightness is added, contrast is per channel, TensorFlow's resizing.
+ - A GPU computes in mixed precision (--dtype fp32). Max-pooling pads as torch does.
+ - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
+
+Diff against: simclr.py.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
+from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it for the width multiplier w
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
+    hidden_dim: int = 4096  # hidden layer of projector and predictor (Sec. 3.3)
+    out_dim: int = 256  # E, their output (Sec. 3.3)
+    target: Literal["ema", "random"] = "ema"  # random: it stays as drawn (Sec. 3)
+    tau: float = 0.996  # of the target's moving average, in the first step (Sec. 3.3)
+    tau_end: float = 1.0  # after the last one (Sec. 3.3); equal to --tau: constant
+    image_size: int = 224  # pixels
+    blur: bool = True  # App. B; not for CIFAR-10
+    epochs: int = 1000  # Sec. 3.3 (300 in the ablations)
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 4096  # global: all processes together (Sec. 3.3)
+    accum_steps: int = 1  # more is refused: batch norm needs the whole batch
+    base_lr: float = 0.2  # lr = base_lr * batch / 256 (Sec. 3.3)
+    min_lr: float = 0.0  # end of the cosine
+    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 3.3)
+    optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 3.3
+    momentum: float = 0.9  # of either optimizer
+    weight_decay: float = 1.5e-6  # on everything but biases and batch norm (Sec. 3.3)
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order and views
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+SGD = dict(image_size=32, blur=False, hidden_dim=1024, optimizer="sgd", base_lr=0.12, weight_decay=5e-4,
+           warmup_epochs=0.0)
+RECIPES = {
+    "shapes": dict(SGD, arch="resnet18", stem="imagenet", tau=0.97, epochs=1, batch_size=64, base_lr=1.0),
+    "cifar10": dict(SGD, arch="resnet18", tau=0.99, tau_end=0.99, epochs=200, batch_size=512),  # as lightly
+    "imagenet": {},  # Table 1: linear probe 74.3%
+    "imagenet-300": dict(epochs=300, base_lr=0.3, tau=0.99, weight_decay=1e-6),  # ablations: 72.5%
+    "imagenet-100": dict(epochs=100, base_lr=0.45, tau=0.99, weight_decay=1e-6),  # official configs
+    "imagenet-b512": dict(batch_size=512, base_lr=0.4, tau=0.9995),  # App. G: 73.7%
+}
+
+
+# -------------------------------------------- augmentation --------------------------------------------
+# Adapted from simclr.py: SimCLRView, other strengths, solarisation, normalised; the two views differ
+class BYOLView:
+    """One of the two views, which differ in how probable blur and solarisation are (App. B, Table 6)."""
+
+    def __init__(self, size, blur=1.0, solarize=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+        self.size, self.blur, self.solarize, self.mean, self.std = size, blur, solarize, mean, std
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
+        and view."""
+        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < self.blur,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            "solarize": rng.random() < self.solarize,
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+        }
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
+        x = hflip(to_float(x), draw["flip"])
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        x = grayscale(x, draw["gray"])
+        if self.blur:
+            kernel_size = self.size // 20 * 2 + 1  # a tenth of the image, odd
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size)
+        if self.solarize:
+            x = solarize(x, draw["solarize"])
+        return normalize(x, self.mean, self.std)
+
+
+# Adapted from simclr.py: eval_view, normalised
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
+
+
+# -------------------------------------------- backbone --------------------------------------------
+# Copied from simclr.py: ResNet
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) -> (B, D)."""
+
+    def __init__(self, block, layers, width=1, cifar_stem=False):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, zero_init_residual=True)
+        self.conv1 = nn.Conv2d(3, 64 * width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        if cifar_stem:
+            self.conv1 = nn.Conv2d(3, 64 * width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.feature_dim, self.fc = self.fc.in_features * width, nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
+                std = module.weight[0].numel() ** -0.5 / 0.87962566
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = 64 * self.width
+        return super()._make_layer(block, planes * self.width, blocks, stride, dilate)
+
+
+# Copied from simclr.py: resnet
+def resnet(arch, cifar_stem=False):
+    """"resnet50" or, with a width multiplier, "resnet50x2" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]), "50": (bottleneck, [3, 4, 6, 3]),
+              "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
+    if not match or match[1] not in depths:
+        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101, 152 or wider, resnet50x2")
+    return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
+
+
+# -------------------------------------------- model --------------------------------------------
+def mlp(dim, hidden_dim, out_dim):
+    """Projector g and predictor q (Sec. 3.3): Linear, BN, ReLU, Linear, nothing after it. (B, dim) -> (B,
+    out_dim)."""
+    layers = nn.Sequential(
+        nn.Linear(dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, out_dim, bias=False),
+    )
+    for linear in (layers[0], layers[3]):  # official: Haiku's default
+        std = linear.in_features**-0.5
+        nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layers[0].bias)
+    return layers
+
+
+class Encoder(nn.Module):
+    """g(f(x)): backbone and projector. (B, 3, S, S) -> (B, E)."""
+
+    def __init__(self, backbone, projector):
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
+
+
+class BYOL(nn.Module):
+    def __init__(self, online, target, predictor):
+        super().__init__()
+        self.online, self.target, self.predictor = online, target.requires_grad_(False), predictor
+
+    def forward(self, view1, view2):
+        """(B, 3, S, S) twice -> predictions p1, p2 and the target's projections z1, z2, (B, E) each, not
+        normalised. Each view is a batch of its own to batch norm, the target's too (official code)."""
+        p1, p2 = self.predictor(self.online(view1)), self.predictor(self.online(view2))
+        with torch.no_grad():
+            z1, z2 = self.target(view1), self.target(view2)
+        return p1, p2, z1, z2
+
+
+def target_decay(step, total, start, end=1.0):
+    """tau at 0-based `step`: `start` at first, on half a cosine to `end` at `total` (Sec. 3.3)."""
+    return end - (end - start) * (math.cos(math.pi * step / total) + 1) / 2
+
+
+@torch.no_grad()
+def update_target(online, target, tau):
+    """xi <- tau xi + (1 - tau) theta (Eq. 1), for parameters: the target's batch norm has statistics of its
+    own forward passes."""
+    for theta, xi in zip(online.parameters(), target.parameters()):
+        xi.lerp_(theta, 1 - tau)
+
+
+def build_model(args) -> BYOL:
+    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
+
+    def encoder():
+        backbone = resnet(args.arch, cifar_stem)
+        return Encoder(backbone, mlp(backbone.feature_dim, args.hidden_dim, args.out_dim))
+
+    # The target starts with other random weights than the online network, as in the official code
+    return BYOL(encoder(), encoder(), mlp(args.out_dim, args.hidden_dim, args.out_dim))
+
+
+def image_encoder(model: BYOL) -> nn.Module:
+    """Module from images to pooled features (B, D): f of the online network (Sec. 3.1)."""
+    return model.online.backbone
+
+
+# -------------------------------------------- loss --------------------------------------------
+def byol_loss(p1, p2, z1, z2):
+    """2 - 2 cos(p, z) (BYOL Eq. 2), p of one view and z of the other, both ways added; chance level 4.
+
+    p1, p2: (b, E) predictions of this process, z1, z2: (b, E) projections of the target for the same views,
+    without gradient; any length and dtype. Call it outside autocast. Returns the mean over this process's b
+    images: the mean over processes is the loss of the global batch, nothing needs to be gathered."""
+    p1, p2 = F.normalize(p1.float(), dim=-1), F.normalize(p2.float(), dim=-1)
+    z1, z2 = F.normalize(z1.detach().float(), dim=-1), F.normalize(z2.detach().float(), dim=-1)
+    return (2 - 2 * (p1 * z2).sum(-1)).mean() + (2 - 2 * (p2 * z1).sum(-1)).mean()
+
+
+def feature_std(z):
+    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
+    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
+    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
+
+
+# -------------------------------------------- training --------------------------------------------
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+    if args.accum_steps > 1:
+        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+    if max(args.tau, args.tau_end) > 1:
+        raise UserError("--tau and --tau-end are the share of the target that stays, at most 1: use 0.9 to 1")
+
+    # data
+    dataset = open_dataset(args.data, args.data_dir)
+    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    views = {"view1": BYOLView(args.image_size, 1.0 * args.blur, solarize=0.0),
+             "view2": BYOLView(args.image_size, 0.1 * args.blur, solarize=0.2)}  # fmt: skip
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but the target's
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # batch norm, biases
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    scale = args.batch_size / 256
+    peak = args.base_lr * scale
+    if args.optimizer == "lars":
+        groups[1]["exclude"] = True
+        optimizer = LARS(groups, lr=peak, momentum=args.momentum)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
+
+    # run directory; continues from its checkpoint if it has one
+    run = Run("byol", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    run.say(f"lr = {args.base_lr} * {scale:g} (linear scaling) = {peak:g}")
+    spread = args.out_dim**-0.5
+    run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if features are spread, 0 if collapsed")
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    chance = 4.0
+
+    for step, batch in loader.batches(run.step, run.last):
+        view1, view2 = (views[name](*batch[name]) for name in views)
+        if step == 0:
+            save_views(run.dir, {"view1": view1, "view2": view2}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+
+        with autocast:
+            p1, p2, z1, z2 = ddp(view1, view2)
+        loss = byol_loss(p1, p2, z1, z2)
+        scaler.scale(loss).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        tau = target_decay(step, run.total, args.tau, args.tau_end) if args.target == "ema" else 1.0
+        update_target(model.online, model.target, tau)
+
+        terms = {"loss": (loss, chance), "feature_std": (feature_std(z1), None)}
+        run.log(terms, feature_std_chance=spread, lr=lr, tau=tau)
+        if val and run.due(args.eval_every):
+            metrics = knn_eval(image_encoder(model), memory, val, eval_view(args), device)
+            if args.target == "random":  # what the online network should surpass
+                teacher = knn_eval(model.target.backbone, memory, val, eval_view(args), device)
+                metrics |= {f"target_{name}": value for name, value in teacher.items()}
+            run.log_evaluation(metrics)
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
+    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

@@ -1,0 +1,375 @@
+"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (2019, arXiv 1911.05722).
+
+The query of a view is to find, among the keys of many images, the key of another view of its own image. The
+other keys wait in a queue, so that there can be far more of them than a batch holds. They stay consistent
+because the encoder of keys is not trained: it is a slow average of the encoder of queries.
+
+Loss InfoNCE (Eq. 1), with q and k of unit length, k_i the keys in the queue, tau the temperature:
+    L = -log( exp(q.k_+ / tau) / (exp(q.k_+ / tau) + sum_i exp(q.k_i / tau)) ),  mean over the batch,
+    theta_k <- m theta_k + (1 - m) theta_q (Eq. 2),  chance level ln(K + 1)
+B global batch, b = B / processes, D features of the backbone, E output of the head, K keys in the queue, S
+image size (pixels).
+
+Laptop        torchrun moco.py
+1 GPU         torchrun moco.py --data cifar10
+8 GPUs        torchrun --nproc_per_node=8 moco.py --data imagenet
+Version 1     torchrun --nproc_per_node=8 moco.py --data imagenet --version 1
+
+Version 2 (arXiv 2003.04297) adds SimCLR's MLP head, stronger augmentation and the cosine. Differences from
+the official code, whose checkpoints load:
+ - Batch norm and its shuffling work on groups of --bn-group samples of the global batch, what one GPU holds
+   there, for any number of processes. Running statistics are means over them; official: the first GPU's.
+ - Blur is a Gaussian on 13 pixels; official: Pillow's approximation by boxes.
+ - --symmetric, for small data, takes the mean of both losses; official (CIFAR notebook): their sum.
+ - A GPU computes in mixed precision; official: float32 (--dtype fp32).
+
+Diff against: simclr.py.
+"""
+
+import copy
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
+from common import parse_args, rank, user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
+from data import hflip, normalize, open_dataset, random_resized_crop, to_float
+from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    version: Literal["1", "2"] = "2"  # 2: MLP head, stronger augmentation, cosine (arXiv 2003.04297)
+    arch: str = "resnet50"  # resnet{18,34,50,101,152}
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
+    head_dim: int = 128  # output of the head (Sec. 3.3)
+    queue_size: int = 65536  # K, a multiple of the batch (Sec. 4.1)
+    key_momentum: float = 0.999  # m of Eq. 2 (Sec. 3.2)
+    symmetric: bool = False  # also the second view's queries, both views' keys enter the queue
+    bn_group: int = 32  # samples that batch norm sees together; the papers' batch per GPU
+    image_size: int = 224  # pixels
+    min_area: float = 0.2  # of a crop, as a share of the image (official code)
+    blur: bool = True  # in version 2 (its Sec. 3)
+    temperature: float | None = None  # tau (default: 0.07 in version 1, 0.2 in version 2)
+    epochs: int = 200  # Sec. 3.3; 800 for version 2's best
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 256  # global: all processes together (Sec. 3.3)
+    accum_steps: int = 1  # more is refused: the queue makes small batches enough
+    lr: float = 0.03  # at the start, for batch 256 (Sec. 3.3); not scaled here
+    min_lr: float = 0.0  # end of the cosine
+    warmup_epochs: float = 0.0  # linear, from 0; none in the papers
+    momentum: float = 0.9  # of SGD (Sec. 3.3)
+    weight_decay: float = 1e-4  # on every parameter (Sec. 3.3)
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order and views
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+SMALL = dict(arch="resnet18", image_size=32, min_area=0.08, blur=False, temperature=0.1, symmetric=True,
+             key_momentum=0.99, weight_decay=5e-4)  # lightly's benchmark
+RECIPES = {
+    "shapes": dict(SMALL, stem="imagenet", symmetric=False, queue_size=4096, epochs=2, batch_size=128,
+                   lr=0.06),
+    "cifar10": dict(SMALL, queue_size=8192, bn_group=64, epochs=200, batch_size=512, lr=0.24),  # kNN 84.7%
+    "imagenet": {},  # linear probe 67.5%, after 800 epochs 71.1% (version 2); 60.6% (version 1)
+}
+
+
+# -------------------------------------------- augmentation --------------------------------------------
+class MoCoView:
+    """One of the two views, both drawn alike. Version 1 (official code): crop, grey, colour jitter always and
+    with a large share of hue, flip. Version 2: SimCLR's order, weaker than there, and blur."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, size, version="2", min_area=0.2, blur=True):
+        self.size, self.version, self.min_area, self.blur = size, version, min_area, blur and version == "2"
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
+        and view."""
+        return random_resized_crop(image, rng, self.size, scale=(self.min_area, 1.0))
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        hue = 0.4 if self.version == "1" else 0.1
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < (1.0 if self.version == "1" else 0.8),
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < 0.5,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=hue),
+        }
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
+        x = hflip(to_float(x), draw["flip"])
+        if self.version == "1":  # before the jitter, whose hue and saturation leave grey alone
+            x = grayscale(x, draw["gray"])
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        if self.version == "2":
+            x = grayscale(x, draw["gray"])
+        if self.blur:
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+        return normalize(x, self.mean, self.std)
+
+
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+
+
+# -------------------------------------------- backbone --------------------------------------------
+def resnet(arch, out_dim, cifar_stem=False):
+    """torchvision's ResNet as it is, its classifier `fc` with out_dim outputs (Sec. 3.3): (B, 3, S, S) ->
+    (B, out_dim). Raises UserError for other names."""
+    if not re.fullmatch("resnet(18|34|50|101|152)", arch):
+        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101 or 152")
+    net = getattr(torchvision.models, arch)(num_classes=out_dim)
+    if cifar_stem:
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+class GroupBatchNorm(nn.BatchNorm2d):
+    """Batch norm over every `group` samples that follow each other in the global batch: over those that one
+    GPU holds in the paper, on any number of processes. Parameter names stay."""
+
+    group = 32
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        b, channels = x.shape[:2]
+        if b % self.group == 0:  # whole groups are here
+            mean, var, parts = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var), []
+            for i, part in enumerate(x.split(self.group)):  # mean and var become means over the groups
+                moments = dict(training=True, momentum=1 / (i + 1), eps=self.eps)
+                parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, **moments))
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:  # a group lies on several processes: its moments are added up from those of its samples
+            first, n = b * torch.distributed.get_rank(), self.group * x[0, 0].numel()
+            of = torch.arange(first, first + b, device=x.device) // self.group  # the group of each sample
+
+            def mean_of_groups(x):  # (b, C, H, W) -> (B / group, C, 1, 1)
+                return all_gather(x.sum((2, 3))).view(-1, self.group, channels, 1, 1).sum(1) / n
+
+            means = mean_of_groups(x.float())
+            out = x.float() - means[of]
+            variances = mean_of_groups(out.square())
+            out = out * (variances[of] + self.eps).rsqrt()
+            out = out * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+            mean, var = means.detach().mean(0).flatten(), variances.detach().mean(0).flatten() * n / (n - 1)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        return out
+
+
+def group_batchnorm(model, group):
+    """Makes every batch norm of `model` use statistics of `group` samples."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__, module.group = GroupBatchNorm, group
+    return model
+
+
+@torch.no_grad()
+def average_statistics(model):
+    """Running statistics become the mean over the processes, that is over all groups. No gradient needs them,
+    so once a step is enough."""
+    buffers = [buffer for name, buffer in model.named_buffers() if "running" in name]
+    mean = all_reduce_mean(torch.cat(buffers))
+    for buffer, part in zip(buffers, mean.split([len(buffer) for buffer in buffers])):
+        buffer.copy_(part)
+
+
+# -------------------------------------------- model --------------------------------------------
+class MoCo(nn.Module):
+    """Two networks of one architecture, each with a classifier `fc` that is the head (mlp=True, version 2:
+    with another layer before it), and the queue of keys (E, K). encoder_k starts as a copy of encoder_q."""
+
+    def __init__(self, encoder_q, encoder_k, queue_size=65536, mlp=False):
+        super().__init__()
+        out_dim, dim = encoder_q.fc.weight.shape
+        if mlp:
+            for encoder in (encoder_q, encoder_k):
+                encoder.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), encoder.fc)
+        self.encoder_q, self.encoder_k = encoder_q, encoder_k.requires_grad_(False)
+        self.encoder_k.load_state_dict(encoder_q.state_dict())
+        self.register_buffer("queue", F.normalize(torch.randn(out_dim, queue_size), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, *views):
+        """(b, 3, S, S) each -> list of queries (b, E), not normalised."""
+        return [self.encoder_q(x) for x in views]
+
+    @torch.no_grad()
+    def update_key_encoder(self, m):
+        """Eq. 2. Batch norm's buffers are not averaged: each network runs on statistics of its own."""
+        for k, q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+            k.mul_(m).add_(q, alpha=1 - m)
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """The keys of the global batch (B, E), of unit length, take the place of the oldest (Sec. 3.2)."""
+        first = int(self.queue_ptr)
+        self.queue[:, first : first + len(keys)] = keys.T
+        self.queue_ptr[0] = (first + len(keys)) % self.queue.shape[1]
+
+
+@torch.no_grad()
+def shuffled_keys(encoder, x, order):
+    """Keys of the global batch (B, E), of unit length, from the images (b, 3, S, S) of each process.
+
+    Shuffling batch norm (Sec. 3.3): the encoder sees the images in `order`, a permutation of B that all
+    processes share, so that a key's batch statistics are not those of its query and do not give it away."""
+    b, first = len(x), rank() * len(x)
+    keys = encoder(all_gather(x)[order[first : first + b]])
+    return all_gather(F.normalize(keys.float(), dim=1))[order.argsort()]
+
+
+def build_model(args) -> MoCo:
+    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
+    encoder_q, encoder_k = (resnet(args.arch, args.head_dim, cifar_stem) for _ in range(2))
+    return MoCo(encoder_q, encoder_k, args.queue_size, mlp=args.version == "2")
+
+
+def image_encoder(model: MoCo) -> nn.Module:
+    """Module from images to pooled features (B, D): encoder_q without its head, weights shared."""
+    encoder = copy.copy(model.encoder_q)
+    encoder._modules = {**encoder._modules, "fc": nn.Identity()}
+    return encoder
+
+
+# -------------------------------------------- loss --------------------------------------------
+def info_nce_loss(q, k, queue, temperature):
+    """InfoNCE (Eq. 1), in nats; chance level ln(K + 1). -> the mean over the b queries, and the share of them
+    that are closer to their key than to any in the queue.
+
+    q, k: (b, E) of this process, query i belongs to key i, any length and dtype; queue: (E, K), unit columns.
+    Gradient flows into q alone. Call it outside autocast, whose products are in half precision."""
+    q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    positive = (q * k).sum(1, keepdim=True)  # (b, 1)
+    logits = torch.cat([positive, q @ queue], dim=1) / temperature  # (b, 1 + K)
+    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == 0).float().mean()
+
+
+# -------------------------------------------- training --------------------------------------------
+def learning_rate(args, epoch):
+    """At a fractional epoch. By whole epochs (official code): a tenth after 60% and again after 80% of them
+    in version 1 (120 and 160 of 200), half a cosine in version 2."""
+    if epoch < args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    if args.version == "1":
+        return args.lr * 0.1 ** sum(int(epoch) >= part * args.epochs for part in (0.6, 0.8))
+    epoch = max(int(epoch), args.warmup_epochs)
+    return warmup_cosine(epoch, args.epochs, args.warmup_epochs, args.lr, end=args.min_lr)
+
+
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+    if args.accum_steps > 1:
+        raise UserError("--accum-steps is not needed with a queue: use 1 and a smaller --batch-size")
+    keys, group = args.batch_size * (2 if args.symmetric else 1), args.bn_group
+    if args.queue_size % keys:
+        raise UserError(f"--queue-size {args.queue_size} is not a multiple of {keys}, the new keys of a step")
+    if group < 2 or args.batch_size % group:
+        raise UserError(f"--bn-group {group} must be above 1 and divide --batch-size {args.batch_size}")
+
+    # data
+    dataset = open_dataset(args.data, args.data_dir)
+    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    view = MoCoView(args.image_size, args.version, args.min_area, args.blur)
+    views = {"view1": view, "view2": view}
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model = group_batchnorm(build_model(args), args.bn_group).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    trained, decay = model.encoder_q.parameters(), args.weight_decay
+    optimizer = torch.optim.SGD(trained, lr=args.lr, momentum=args.momentum, weight_decay=decay)
+    temperature = args.temperature or {"1": 0.07, "2": 0.2}[args.version]
+
+    # run directory; continues from its checkpoint if it has one
+    run = Run("moco", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    run.say(f"version {args.version}, temperature {temperature}")
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    chance = math.log(args.queue_size + 1)
+
+    for step, batch in loader.batches(run.step, run.last):
+        view1, view2 = (views[name](*batch[name]) for name in views)
+        if step == 0:
+            save_views(run.dir, {"view1": view1, "view2": view2}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = learning_rate(args, step / run.epoch_steps)
+
+        queries, others = ((view1, view2), (view2, view1)) if args.symmetric else ((view1,), (view2,))
+        with autocast:
+            q = ddp(*queries)
+        model.update_key_encoder(args.key_momentum)  # with the weights that gave q, as the official code
+        shuffle = torch.Generator().manual_seed((args.seed * 2**32 + step) % 2**63)  # the same everywhere
+        with autocast:
+            orders = [torch.randperm(args.batch_size, generator=shuffle).to(device) for _ in others]
+            k = [shuffled_keys(model.encoder_k, x, order) for x, order in zip(others, orders)]
+        here = slice(rank() * len(view1), (rank() + 1) * len(view1))  # of the global batch
+        pairs = [info_nce_loss(q_, k_[here], model.queue, temperature) for q_, k_ in zip(q, k)]
+        loss, top1 = (sum(values) / len(pairs) for values in zip(*pairs))
+        scaler.scale(loss).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.enqueue(torch.cat(k))  # only now: a query's own key is no negative
+        average_statistics(model)
+
+        feature_std = k[0].std(dim=0).mean()  # 1 / sqrt(E) when spread over the sphere, 0 when collapsed
+        run.log({"loss": (loss, chance), "top1": (top1, None), "feature_std": (feature_std, None)}, lr=lr)
+        if val and run.due(args.eval_every):
+            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
+    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

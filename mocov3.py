@@ -1,0 +1,395 @@
+"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (2021, arXiv 2104.02057).
+
+MoCo without a queue: the keys of a large batch are enough. Both views are query and key, a predictor follows
+the encoder of queries, and the encoder of keys averages ever more slowly. Vision transformers train stably
+when their patch embedding stays as it was initialised.
+
+Loss (Eq. 1, Algorithm 1), with q and k of unit length, tau the temperature, the B keys of the other view:
+    ctr(q, k) = -2 tau log( exp(q.k_+ / tau) / sum_j exp(q.k_j / tau) ),  mean over the batch,
+    L = ctr(q1, k2) + ctr(q2, k1),  chance level 4 tau ln B
+B global batch, b = B / processes, N tokens, D features of the backbone, E output of the heads, S image size
+(pixels). The momentum of the average: theta_k <- m theta_k + (1 - m) theta_q, m from 0.99 to 1.
+
+Laptop        torchrun mocov3.py
+1 GPU         torchrun mocov3.py --data cifar10
+8 GPUs        torchrun --nproc_per_node=8 mocov3.py --data imagenet
+ResNet-50     torchrun --nproc_per_node=8 mocov3.py --data imagenet --recipe imagenet-resnet50
+
+Differences from the official code, whose checkpoints load:
+ - Blur is a Gaussian on 13 pixels; official: Pillow's approximation by boxes.
+ - Transformers with a convolutional stem are not here.
+ - A GPU computes in bfloat16 where it can; official: float16.
+
+Diff against: moco.py.
+"""
+
+import copy
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
+from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "vit_small_patch16"  # vit_{micro,small,base}_patchP or resnet{18,34,50,101,152}
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # of ResNets; cifar: 3x3, no pool; auto: up to 32 px
+    mlp_dim: int = 4096  # width of projector and predictor (Sec. 4.1)
+    head_dim: int = 256  # their output
+    key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
+    freeze_patch_embed: bool = True  # of a transformer: stays as initialised (Sec. 4)
+    image_size: int = 224  # pixels
+    min_area: float = 0.08  # of a crop, as a share of the image; 0.2 for ResNets (official code)
+    blur: bool = True  # of view 1 always, of view 2 with probability 0.1
+    temperature: float = 0.2  # tau; 1.0 for ResNets (official code)
+    epochs: int = 300  # Table 4
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 4096  # global: all processes together (Sec. 4.1)
+    accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
+    base_lr: float = 1.5e-4  # lr = base_lr * batch / 256 (Sec. 4.1)
+    min_lr: float = 0.0  # end of the cosine
+    warmup_epochs: float = 40.0  # linear, from 0 (Sec. 4.1)
+    optimizer: Literal["adamw", "lars"] = "adamw"  # lars for ResNets
+    trust: float = 1e-3  # of LARS
+    weight_decay: float = 0.1  # AdamW: on all parameters; LARS: not on biases and norms
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order and views
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+RESNET = dict(min_area=0.2, temperature=1.0, optimizer="lars", warmup_epochs=10.0, weight_decay=1e-6)
+SMALL = dict(RESNET, arch="resnet18", image_size=32, blur=False, temperature=0.2, trust=0.02, base_lr=0.3)
+RECIPES = {
+    "shapes": dict(SMALL, stem="imagenet", mlp_dim=512, epochs=2, batch_size=128, warmup_epochs=0.2),
+    "cifar10": dict(SMALL, epochs=1000, batch_size=256),  # as solo-learn: linear 93.1%
+    "imagenet": {},  # ViT-S: linear probe 73.2%
+    "imagenet-vit-base": dict(arch="vit_base_patch16"),  # 76.7%
+    "imagenet-resnet50": dict(RESNET, arch="resnet50", epochs=100, base_lr=0.6),  # 68.9%
+    "imagenet-resnet50-1000": dict(RESNET, arch="resnet50", epochs=1000, base_lr=0.3, weight_decay=1.5e-6,
+                                   key_momentum=0.996),  # 74.6%
+}
+
+
+# -------------------------------------------- augmentation --------------------------------------------
+# Adapted from moco.py: MoCoView, two kinds of views
+class MoCoV3View:
+    """Two kinds, as BYOL's: view 1 is always blurred, view 2 seldom, but sometimes solarised."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, size, first=True, min_area=0.08, blur=True):
+        self.size, self.min_area, self.blur = size, min_area, blur
+        self.blur_p, self.solarize_p = (1.0, 0.0) if first else (0.1, 0.2)
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
+        and view."""
+        return random_resized_crop(image, rng, self.size, scale=(self.min_area, 1.0))
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < self.blur_p,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            "solarize": rng.random() < self.solarize_p,
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+        }
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
+        x = hflip(to_float(x), draw["flip"])
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        x = grayscale(x, draw["gray"])
+        if self.blur:
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+        return normalize(solarize(x, draw["solarize"]), self.mean, self.std)
+
+
+# Copied from moco.py: eval_view
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+
+
+# -------------------------------------------- backbone --------------------------------------------
+ARCHS = {"vit_micro": (192, 4, 3), "vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}  # D, blocks, heads
+
+
+# Copied from slip.py: Attention
+class Attention(nn.Module):
+    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, .)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+# Copied from slip.py: Block
+class Block(nn.Module):
+    """Pre-norm block of the image encoder, with timm's names. (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(dim, 4 * dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_position_embedding(side, dim):
+    """Of a grid of side x side patches and the class token, which has zeros -> (1, 1 + side * side, dim).
+    As the official code: the first half of the channels counts rows, which it calls w."""
+    place = torch.arange(side, dtype=torch.float32)
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    rows, columns = (axis.flatten()[:, None] * omega for axis in torch.meshgrid(place, place, indexing="ij"))
+    grid = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
+    return torch.cat([torch.zeros(1, dim), grid])[None]
+
+
+# Adapted from slip.py: VisionTransformer, fixed positions, another initialisation, a head, square images
+class VisionTransformer(nn.Module):
+    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm, and
+    through `head`."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, freeze_patch_embed=True):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        pos_embed = sincos_position_embedding(image_size // patch_size, dim)
+        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+        self.patch_embed = nn.Sequential()
+        self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Identity()
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                for block in module.weight.chunk(3 if name.endswith("qkv") else 1):  # q, k, v by themselves
+                    nn.init.xavier_uniform_(block)
+                nn.init.zeros_(module.bias)
+        bound = (6 / (3 * patch_size**2 + dim)) ** 0.5
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        self.patch_embed.requires_grad_(not freeze_patch_embed)
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x)[:, 0]))
+
+
+def resnet(arch, cifar_stem=False):
+    """torchvision's ResNet, the last norm of each block starting at 0. Raises UserError for other names."""
+    if not re.fullmatch("resnet(18|34|50|101|152)", arch):
+        vits = ", ".join(f"{name}_patch16" for name in ARCHS)
+        raise UserError(f"--arch {arch} is unknown, choose {vits} or resnet18, 34, 50, 101, 152")
+    net = getattr(torchvision.models, arch)(zero_init_residual=True)
+    if cifar_stem:
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def make_encoder(args):
+    """-> network without head, name of the attribute its head goes to, D."""
+    name, _, patch = args.arch.partition("_patch")
+    if name in ARCHS and patch.isdecimal() and int(patch):
+        if args.image_size % int(patch):
+            raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)} ({args.arch})")
+        dim, depth, heads = ARCHS[name]
+        freeze = args.freeze_patch_embed
+        return VisionTransformer(args.image_size, int(patch), dim, depth, heads, freeze), "head", dim
+    net = resnet(args.arch, args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32)
+    return net, "fc", net.fc.in_features
+
+
+# -------------------------------------------- model --------------------------------------------
+def mlp(layers, dim, hidden, out_dim, last_norm=True):
+    """Linear, BN, ReLU, ..., Linear and, if last_norm, BN without scale and offset. No biases."""
+    sizes, modules = [dim] + [hidden] * (layers - 1) + [out_dim], []
+    for a, b in zip(sizes[:-2], sizes[1:]):
+        modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
+    modules.append(nn.Linear(sizes[-2], out_dim, bias=False))
+    return nn.Sequential(*modules, *([nn.BatchNorm1d(out_dim, affine=False)] if last_norm else []))
+
+
+class MoCoV3(nn.Module):
+    """Two encoders of one architecture, each with its projector, and the predictor of the queries.
+    momentum_encoder starts as a copy of base_encoder."""
+
+    def __init__(self, base_encoder, momentum_encoder, predictor):
+        super().__init__()
+        self.base_encoder, self.momentum_encoder = base_encoder, momentum_encoder.requires_grad_(False)
+        self.predictor = predictor
+        self.momentum_encoder.load_state_dict(base_encoder.state_dict())
+
+    def forward(self, *views):
+        """(b, 3, S, S) each -> list of queries (b, E), not normalised."""
+        return [self.predictor(self.base_encoder(x)) for x in views]
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, m):
+        """theta_k <- m theta_k + (1 - m) theta_q. Batch norm's buffers are not averaged."""
+        for k, q in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters()):
+            k.mul_(m).add_(q, alpha=1 - m)
+
+
+def build_model(args) -> MoCoV3:
+    encoders, out_dim = [], args.head_dim
+    for _ in range(2):
+        encoder, head, dim = make_encoder(args)
+        layers = 3 if head == "head" else 2  # transformers have a deeper projector (official code)
+        setattr(encoder, head, mlp(layers, dim, args.mlp_dim, out_dim))
+        encoders.append(encoder)
+    return MoCoV3(*encoders, mlp(2, out_dim, args.mlp_dim, out_dim, last_norm=head == "head"))
+
+
+def image_encoder(model: MoCoV3) -> nn.Module:
+    """Module from images to pooled features (B, D): base_encoder without its projector, weights shared."""
+    encoder = copy.copy(model.base_encoder)
+    head = "head" if hasattr(encoder, "head") else "fc"
+    encoder._modules = {**encoder._modules, head: nn.Identity()}
+    return encoder
+
+
+# -------------------------------------------- loss --------------------------------------------
+def contrastive_loss(q, k, temperature):
+    """ctr of Algorithm 1 over the global batch, 2 tau times nats; chance level 2 tau ln B. The factor keeps
+    the size of the gradient when tau changes (BYOL's appendix).
+
+    q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows into q alone.
+    Call it outside autocast, whose products are in half precision. Returns the mean over this process's
+    queries: the mean over processes is the loss of the global batch."""
+    q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    all_k = all_gather(k)  # (B, E)
+    b, first = len(q), 0
+    if len(all_k) > b:
+        first = b * torch.distributed.get_rank()
+    labels = torch.arange(first, first + b, device=q.device)
+    return 2 * temperature * F.cross_entropy(q @ all_k.T / temperature, labels)
+
+
+# -------------------------------------------- training --------------------------------------------
+def key_momentum(step, total, start):
+    """m at a step: `start`, on half a cosine to 1 (Sec. 4.1)."""
+    return 1 - 0.5 * (1 + math.cos(math.pi * step / total)) * (1 - start)
+
+
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+    if args.accum_steps > 1:
+        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+
+    # data
+    dataset = open_dataset(args.data, args.data_dir)
+    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    kinds = {"view1": True, "view2": False}
+    views = {k: MoCoV3View(args.image_size, first, args.min_area, args.blur) for k, first in kinds.items()}
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    peak = args.base_lr * args.batch_size / 256
+    if args.optimizer == "lars":
+        groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+                  {"params": [p for p in trained if p.ndim < 2], "exclude": True}]  # fmt: skip
+        optimizer = LARS(groups, lr=peak, trust=args.trust)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay)
+
+    # run directory; continues from its checkpoint if it has one
+    run = Run("mocov3", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    run.say(f"lr = {args.base_lr} * {args.batch_size / 256:g} = {peak:g}")
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    chance = 4 * args.temperature * math.log(args.batch_size)
+
+    for step, batch in loader.batches(run.step, run.last):
+        view1, view2 = (views[name](*batch[name]) for name in views)
+        if step == 0:
+            save_views(run.dir, {"view1": view1, "view2": view2}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+
+        with autocast:
+            q1, q2 = ddp(view1, view2)
+        m = key_momentum(step, run.total, args.key_momentum)
+        model.update_momentum_encoder(m)  # with the weights that gave q, as the official code
+        with autocast, torch.no_grad():
+            k1, k2 = model.momentum_encoder(view1), model.momentum_encoder(view2)
+        loss = contrastive_loss(q1, k2, args.temperature) + contrastive_loss(q2, k1, args.temperature)
+        scaler.scale(loss).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        keys = F.normalize(all_gather(k1.float()), dim=1)
+        feature_std = keys.std(dim=0).mean()  # 1 / sqrt(E) when spread over the sphere, 0 when collapsed
+        run.log({"loss": (loss, chance), "feature_std": (feature_std, None)}, lr=lr, key_momentum=m)
+        if val and run.due(args.eval_every):
+            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
+    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))

@@ -1,0 +1,295 @@
+"""SimSiam: Exploring Simple Siamese Representation Learning (2020, arXiv 2011.10566).
+
+BYOL without the moving average: the network predicts, from one augmentation of an image, what it says itself
+of another one. What makes it work, instead of all outputs becoming one, is that no gradient flows through
+what is to be predicted; without that (--stop-gradient off) it collapses within tens of steps.
+
+Loss (Eq. 4), f encoder (backbone and projector), h predictor, x1 and x2 the two views of an image:
+    z = f(x), p = h(z), D(p, z) = -p.z / (|p| |z|) (Eq. 1)
+    L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2, mean over the batch
+    chance level 0 (independent directions), range -1 to 1; -1 is also the collapse, when all outputs are one:
+    feature_std tells, which is about 1 / sqrt(E) or else falls to 0
+B global batch, b = B / processes, D features of the backbone, E output of the projector, S image size.
+
+Laptop           torchrun simsiam.py
+                 torchrun simsiam.py --stop-gradient off
+1 GPU            torchrun simsiam.py --data cifar10
+8 GPUs           torchrun --nproc_per_node=8 simsiam.py --data imagenet
+  800 epochs     torchrun --nproc_per_node=8 simsiam.py --data imagenet --recipe imagenet-800
+
+Parameters have the official names, `module.` in front stripped; encoder.fc is the projector. Differences from
+the official code:
+ - The cosine falls per step, official: per epoch; half an epoch earlier on average, as in the other files.
+ - Blur is a Gaussian over 13 pixels; official: Pillow's approximation of it. Colours are computed in floats;
+   official: in 8 bits.
+ - A GPU computes in mixed precision; official: float32 (--dtype fp32).
+
+Diff against: byol.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import Run, UserError, all_gather, init_distributed, mixed_precision
+from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
+from data import hflip, normalize, open_dataset, random_resized_crop, to_float
+from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclass
+class Args:
+    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
+    eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
+    recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
+    arch: str = "resnet50"  # resnet{18,34,50,101,152}
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
+    projector_layers: int = 3  # Sec. 3; 2 for CIFAR-10 (App. D)
+    hidden_dim: int = 0  # of the projector's other layers (0: D, as the official code)
+    out_dim: int = 2048  # E, output of projector and predictor (Sec. 3)
+    predictor_dim: int = 512  # hidden layer of the predictor: a bottleneck (Sec. 3)
+    stop_gradient: Literal["on", "off"] = "on"  # off: collapses (Sec. 4.1)
+    image_size: int = 224  # pixels
+    blur: bool = True  # App. A; not for CIFAR-10 (App. D)
+    epochs: int = 100  # Sec. 3 (up to 800 in Table 4)
+    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
+    batch_size: int = 512  # global: all processes together (Sec. 3)
+    accum_steps: int = 1  # more is refused: batch norm needs the whole batch
+    base_lr: float = 0.05  # lr = base_lr * batch / 256 (Sec. 3)
+    fix_pred_lr: bool = True  # the predictor's stays there (Sec. 4.2, official code)
+    min_lr: float = 0.0  # end of the cosine
+    warmup_epochs: float = 0.0  # linear, from 0; 10 for batches from 1024 (Sec. 4.3)
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # on everything, batch norm too (Sec. 3)
+    clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    workers: int = 8  # loader processes per training process
+    seed: int = 0  # of weights, order and views
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
+    compile: bool = False  # torch.compile the model
+    device: str = ""  # cuda, mps or cpu (default: the first there is)
+    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps (0: first and last only)
+    tensorboard: bool = False  # also log there
+    wandb: bool = False  # also log to Weights & Biases
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+SMALL = dict(image_size=32, blur=False, arch="resnet18", projector_layers=2, hidden_dim=2048,
+             weight_decay=5e-4)
+RECIPES = {
+    "shapes": dict(SMALL, stem="imagenet", epochs=1, batch_size=64, base_lr=0.2),
+    "cifar10": dict(SMALL, fix_pred_lr=False, epochs=800, base_lr=0.03),  # App. D, heads as lightly
+    "imagenet": {},  # Table 4: linear probe 68.1%
+    "imagenet-800": dict(epochs=800, batch_size=256),  # Table 4: 71.3%
+}
+
+
+# -------------------------------------------- augmentation --------------------------------------------
+# Adapted from byol.py: BYOLView, both views alike, larger crops, no solarisation
+class SimSiamView:
+    """One of the two views, both drawn alike: MoCo v2's augmentation (App. A)."""
+
+    def __init__(self, size, blur=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+        self.size, self.blur, self.mean, self.std = size, blur, mean, std
+
+    def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
+        and view."""
+        return random_resized_crop(image, rng, self.size, scale=(0.2, 1.0), interpolation="bilinear")
+
+    def draw(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < 0.5,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+        }
+
+    def __call__(self, x, draw):
+        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
+        x = hflip(to_float(x), draw["flip"])
+        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+        x = grayscale(x, draw["gray"])
+        if self.blur:
+            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+        return normalize(x, self.mean, self.std)
+
+
+# Adapted from byol.py: eval_view, bilinear
+def eval_view(args) -> EvalView:
+    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
+    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    return EvalView(args.image_size, resize, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+
+
+# -------------------------------------------- backbone --------------------------------------------
+# Adapted from simclr.py: resnet, torchvision's own initialisation, no wider ones
+def resnet(arch, cifar_stem=False):
+    """torchvision's ResNet of that name. Raises UserError for others."""
+    names = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+    if arch not in names:
+        raise UserError(f"--arch {arch} is unknown, choose one of {', '.join(names)}")
+    net = getattr(torchvision.models, arch)(zero_init_residual=True)
+    if cifar_stem:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    return net
+
+
+# -------------------------------------------- model --------------------------------------------
+def projector(dim, hidden_dim, out_dim, layers=3):
+    """Linear, BN, ReLU for each layer but the last, which is Linear, BN without gain and offset (Sec. 3;
+    Table 3: without any BN 34.6%, on hidden layers alone 67.4%, so 68.1%). (B, dim) -> (B, out_dim)."""
+    modules, sizes = [], [dim] + [hidden_dim] * (layers - 1)
+    for a, b in zip(sizes, sizes[1:]):
+        modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
+    last = nn.Linear(sizes[-1], out_dim)
+    last.bias.requires_grad = False  # official: it is there, but batch norm takes it away again
+    return nn.Sequential(*modules, last, nn.BatchNorm1d(out_dim, affine=False))
+
+
+def predictor(dim, hidden_dim):
+    """h: Linear, BN, ReLU, Linear; BN on its output would make training unstable (Table 3). (B, dim) -> (B,
+    dim)."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, dim),
+    )
+
+
+class SimSiam(nn.Module):
+    def __init__(self, encoder, predictor):
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+
+    def forward(self, view1, view2):
+        """(B, 3, S, S) twice -> predictions p1, p2 and projections z1, z2, (B, E) each, not normalised. Each
+        view is a batch of its own to batch norm (official code)."""
+        z1, z2 = self.encoder(view1), self.encoder(view2)
+        return self.predictor(z1), self.predictor(z2), z1, z2
+
+
+def build_model(args) -> SimSiam:
+    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
+    encoder = resnet(args.arch, cifar_stem)
+    dim = encoder.fc.in_features
+    encoder.fc = projector(dim, args.hidden_dim or dim, args.out_dim, args.projector_layers)  # official name
+    return SimSiam(encoder, predictor(args.out_dim, args.predictor_dim))
+
+
+def image_encoder(model: SimSiam) -> nn.Module:
+    """Module from images to pooled features (B, D): the encoder's layers, with torchvision's names, without
+    the projector."""
+    encoder = nn.Sequential()
+    for name, layer in model.encoder.named_children():
+        encoder.add_module(name, nn.Flatten() if name == "fc" else layer)
+    return encoder
+
+
+# -------------------------------------------- loss --------------------------------------------
+def simsiam_loss(p1, p2, z1, z2, stop_gradient=True):
+    """-cos(p, z) (SimSiam Eq. 4), p of one view and z of the other, mean of both ways; chance level 0.
+
+    (b, E) each, of this process: predictions and projections of the two views of b images, any length and
+    dtype. Call it outside autocast. Returns the mean over this process's b images: the mean over processes is
+    the loss of the global batch, nothing needs to be gathered."""
+    if stop_gradient:
+        z1, z2 = z1.detach(), z2.detach()
+    d1 = -F.cosine_similarity(p1.float(), z2.float()).mean()  # Eq. 1
+    d2 = -F.cosine_similarity(p2.float(), z1.float()).mean()
+    return d1 / 2 + d2 / 2
+
+
+# Copied from byol.py: feature_std
+def feature_std(z):
+    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
+    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
+    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
+
+
+# -------------------------------------------- training --------------------------------------------
+def train(args: Args) -> dict:
+    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    device = init_distributed(args.device)
+    torch.manual_seed(args.seed)
+    autocast, scaler = mixed_precision(args.dtype, device)
+    if args.accum_steps > 1:
+        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+
+    # data
+    dataset = open_dataset(args.data, args.data_dir)
+    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    view = SimSiamView(args.image_size, args.blur)
+    views = {"view1": view, "view2": view}
+    loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+
+    # model and optimizer
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]  # all but the bias before batch norm
+    groups = [{"params": encoder}, {"params": model.predictor.parameters()}]
+    scale = args.batch_size / 256
+    peak = args.base_lr * scale
+    optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)
+
+    # run directory; continues from its checkpoint if it has one
+    run = Run("simsiam", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    run.say(f"lr = {args.base_lr} * {scale:g} (linear scaling) = {peak:g}")
+    spread = args.out_dim**-0.5
+    run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if features are spread, 0 if collapsed")
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+
+    for step, batch in loader.batches(run.step, run.last):
+        view1, view2 = (views[name](*batch[name]) for name in views)
+        if step == 0:
+            save_views(run.dir, {"view1": view1, "view2": view2}, views)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+        if args.fix_pred_lr:
+            optimizer.param_groups[1]["lr"] = peak
+
+        with autocast:
+            p1, p2, z1, z2 = ddp(view1, view2)
+        loss = simsiam_loss(p1, p2, z1, z2, args.stop_gradient == "on")
+        scaler.scale(loss).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        terms = {"loss": (loss, None), "feature_std": (feature_std(z1), None)}
+        run.log(terms, feature_std_chance=spread, lr=lr)
+        if val and run.due(args.eval_every):
+            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
+        if run.interrupted() or run.due(args.save_every):
+            run.save()
+
+    save_curves(run.dir)
+    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
+    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        train(parse_args(Args, RECIPES))
