@@ -1,23 +1,21 @@
 """DeCLIP: Supervision Exists Everywhere, a data efficient CLIP (Li et al. 2021, arXiv 2110.05208).
 
-CLIP learns from one pairing per sample. Here a sample gives four kinds of supervision: its image alone, its
+Where CLIP learns from one pairing per sample, a sample gives four kinds of supervision: its image alone, its
 text alone, two views of each, and the nearest neighbour of its text among those of earlier samples.
 
 Loss, with I1, I2 embeddings of two views of an image, T of its text, T' of the text augmented, N and N' the
 entries of a queue nearest to T and T', s = exp(t), alpha = beta = gamma = 0.2:
     L = (1 - alpha - beta - gamma) C(I1, T) + alpha (L_ISS + L_TSS) + beta L_MVS + gamma L_NNS
     C(I, T) = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ], y = (0, ..., B-1), unit lengths,  chance level ln B
-    L_MVS = C(I1, T') + C(I2, T) + C(I2, T'),  chance level 3 ln B
-    L_NNS = 1/2 [ C(I1, N) + C(I2, N) ],  chance level ln B
+    L_MVS = C(I1, T') + C(I2, T) + C(I2, T'),  chance 3 ln B;  L_NNS = 1/2 [ C(I1, N) + C(I2, N) ],  ln B
     L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z); no gradient through z
     L_TSS = mean over the masked tokens of -log p(token),  chance level ln V
 B global batch, b = B / processes, D a width, E of embeddings, K length of the queue, V tokens there are.
 
-Laptop     torchrun declip.py
-1 GPU      torchrun declip.py --data flickr8k
-8 GPUs     torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
+Laptop, 1 GPU   torchrun declip.py    torchrun declip.py --data flickr8k
+8 GPUs          torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
 
-Parameter names are the official code's, so its checkpoints load strictly. --released does what it does:
+Official checkpoints load strictly (evaluate.load_released). --released does what the official code does:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
  - L_NNS from image to text alone, and over N' too; the queue takes T' as well. The paper enqueues T.
  - One masked text serves L_TSS and T, and a random token in it may end it. Here T sees it unmasked.
@@ -29,6 +27,7 @@ Diff against: slip.py (backbones: clip.py).
 """
 
 import copy
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,8 +77,6 @@ class Args:
     min_lr: float = 0.0  # end of the cosine
     warmup_epochs: float = 0.665  # from lr / 10; 2,500 steps
     weight_decay: float = 0.1  # on everything but gains and biases
-    beta2: float = 0.98  # of AdamW
-    eps: float = 1e-8  # of AdamW
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     workers: int = 8  # loader processes per training process
     seed: int = 0  # of weights, order, crops, captions and masks
@@ -115,14 +113,9 @@ class SSLView:
         return random_resized_crop(image, rng, self.size, scale=(0.2, 1.0), interpolation="bilinear")
 
     def draw(self, rng):
-        return {
-            "flip": rng.random() < 0.5,
-            "jitter": rng.random() < 0.8,
-            "gray": rng.random() < 0.2,
-            "blur": rng.random() < 0.5,
-            "sigma": rng.uniform(0.1, 2.0),  # pixels
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-        }
+        return {"flip": rng.random() < 0.5, "jitter": rng.random() < 0.8, "gray": rng.random() < 0.2,
+                "blur": rng.random() < 0.5, "sigma": rng.uniform(0.1, 2.0),  # pixels
+                **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)}  # fmt: skip
 
     def __call__(self, x, draw):
         x = hflip(to_float(x), draw["flip"])
@@ -133,63 +126,44 @@ class SSLView:
         return normalize(x, self.mean, self.std)
 
 
-class AugmentedText:
-    """EDA (arXiv 1901.11196) without insertion: (caption, rng) -> ids of the caption after one operation.
+def augmented_text(tokenizer, synonyms, caption, rng):
+    """-> ids of the caption after one operation of EDA (arXiv 1901.11196), without insertion as officially.
     synonyms: function from a word to a list of words or None; without it only the other two are there."""
-
-    def __init__(self, tokenizer, synonyms=None):
-        self.tokenizer, self.synonyms, self.context_length = tokenizer, synonyms, tokenizer.context_length
-
-    def augment(self, caption, rng):
-        words = caption.split()
-        if len(words) < 2:
-            return caption
-        operation = rng.choice(["swap", "delete", "replace"][: 3 if self.synonyms else 2])
+    words = caption.split()
+    if len(words) > 1:
+        operation = rng.choice(["swap", "delete", "replace"][: 3 if synonyms else 2])
         if operation == "swap":
             i, j = rng.sample(range(len(words)), 2)
             words[i], words[j] = words[j], words[i]
         elif operation == "delete":
             words = [word for word in words if rng.random() > 0.1] or [rng.choice(words)]
-        else:  # every occurrence of one word
-            for old in rng.sample(words, len(words)):
-                if found := self.synonyms(old.lower()):
-                    new = rng.choice(found)
-                    words = [new if word == old else word for word in words]
-                    break
-        return " ".join(words)
-
-    def __call__(self, caption, rng):
-        return self.tokenizer(self.augment(caption, rng))
+        elif known := [word for word in words if synonyms(word.lower())]:
+            old = rng.choice(known)
+            new = rng.choice(synonyms(old.lower()))
+            words = [new if word == old else word for word in words]
+    return tokenizer(" ".join(words))
 
 
-class MaskedText:
-    """BERT's masks: (caption, rng) -> ids. A token is chosen with p 0.15 and then stored as ~id, below 0; its
-    id is the mask with p 0.8, a random one with 0.1, or stays. any_id: even a mask, start or end token."""
-
-    def __init__(self, tokenizer, any_id=False):
-        self.tokenizer, self.context_length = tokenizer, tokenizer.context_length
-        self.mask = tokenizer.sot - 1  # see add_mask_token
-        self.random_ids = tokenizer.vocab_size if any_id else self.mask
-
-    def __call__(self, caption, rng):
-        ids = self.tokenizer(caption)
-        for i in range(1, len(ids) - 1):  # neither start nor end
-            if rng.random() < 0.15:
-                new = rng.choices([self.mask, rng.randrange(self.random_ids), ids[i]], [0.8, 0.1, 0.1])
-                ids[i] = ~new[0]
-        return ids
+def masked_text(tokenizer, any_id, caption, rng):
+    """-> ids with BERT's masks: a token is chosen with p 0.15 and stored as ~id, which is below 0. Its id is
+    the mask with p 0.8, a random one with 0.1, or stays. any_id: even a mask, start or end token."""
+    ids, mask = tokenizer(caption), tokenizer.sot - 1  # see add_mask_token
+    for i in range(1, len(ids) - 1):  # neither start nor end
+        if rng.random() < 0.15:
+            other = rng.randrange(tokenizer.vocab_size if any_id else mask)
+            ids[i] = ~rng.choices([mask, other, ids[i]], [0.8, 0.1, 0.1])[0]
+    return ids
 
 
 def add_mask_token(tokenizer):
     """-> a Tokenizer with <|mask|> in front of start and end, whose ids go up by one, as officially."""
-    sot, eot = tokenizer.sot, tokenizer.eot
-    if (sot, eot) != (tokenizer.vocab_size - 2, tokenizer.vocab_size - 1):
+    if (tokenizer.sot, tokenizer.eot) != (tokenizer.vocab_size - 2, tokenizer.vocab_size - 1):
         raise UserError("the last two ids of --tokenizer are not its start and end tokens: use clip or train")
-    form = json.loads(tokenizer.to_json())
-    vocab, moved = form["model"]["vocab"], {sot: sot + 1, eot: eot + 1}
-    form["model"]["vocab"] = {token: moved.get(i, i) for token, i in vocab.items()} | {"<|mask|>": sot}
-    form["post_processor"] = None  # never used, and holds ids
-    form["added_tokens"] = [{**token, "id": moved[token["id"]]} for token in form["added_tokens"]]
+    form = json.loads(tokenizer.to_json()) | {"post_processor": None}  # never used, and holds ids
+    for token in form["added_tokens"]:
+        token["id"] += token["id"] >= tokenizer.sot
+        form["model"]["vocab"][token["content"]] = token["id"]
+    form["model"]["vocab"]["<|mask|>"] = tokenizer.sot
     return Tokenizer(json.dumps(form), tokenizer.context_length)
 
 
@@ -198,74 +172,95 @@ def eval_view(args) -> EvalView:
 
 
 # -------------------------------------------- backbone --------------------------------------------
-# Copied from clip.py: QuickGELU
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-# Copied from clip.py: ResidualAttentionBlock
+# Adapted from clip.py: ResidualAttentionBlock, QuickGELU in forward, initialised here
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block; causal: a token sees itself and the ones before it. (B, N, D) -> same."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, layers, causal=False):
         super().__init__()
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
-        self.ln_2 = nn.LayerNorm(width)
-
-    def forward(self, x, mask=None):
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-# Copied from clip.py: Transformer
-class Transformer(nn.Module):
-    """`layers` blocks; causal: a token sees itself and the ones before it. (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, width, layers, heads, causal=False):
-        super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
-        self.causal = causal
+        self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1, self.ln_2, self.causal = nn.LayerNorm(width), nn.LayerNorm(width), causal
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        nn.init.normal_(self.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(self.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
+        nn.init.normal_(self.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.mlp["c_proj"].weight, std=(2 * layers * width) ** -0.5)
 
     def forward(self, x):
-        mask = None
-        if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
+        y = self.ln_1(x)
+        mask = x.new_full([x.shape[1]] * 2, float("-inf")).triu(1) if self.causal else None
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)[0]
+        y = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
 
 
-# Copied from clip.py: VisionTransformer
+# Adapted from clip.py: VisionTransformer, initialised as the text encoder is (official code)
 class VisionTransformer(nn.Module):
     """OpenAI's ViT: no bias in the patch embedding, a norm before the first block. (B, 3, S, S) -> (B, E)."""
 
-    def __init__(self, image_size, patch_size, width, layers, heads, embed_dim):
+    def __init__(self, image_size, patch_size, width, layers, embed_dim):
         super().__init__()
-        scale = width**-0.5
+        scale, tokens = width**-0.5, (image_size // patch_size) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        tokens = (image_size // patch_size) ** 2 + 1
-        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
-        self.ln_post = nn.LayerNorm(width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(tokens, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        blocks = [ResidualAttentionBlock(width, layers) for _ in range(layers)]
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def pool(self, x):
-        """-> the class token after the last norm, (B, D): the features of linear probes (Sec. 3.2)."""
+        """-> the class token after the last norm, (B, D): the features of linear probes."""
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
+        return self.ln_post(self.transformer["resblocks"](self.ln_pre(x))[:, 0])
 
     def forward(self, x):
         return self.pool(x) @ self.proj
+
+
+# Adapted from clip.py: AttentionPool2d, heads of 64
+class AttentionPool2d(nn.Module):
+    """Attention pooling: the mean token is the only query. (B, D, H, W) -> (B, E)."""
+
+    def __init__(self, grid, width, embed_dim):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
+        for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+            self.add_module(name, nn.Linear(width, embed_dim if name == "c_proj" else width))
+            nn.init.normal_(getattr(self, name).weight, std=width**-0.5)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding.to(x)
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, 64)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, 64)
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+class ModifiedResNet(torchvision.models.ResNet):
+    """clip.py's, made of torchvision's: a stem of three convolutions, 2 x 2 means in place of strides, and
+    attention pooling. (B, 3, S, S) -> (B, E)."""
+
+    def __init__(self, image_size, layers, embed_dim):
+        super().__init__(torchvision.models.resnet.Bottleneck, layers, embed_dim, zero_init_residual=True)
+        self.fc.requires_grad_(False)  # in official files, never used
+        for i, (inputs, outputs) in enumerate([(3, 32), (32, 32), (32, 64)], 1):
+            self.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, 3, 1 + (i == 1), padding=1, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(outputs))
+        for block in (self.layer2[0], self.layer3[0], self.layer4[0]):
+            block.conv2.stride = block.downsample[0].stride = (1, 1)
+            for layer in (block.conv3, block.downsample):
+                layer.register_forward_pre_hook(lambda module, x: F.avg_pool2d(x[0], 2))
+        self.apply(lambda m: isinstance(m, nn.Conv2d) and m.reset_parameters())  # not torchvision's
+        self.attnpool = AttentionPool2d(image_size // 32, 2048, embed_dim)
+
+    def forward(self, x):
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(bn(conv(x)))
+        return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2))))))
+
+    pool = forward
 
 
 class TextTransformer(nn.Module):
@@ -273,17 +268,20 @@ class TextTransformer(nn.Module):
 
     def __init__(self, context_length, vocab_size, width, layers, embed_dim):
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.transformer = Transformer(width, layers, width // 64, causal=True)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        blocks = [ResidualAttentionBlock(width, layers, causal=True) for _ in range(layers)]
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, embed_dim)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text_projection.weight, std=width**-0.5)
 
     def forward(self, text, return_words=False):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised, and
         on request (B, N, D), what each token has become."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer(x))
+        x = self.ln_final(self.transformer["resblocks"](x))
         end = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token, the largest id
         return (self.text_projection(end), x) if return_words else self.text_projection(end)
 
@@ -306,38 +304,21 @@ class DeCLIP(nn.Module):
         self.predictor.add_module("bn1", nn.BatchNorm1d(ssl_dim // 2))
         self.predictor.add_module("relu", nn.ReLU())
         self.predictor.add_module("layer2", nn.Linear(ssl_dim // 2, ssl_dim))
-        vocab_size, width = text.token_embedding.weight.shape
-        self.text_label_predictor = nn.Linear(width, vocab_size)
-        nn.init.normal_(text.token_embedding.weight, std=0.02)
-        nn.init.normal_(text.text_projection.weight, std=width**-0.5)
-        for encoder in (visual, text):
-            if hasattr(encoder, "transformer"):  # official: the ViT as the text encoder
-                init_transformer(encoder)
+        self.text_label_predictor = nn.Linear(*text.token_embedding.weight.T.shape)
 
     def encode_image(self, image):
         """(B, 3, S, S) -> (B, E), not normalised."""
         return self.visual(image)
 
-    def forward(self, view1, view2, text, text_aug, masked, chosen):
-        """-> (I1, I2), (T, T') each (B, E); (p1, p2), (z1, z2) each (B, ssl_dim); logits of the M tokens that
-        `chosen`, (B, N) bool, marks, (M, V). text None: T is that of the masked caption."""
+    def forward(self, view1, view2, text, text_aug, masked):
+        """-> (I1, I2), (T, T') each (B, E); (p1, p2), (z1, z2) each (B, ssl_dim); logits (M, V) of the tokens
+        below 0 in `masked`, see masked_text. text None: T is that of the masked caption."""
         images = self.visual(view1), self.visual(view2)
-        z1, z2 = map(self.projector, images)
-        masked_embed, words = self.encode_text(masked, return_words=True)
+        z = self.projector(images[0]), self.projector(images[1])
+        masked_embed, words = self.encode_text(masked.where(masked >= 0, ~masked), return_words=True)
         texts = masked_embed if text is None else self.encode_text(text), self.encode_text(text_aug)
-        p = self.predictor(z1), self.predictor(z2)
-        return images, texts, p, (z1, z2), self.text_label_predictor(words[chosen])
-
-
-# Adapted from clip.py: init_text, for either encoder
-def init_transformer(encoder):
-    width, layers = encoder.positional_embedding.shape[1], len(encoder.transformer.resblocks)
-    nn.init.normal_(encoder.positional_embedding, std=0.01)
-    for block in encoder.transformer.resblocks:
-        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        p = self.predictor(z[0]), self.predictor(z[1])
+        return images, texts, p, z, self.text_label_predictor(words[masked < 0])
 
 
 class TextQueue(nn.Module):
@@ -358,15 +339,13 @@ class TextQueue(nn.Module):
         """(n <= K, E) of unit length, the same on every process."""
         rows = torch.arange(len(features), device=features.device) + self.place
         self.features[rows % len(self.features)] = features
-        self.place.add_(len(features)).remainder_(len(self.features))
+        self.place.copy_((self.place + len(features)) % len(self.features))
 
 
 ARCHS = {  # embed_dim, layers, width (below base: our own)
     "vit_micro": (128, 4, 128),
-    "vit_tiny": (256, 12, 192),
-    "vit_small": (384, 12, 384),
     "vit_base": (512, 12, 768),
-    "resnet50": (1024, (3, 4, 6, 3), 64),
+    "resnet50": (1024, (3, 4, 6, 3), 2048),
 }
 
 
@@ -375,26 +354,18 @@ def build_model(args) -> DeCLIP:
     name, _, patch = args.arch.partition("_patch")
     if name not in ARCHS or not (patch.lstrip("0").isdecimal() if name[:3] == "vit" else name == args.arch):
         raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {', '.join(ARCHS)}")
-    if args.image_size % (int(patch or 32)):
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {patch or 32} ({args.arch})")
-    if args.text_width % 64:
-        raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
+    if args.image_size % (int(patch or 32)) or args.text_width % 64:
+        raise UserError(f"--image-size must be a multiple of {patch or 32} ({args.arch}), --text-width of 64")
     embed_dim, layers, width = ARCHS[name]
     embed_dim = args.embed_dim or embed_dim
-    if patch:
-        visual = VisionTransformer(args.image_size, int(patch), width, layers, width // 64, embed_dim)
-    else:
-        from clip import ModifiedResNet  # as it is: with a copy of its 80 lines this file would be too long
-
-        visual = ModifiedResNet(args.image_size, layers, width, width // 2, embed_dim)
-        visual.fc = nn.Linear(width * 32, embed_dim).requires_grad_(False)  # in official files, never used
+    visual = (ModifiedResNet(args.image_size, layers, embed_dim) if not patch
+              else VisionTransformer(args.image_size, int(patch), width, layers, embed_dim))  # fmt: skip
     text = TextTransformer(args.context_length, args.vocab_size, args.text_width, args.text_layers, embed_dim)
     return DeCLIP(embed_dim, visual, text, args.ssl_dim)
 
 
 def image_encoder(model: DeCLIP) -> nn.Module:
-    """Module from images to pooled features: before the projection for a ViT, the attention pooling for a
-    ResNet."""
+    """Module from images to pooled features: a ViT's before the projection, a ResNet's attention pooling."""
     encoder = copy.copy(model.visual)  # with the same parameters
     encoder.forward = encoder.pool
     return encoder
@@ -405,14 +376,13 @@ def image_encoder(model: DeCLIP) -> nn.Module:
 def info_nce(images, texts, logit_scale):
     """InfoNCE of every image view with every text over the global batch, in nats; chance level ln B.
 
-    images, texts: lists of (b, E) of this process, any length; logit_scale: s = exp(t). Call it outside
-    autocast, whose products are in half precision. -> image to text and text to image, (images, texts) each:
-    means over this process's rows; the mean over processes is that of the global batch."""
+    images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose products are
+    in half precision. -> image to text and text to image, (images, texts) each: means over this process's
+    rows; the mean over processes is that of the global batch."""
     images, texts = ([F.normalize(x.float(), dim=-1) for x in side] for side in (images, texts))
     all_images, all_texts = ([all_gather(x) for x in side] for side in (images, texts))  # (B, E) each
-    b, first = len(images[0]), 0
-    if len(all_images[0]) > b:
-        first = b * torch.distributed.get_rank()
+    b = len(images[0])
+    first = b * torch.distributed.get_rank() if len(all_images[0]) > b else 0
     y = torch.arange(first, first + b, device=images[0].device)
     to_text = [F.cross_entropy(logit_scale * i @ t.T, y) for i in images for t in all_texts]
     to_image = [F.cross_entropy(logit_scale * t @ i.T, y) for i in all_images for t in texts]
@@ -438,8 +408,15 @@ def train(args: Args) -> dict:
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
+    clip_weight, mvs_weight = 1 - args.ssl_weight - args.mvs_weight - args.nns_weight, args.mvs_weight
+    if clip_weight < 0:
+        raise UserError("--ssl-weight, --mvs-weight and --nns-weight are above 1 in sum, lower them")
+    if args.released:  # all four pairs alike
+        clip_weight = mvs_weight = clip_weight / 4
     if args.accum_steps > 1:
         raise UserError("--accum-steps is refused: batch norm, negatives, queue need the whole batch, use 1")
+    if args.queue_size < args.batch_size * (1 + args.released):
+        raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
@@ -447,65 +424,49 @@ def train(args: Args) -> dict:
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, most, args.data_dir)
     tokenizer, synonyms = add_mask_token(tokenizer), open_synonyms(args.synonyms)
     views = {"view1": SSLView(args.image_size), "view2": SSLView(args.image_size)}
-    texts = {
-        "text": tokenizer,
-        "text_aug": AugmentedText(tokenizer, synonyms),
-        "masked": MaskedText(tokenizer, any_id=args.released),
-    }
+    texts = {"text": tokenizer, "text_aug": functools.partial(augmented_text, tokenizer, synonyms),
+             "masked": functools.partial(masked_text, tokenizer, args.released)}  # fmt: skip
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
-    if args.released and "_patch" in args.arch:
-        model.visual.conv1.requires_grad_(False)
-    clip_weight = 1 - args.ssl_weight - args.mvs_weight - args.nns_weight
-    if clip_weight < 0:
-        raise UserError("--ssl-weight, --mvs-weight and --nns-weight are above 1 in sum, lower them")
-    if args.queue_size < args.batch_size * (1 + args.released):
-        raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
+    model.visual.conv1.requires_grad_(not (args.released and "_patch" in args.arch))
     queue = TextQueue(args.queue_size, model.encode_text.text_projection.out_features).to(device)
     if args.compile:
         model.compile()
     params = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in params if p.ndim >= 2]
-    no_decay = [p for p in params if p.ndim < 2]  # gains, biases, class_embedding, logit_scale
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "queue": queue, "optimizer": optimizer, "scaler": scaler}
     run = Run("declip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     if synonyms is None:
         run.say("no --synonyms and no WordNet: captions are augmented by swapping and deleting words alone")
-    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    warmup, total = round(args.warmup_epochs * loader.steps_per_epoch) - 1, run.total - 1  # as officially
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
-    mvs_weight = args.mvs_weight
-    if args.released:  # all four pairs alike
-        clip_weight = mvs_weight = clip_weight / 4
     clip_chance, tss_chance = math.log(args.batch_size), math.log(args.vocab_size)
     chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance + args.ssl_weight * tss_chance
 
     for step, batch in loader.batches(run.step, run.last):
         view1, view2 = (views[name](*batch[name]) for name in views)
-        text, chosen = batch["text"], batch["masked"] < 0
-        masked, labels = torch.where(chosen, ~batch["masked"], batch["masked"]), text[chosen]
+        text, text_aug, masked = (batch[name][:, : args.context_length] for name in texts)
         if step == 0:
             save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
-            # official: its last step has the rate of the end, not the one after
-            group["lr"] = lr = warmup_cosine(
-                step, run.total - 1, warmup - 1, args.lr, args.lr / 10, args.min_lr)  # fmt: skip
+            group["lr"] = lr = warmup_cosine(step, total, warmup, args.lr, args.lr / 10, args.min_lr)
 
         with autocast:
-            inputs = view1, view2, None if args.released else text, batch["text_aug"], masked, chosen
-            image_embeds, text_embeds, p, z, word_logits = ddp(*inputs)
-        known = text_embeds if args.released else text_embeds[:1]
+            seen = None if args.released else text
+            image_embeds, text_embeds, p, z, word_logits = ddp(view1, view2, seen, text_aug, masked)
+        known = text_embeds[: 1 + args.released]
         nearest = [queue.nearest(x) for x in known]
         to_text, to_image = info_nce(image_embeds, [*text_embeds, *nearest], model.logit_scale.exp())
         both = (to_text + to_image) / 2  # (I1, I2) x (T, T', N and, as released, N')
         clip, mvs = both[0, 0], both[0, 1] + both[1, 0] + both[1, 1]
         nns = (to_text if args.released else both)[:, 2:].mean()
-        iss, tss = simsiam_loss(*p, *z), mlm_loss(word_logits, labels)
+        iss, tss = simsiam_loss(*p, *z), mlm_loss(word_logits, text[masked < 0])
         loss = clip_weight * clip + mvs_weight * mvs + args.nns_weight * nns + args.ssl_weight * (iss + tss)
         scaler.scale(loss).backward()
         if args.clip_grad:
@@ -516,15 +477,14 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
         with torch.no_grad():  # s <= 100 as in CLIP; official: t in [3, 6], then s <= 100
             model.logit_scale.clamp_(3 if args.released else 0, math.log(100))
-            for x in reversed(known):
-                queue.enqueue(all_gather(F.normalize(x.float(), dim=-1)))
+            queue.enqueue(torch.cat([all_gather(F.normalize(x.float(), dim=-1)) for x in reversed(known)]))
             feature_std = F.normalize(all_gather(z[0].float()), dim=-1).std(0).mean()
-            nn_cosine = F.cosine_similarity(known[0].float(), nearest[0]).mean()
 
         terms = {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "mvs_loss": (mvs, 3 * clip_chance)}
         terms |= {"nns_loss": (nns, clip_chance), "iss_loss": (iss, None), "tss_loss": (tss, tss_chance)}
-        numbers = {"feature_std": feature_std, "feature_std_chance": args.ssl_dim**-0.5, "lr": lr}
-        run.log(terms | {"nn_cosine": (nn_cosine, None)}, logit_scale=model.logit_scale.exp(), **numbers)
+        terms["nn_cosine"] = F.cosine_similarity(known[0].float(), nearest[0]).mean(), None
+        run.log(terms, feature_std=feature_std, feature_std_chance=args.ssl_dim**-0.5,
+                logit_scale=model.logit_scale.detach().exp(), lr=lr)  # fmt: skip
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.interrupted() or run.due(args.save_every):

@@ -41,7 +41,7 @@ def module_of(name):
     if name == "clip_resnet":
         module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8, 64)
     if name == "declip_resnet":
-        module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8)
+        module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 2048)
     return module
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import clip
 import declip
@@ -117,15 +118,17 @@ def test_schedule():
     peak, total = args["warmup_lr"], args["max_iter"]
     ours = [warmup_cosine(step, total - 1, args["warmup_steps"] - 1, peak, args["base_lr"]) for step in range(total)]
     call = " ".join(Path(declip.__file__).read_text().split())
-    assert "step, run.total - 1, warmup - 1, args.lr, args.lr / 10, args.min_lr)" in call  # as train() has it
+    assert "warmup, total = round(args.warmup_epochs * loader.steps_per_epoch) - 1, run.total - 1" in call
+    assert "step, total, warmup, args.lr, args.lr / 10, args.min_lr)" in call  # as train() has it
     close(ours, y["lr"], rtol=1e-6, atol=1e-9)
 
 
 def tiny_model(x, args):
-    visual = declip.VisionTransformer(32, 8, args["width"], args["layers"], args["heads"], args["embed_dim"])
+    visual = declip.VisionTransformer(32, 8, args["width"], args["layers"], args["embed_dim"])
     text = declip.TextTransformer(args["context"], args["vocab"], 64, args["layers"], args["embed_dim"])
-    for block in text.transformer.resblocks:
-        block.attn.num_heads, block.attn.head_dim = args["heads"], 64 // args["heads"]
+    for encoder, width in ((visual, args["width"]), (text, 64)):
+        for block in encoder.transformer.resblocks:
+            block.attn.num_heads, block.attn.head_dim = args["heads"], width // args["heads"]
     model = declip.DeCLIP(args["embed_dim"], visual, text, ssl_dim=32)
     model.load_state_dict(x["state_dict"], strict=True)
     return model
@@ -137,7 +140,8 @@ def test_model_and_objective_of_the_released_code():
     queue = declip.TextQueue(args["nn_size"], args["embed_dim"])
     queue.features.copy_(x["bank0"].T)
     chosen = x["mlm_labels"] >= 0
-    inputs = x["images"][:, :3], x["images"][:, 3:], None, x["aug_ids"], x["masked_ids"], chosen
+    masked = torch.where(chosen, ~x["masked_ids"], x["masked_ids"])
+    inputs = x["images"][:, :3], x["images"][:, 3:], None, x["aug_ids"], masked
     images, texts, p, z, logits = model(*inputs)
     unit = [F.normalize(image, dim=-1) for image in images]
     for ours, key in zip((*unit, *p, *z), ("image_features_1", "image_features_2", "p1", "p2", "z1", "z2")):
@@ -213,13 +217,38 @@ def test_names_and_shapes_are_those_of_the_published_files(arch):
     assert {name for name, p in model.named_parameters() if not p.requires_grad} <= {"visual.fc.weight", "visual.fc.bias"}
 
 
+def test_resnet_is_clips():
+    """Its own is made of torchvision's: the same names (golden in test_golden.py) give the same features and gradients."""
+    torch.manual_seed(0)
+    theirs, ours = clip.ModifiedResNet(64, (2, 1, 1, 2), 64, 32, 24), declip.ModifiedResNet(64, (2, 1, 1, 2), 24)
+    for p, q in zip(theirs.parameters(), (p for name, p in ours.named_parameters() if name[:3] != "fc.")):
+        assert p.shape == q.shape
+    for name, p in theirs.named_parameters():  # initialised alike; what is zero or one is so in both
+        q = dict(ours.named_parameters())[name]
+        assert q.std().item() == pytest.approx(p.std().item(), rel=0.1 if p.numel() > 2000 else 0.5, abs=1e-6), name
+    for name, p in theirs.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.constant_(p, 0.5)
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    x = torch.randn(3, 3, 64, 64)
+    for train in (True, False):
+        a, b = (net.train(train)(x) for net in (theirs, ours))
+        close(a, b, atol=1e-5)
+    for net in (theirs, ours):
+        net.train()(x).square().sum().backward()
+    grads = dict(ours.named_parameters())
+    for name, p in theirs.named_parameters():
+        close(grads[name].grad, p.grad, rtol=1e-4, atol=1e-4 * float(p.grad.abs().max()))
+
+
 def test_initialisation_of_the_vit_is_the_text_encoders():
     torch.manual_seed(0)
-    args = declip.Args(arch="vit_small_patch16", image_size=64, vocab_size=600, text_layers=2, text_width=128)
+    args = declip.Args(arch="vit_base_patch32", image_size=64, vocab_size=600, text_layers=2, text_width=128)
     model = declip.build_model(args)
     block = model.visual.transformer.resblocks[0]
-    for p, std in ((block.attn.in_proj_weight, 384**-0.5), (block.mlp.c_fc.weight, 768**-0.5),
-                   (block.mlp.c_proj.weight, 384**-0.5 * 24**-0.5), (model.visual.positional_embedding, 0.01),
+    for p, std in ((block.attn.in_proj_weight, 768**-0.5), (block.mlp["c_fc"].weight, 1536**-0.5),
+                   (block.mlp["c_proj"].weight, 768**-0.5 * 24**-0.5), (model.visual.positional_embedding, 0.01),
                    (model.encode_text.text_projection.weight, 128**-0.5), (model.encode_text.token_embedding.weight, 0.02)):  # fmt: skip
         assert p.std().item() == pytest.approx(std, rel=0.05)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
@@ -234,7 +263,7 @@ def test_mask_token(plain, tokenizer):
         assert tokenizer(caption) == expected and plain.sot not in tokenizer(caption)
     again = Tokenizer(tokenizer.to_json(), 24)  # as evaluate.py opens it
     assert again(CAPTIONS[0]) == tokenizer(CAPTIONS[0]) and again.eot == tokenizer.eot
-    assert declip.MaskedText(tokenizer).mask == plain.sot
+    assert tokenizer.sot - 1 == plain.sot  # the mask, for masked_text
     bert = re.sub(r"<\|startoftext\|>", "[SEP]", re.sub(r"<\|endoftext\|>", "[CLS]", plain.to_json()))
     with pytest.raises(UserError, match="--tokenizer"):
         declip.add_mask_token(Tokenizer(bert, 24))
@@ -243,7 +272,7 @@ def test_mask_token(plain, tokenizer):
 def test_mask_token_of_the_published_vocabulary():
     pytest.importorskip("open_clip", reason="the published merges come with the open_clip package")
     tokenizer = declip.add_mask_token(Tokenizer("clip", data_dir="/nonexistent"))
-    assert (declip.MaskedText(tokenizer).mask, tokenizer.sot, tokenizer.eot, tokenizer.vocab_size) == (49406, 49407, 49408, 49409)
+    assert (tokenizer.sot - 1, tokenizer.sot, tokenizer.eot, tokenizer.vocab_size) == (49406, 49407, 49408, 49409)
     assert tokenizer("a dog") == [49407, 320, 1929, 49408]
 
 
@@ -251,19 +280,19 @@ def test_mask_token_of_the_published_vocabulary():
 def test_masks_have_the_statistics_of_the_released_code(any_id, tokenizer):
     x, y, _ = golden("declip_mask_tokens")
     assert len(x["tokens"]) == 4002 and y["first_last_untouched"]
-    masked_text, caption = declip.MaskedText(tokenizer, any_id), CAPTIONS[0] + " " + CAPTIONS[2]
-    ids = tokenizer(caption)
+    caption = CAPTIONS[0] + " " + CAPTIONS[2]
+    ids, mask = tokenizer(caption), tokenizer.sot - 1
     total, kinds, random_ids = 0, {"mask": 0, "same": 0, "other": 0}, set()
     for seed in range(4000):
-        out = masked_text(caption, random.Random(seed))
-        assert out == masked_text(caption, random.Random(seed)) and len(out) == len(ids)
+        out = declip.masked_text(tokenizer, any_id, caption, random.Random(seed))
+        assert out == declip.masked_text(tokenizer, any_id, caption, random.Random(seed)) and len(out) == len(ids)
         assert (out[0], out[-1]) == (tokenizer.sot, tokenizer.eot)
         for a, b in zip(ids[1:-1], out[1:-1]):
             total += 1
             if b >= 0:
                 assert a == b
                 continue
-            kinds["mask" if ~b == masked_text.mask else "same" if ~b == a else "other"] += 1
+            kinds["mask" if ~b == mask else "same" if ~b == a else "other"] += 1
             random_ids.add(~b)
     chosen, n = sum(kinds.values()), len(x["tokens"]) - 2
 
@@ -274,18 +303,20 @@ def test_masks_have_the_statistics_of_the_released_code(any_id, tokenizer):
     close_share(kinds["mask"] / chosen, y["frac_mask"], 0.15 * n)
     close_share(kinds["same"] / chosen, y["frac_same"], 0.15 * n)
     assert kinds["other"] / chosen == pytest.approx(0.1, abs=0.01)
-    assert (max(random_ids) > masked_text.mask) == any_id  # a false end token: only as released
+    assert (max(random_ids) > mask) == any_id  # a false end token: only as released
     assert min(random_ids) >= 0
 
 
 def test_augmentation_is_eda(tokenizer):
     synonyms = {"dog": ["hound", "canine friend"], "red": ["crimson"]}.get
-    augmented = declip.AugmentedText(tokenizer, synonyms)
+    def augment(caption, seed, synonyms=synonyms):  # str stands for a tokenizer: the words as they are
+        return declip.augmented_text(str, synonyms, caption, random.Random(seed))
+
     caption = "Red dog and one red dog run"
     swapped, deleted, replaced = set(), 0, set()
     for seed in range(3000):
-        out = augmented.augment(caption, random.Random(seed))
-        assert out == augmented.augment(caption, random.Random(seed))
+        out = augment(caption, seed)
+        assert out == augment(caption, seed)
         a, b = caption.split(), out.split()
         if sorted(a) == sorted(b):
             swapped.add(sum(x != y for x, y in zip(a, b)))
@@ -300,9 +331,10 @@ def test_augmentation_is_eda(tokenizer):
     assert replaced == {"crimson dog and one red dog run", "Red hound and one red hound run", "Red dog and one crimson dog run",
                         "Red canine friend and one red canine friend run"}  # fmt: skip
     for caption in ("", "dog", "  dog "):
-        assert augmented.augment(caption, random.Random(0)) == caption
+        assert augment(caption, 0) == caption.strip()
+    assert declip.augmented_text(tokenizer, None, "dog", random.Random(0)) == tokenizer("dog")
     for seed in range(200):  # at least one word stays, and without synonyms no word is new
-        out = declip.AugmentedText(tokenizer).augment("a dog", random.Random(seed))
+        out = augment("a dog", seed, None)
         assert out and set(out.split()) <= {"a", "dog"}
 
 
@@ -311,7 +343,7 @@ def test_synonyms_from_a_file(tmp_path, tokenizer):
     file.write_text("Dog, hound, canine friend\n\nred,crimson\n")
     synonyms = sources.open_synonyms(str(file))
     assert synonyms("dog") == ["hound", "canine friend"] and synonyms("red") == ["crimson"] and not synonyms("cat")
-    outputs = {declip.AugmentedText(tokenizer, synonyms).augment("a red dog", random.Random(seed)) for seed in range(99)}
+    outputs = {declip.augmented_text(str, synonyms, "a red dog", random.Random(seed)) for seed in range(99)}
     assert {"a crimson dog", "a red hound"} <= outputs
     with pytest.raises(UserError, match="--synonyms"):
         sources.open_synonyms(str(tmp_path / "nothing"))
@@ -421,9 +453,9 @@ def test_status_2(photos, tmp_path):
 def test_paste():
     space = cut(["DeCLIP", "VisionTransformer", "TextTransformer"], file="declip.py")
     text = space["TextTransformer"](8, 40, 64, 1, 16)
-    model = space["DeCLIP"](16, space["VisionTransformer"](32, 8, 64, 2, 4, 16), text, 32)
+    model = space["DeCLIP"](16, space["VisionTransformer"](32, 8, 64, 2, 16), text, 32)
     image, ids = torch.randn(4, 3, 32, 32), torch.randint(1, 40, (4, 8))
-    images, texts, p, z, logits = model(image, image, ids, ids, ids, torch.rand(4, 8) < 0.5)
+    images, texts, p, z, logits = model(image, image, ids, ids, torch.where(torch.rand(4, 8) < 0.5, ~ids, ids))
     backward(*images, *texts, *p, *z, logits)
     info_nce = cut(["info_nce"], ["all_gather"], file="declip.py")["info_nce"]
     a, b = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
@@ -433,8 +465,9 @@ def test_paste():
     backward(mlm_loss(a, torch.randint(0, 8, (4,))))
     queue = cut(["TextQueue"], file="declip.py")["TextQueue"](16, 8)
     queue.enqueue(queue.nearest(a))
-    for name in ("AugmentedText", "MaskedText"):
-        assert cut([name], file="declip.py")[name]
+    backward(cut(["ModifiedResNet"], file="declip.py")["ModifiedResNet"](32, (1, 1, 1, 1), 16)(image))
+    assert cut(["augmented_text"], file="declip.py")["augmented_text"](str, None, "a dog", random.Random(0))
+    assert cut(["masked_text"], file="declip.py")["masked_text"]
 
 
 if __name__ == "__main__":
