@@ -65,7 +65,7 @@ class Args:
     nns_weight: float = 0.2  # gamma
     queue_size: int = 65536  # K
     released: bool = False  # the released code's objective and behaviour, see the top of this file
-    synonyms: str = ""  # file of lines "word, synonym, ..." (default: WordNet, where nltk and its data are)
+    synonyms: str = ""  # file of lines "word, synonym, ..." (default: WordNet, if it is installed)
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
     vocab_size: int = 49409  # V, CLIP's and a mask; upper bound for --tokenizer train
     image_size: int = 224  # pixels

@@ -575,10 +575,30 @@ def _slip_of(state):
                      _depth(state, "transformer.resblocks."), ssl_mlp_dim, ssl_emb_dim)
 
 
+def _declip_of(state):
+    """A state dict with the names of DeCLIP, both encoders -> declip.DeCLIP of the sizes of its tensors."""
+    declip = importlib.import_module("declip")
+    embed_dim, text_width = state["encode_text.text_projection.weight"].shape
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        layers = _depth(state, "visual.transformer.resblocks.")
+        visual = declip.VisionTransformer(size, patch, width, layers, embed_dim)
+    else:
+        size = 32 * math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
+        layers = [_depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+        visual = declip.ModifiedResNet(size, layers, embed_dim)
+    context_length = len(state["encode_text.positional_embedding"])
+    vocab_size = len(state["encode_text.token_embedding.weight"])
+    text_layers = _depth(state, "encode_text.transformer.resblocks.")
+    text = declip.TextTransformer(context_length, vocab_size, text_width, text_layers, embed_dim)
+    return declip.DeCLIP(embed_dim, visual, text, len(state["projector.linear1.weight"]))
+
+
 def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
-    dict with their names -> (method module, model in float32), loaded strictly. Only tensors and argparse's
-    Namespace are unpickled. Raises UserError."""
+    """A published CLIP (OpenAI's half-precision TorchScript archives too), SLIP or DeCLIP checkpoint, or a
+    state dict with their names -> (method module, model in float32), loaded strictly. Only tensors and
+    argparse's Namespace are unpickled. Raises UserError."""
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):  # not TorchScript
@@ -589,11 +609,14 @@ def load_released(path):
     for key in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
         state.pop(key, None)
     method, build = ("slip", _slip_of) if "visual.cls_token" in state else ("clip", _clip_of)
+    if "encode_text.text_projection.weight" in state:
+        method, build = "declip", _declip_of
     try:
         model = build(state)
         model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a CLIP or SLIP model: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds no model of CLIP, SLIP or DeCLIP: {reason}") from error
     return importlib.import_module(method), model
 
 

@@ -108,20 +108,23 @@ def open_synonyms(path=""):
         return None
 
 
-def _wordnet():
-    """-> {word: its synonyms} of WordNet, without inflected forms."""
-    import nltk  # only to find the files: its reader would share open ones with forked workers
+def _wordnet(debian=Path("/usr/share/wordnet")):
+    """-> {word: its synonyms} of WordNet, without inflected forms: Debian's wordnet-base, else nltk's."""
+    parts = [debian / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
+    if not parts[0].exists():
+        import nltk  # only to find the files: its reader would share open ones with forked workers
 
-    table = {}
-    for part in ("noun", "verb", "adj", "adv"):
-        with nltk.data.find(f"corpora/wordnet/data.{part}").open() as file:
+        parts = [nltk.data.find(f"corpora/wordnet/{part.name}") for part in parts]
+    table, stop_words = {}, set(STOP_WORDS.split())
+    for part in parts:
+        with part.open("rb") if isinstance(part, Path) else part.open() as file:
             lines = file.read().decode().splitlines()
         for line in lines:
             if not line.startswith(" "):  # not the licence
                 fields = line.split()  # offset, file, kind, count, then word, id for each
                 words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
                 words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
-                for word in words - set(STOP_WORDS.split()):
+                for word in words - stop_words:
                     table.setdefault(word, set()).update(words - {word})
     return {word: sorted(synonyms) for word, synonyms in table.items()}
 
