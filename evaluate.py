@@ -595,10 +595,71 @@ def _declip_of(state):
     return declip.DeCLIP(embed_dim, visual, text, len(state["projector.linear1.weight"]))
 
 
+def _align_modules(model):
+    """{module of an align.ALIGN: module of Hugging Face's AlignModel that holds the same tensors}."""
+    names = {"text_projection": "text_projection", "text.norm": "text_model.embeddings.LayerNorm",
+             "visual.features.0.0": "vision_model.embeddings.convolution",
+             "visual.features.0.1": "vision_model.embeddings.batchnorm"}  # fmt: skip
+    names |= {f"text.{kind}_embeddings": f"text_model.embeddings.{kind}_embeddings"
+              for kind in ("word", "position", "token_type")}  # fmt: skip
+    parts = {"self_attn": "attention.self", "self_attn.out_proj": "attention.output.dense",
+             "norm1": "attention.output.LayerNorm", "linear1": "intermediate.dense",
+             "linear2": "output.dense", "norm2": "output.LayerNorm"}  # fmt: skip
+    for i in range(len(model.text.layers)):
+        names |= {f"text.layers.{i}.{a}": f"text_model.encoder.layer.{i}.{b}" for a, b in parts.items()}
+    parts = ["expansion.expand_conv", "expansion.expand_bn"]
+    parts += ["depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"]
+    parts += ["squeeze_excite.reduce", "squeeze_excite.expand"]
+    parts += ["projection.project_conv", "projection.project_bn"]
+    blocks = [name for name in dict(model.named_modules()) if re.fullmatch(r"visual(\.\w+){3}\.block", name)]
+    for i, block in enumerate(blocks):
+        steps = model.get_submodule(block)  # of two layers each, the first missing where nothing expands
+        ours = [f"{block}.{j}.{end}" for j, step in enumerate(steps)
+                for end in (("fc1", "fc2") if hasattr(step, "fc1") else "01")]  # fmt: skip
+        names |= {a: f"vision_model.encoder.blocks.{i}.{b}" for a, b in zip(ours, parts[-len(ours) :])}
+    return names
+
+
+def align_state(model, theirs=None):
+    """State dict of a Hugging Face AlignModel -> one that `model`, an align.ALIGN of the same sizes, loads
+    strictly. Without `theirs`: the model's own -> one that an AlignModel loads strictly. It computes q, k and
+    v with three layers, here one does; the pooler that it has and never uses is left out here, zero there."""
+    modules, out = _align_modules(model), {}
+    for key, tensor in model.state_dict().items():
+        module, _, kind = key.rpartition(".")
+        names = [f"{modules[module]}.{kind}" if module else key]
+        if kind.startswith("in_proj_"):
+            names = [f"{modules[module]}.{part}.{kind[8:]}" for part in ("query", "key", "value")]
+        if theirs:
+            out[key] = torch.cat([theirs[name] for name in names]) if len(names) > 1 else theirs[names[0]]
+        else:
+            out |= zip(names, tensor.chunk(len(names)) if tensor.ndim else [tensor])
+    if not theirs:
+        bias = torch.zeros_like(model.text.norm.bias)
+        out |= {"text_model.pooler.dense.weight": torch.diag(bias), "text_model.pooler.dense.bias": bias}
+    return out
+
+
+def _align_of(state):
+    """The state dict of an AlignModel with one of EfficientNet's sizes -> align.ALIGN of that size."""
+    align = importlib.import_module("align")
+    vocab_size, width = state["text_model.embeddings.word_embeddings.weight"].shape
+    context_length = len(state["text_model.embeddings.position_embeddings.weight"])
+    text = align.BERT(context_length, vocab_size, width, _depth(state, "text_model.encoder.layer."))
+    blocks = _depth(state, "vision_model.encoder.blocks.")
+    dim = len(state[f"vision_model.encoder.blocks.{blocks - 1}.projection.project_conv.weight"])
+    for sizes in align.ARCHS.values():
+        with torch.device("meta"):
+            visual = align.EfficientNet(*sizes)
+        if (visual.dim, sum(map(len, visual.features[1:]))) == (dim, blocks):
+            return align.ALIGN(dim, align.EfficientNet(*sizes), text, width)
+    raise ValueError(f"no EfficientNet has {blocks} blocks and {dim} features")
+
+
 def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives too), SLIP or DeCLIP checkpoint, or a
-    state dict with their names -> (method module, model in float32), loaded strictly. Only tensors and
-    argparse's Namespace are unpickled. Raises UserError."""
+    """A published CLIP (OpenAI's half-precision TorchScript archives too), SLIP or DeCLIP checkpoint, a state
+    dict with their names or those of Hugging Face's AlignModel -> (method module, model in float32), loaded
+    strictly. Only tensors and argparse's Namespace are unpickled. Raises UserError."""
     try:
         state = torch.jit.load(path, map_location="cpu").state_dict()
     except (RuntimeError, ValueError):  # not TorchScript
@@ -611,12 +672,15 @@ def load_released(path):
     method, build = ("slip", _slip_of) if "visual.cls_token" in state else ("clip", _clip_of)
     if "encode_text.text_projection.weight" in state:
         method, build = "declip", _declip_of
+    elif "vision_model.embeddings.convolution.weight" in state:
+        method, build = "align", _align_of
     try:
         model = build(state)
+        state = align_state(model, state) if method == "align" else state
         model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} holds no model of CLIP, SLIP or DeCLIP: {reason}") from error
+        raise UserError(f"{path} holds no CLIP, SLIP, DeCLIP or ALIGN: {reason}") from error
     return importlib.import_module(method), model
 
 

@@ -21,6 +21,8 @@ FLAGS = {
     "declip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "256"],
     "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "256",
                       "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
+    "align": [*COMMON, *TEXT, "--arch", "efficientnet_micro", "--image-size", "64", "--lr", "1e-3", "--temperature", "0.2",
+              "--min-side", "0"],  # fmt: skip
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
     "simsiam": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
                 "--projector-layers", "2", "--hidden-dim", "64"],
@@ -32,7 +34,7 @@ FLAGS = {
     "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",
                "--key-momentum", "0.9"],
 }
-METHODS = ["clip", "slip", "declip", "simclr", "moco", "mocov3", "byol", "simsiam", "dino"]
+METHODS = ["clip", "slip", "declip", "align", "simclr", "moco", "mocov3", "byol", "simsiam", "dino"]
 
 
 def module_of(name):
