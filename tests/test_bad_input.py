@@ -558,7 +558,7 @@ def chances(name, batch_size):
     declip = {"clip_chance": clip, "mvs_chance": 3 * clip, "nns_chance": clip, "tss_chance": math.log(600)}
     declip |= {"chance": 1.2 * clip + 0.2 * math.log(600)}
     known = {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "declip": declip}
-    known |= {"byol": {"chance": 4.0}}
+    known |= {"byol": {"chance": 4.0}, "align": {"chance": 2 * clip}}
     known |= {"moco": {"chance": math.log(601)}, "dino": {"chance": math.log(64)}}  # tests/runs.py
     known |= {"mocov3": {"chance": 4 * 0.2 * clip}}
     return {**known, "simsiam": {}}[name]  # a cosine: chance is 0, and feature_std says more
