@@ -191,7 +191,8 @@ def filter_rules(pictures, test_hashes=(), min_side=200, common_tokens=100_000_0
 def read_pictures(dataset, hashed):
     """Pictures of a dataset, or of the path of a .tsv of keys and texts alone; what is broken is left out."""
     if isinstance(dataset, Path):
-        for index, line in enumerate(dataset.read_text(encoding="utf-8").splitlines()):
+        text = dataset.read_text(encoding="utf-8", errors="replace")
+        for index, line in enumerate(text.strip().split("\n")):
             key, _, text = line.partition("\t")
             yield Picture(index, key, None, 0, [text])
         return
@@ -210,27 +211,27 @@ def filter_data(args) -> dict:
     a text. -> number of pairs that each rule drops; of several that fit, the first."""
     texts = args.data.endswith(".tsv") and Path(args.data).is_file()
     if texts:
-        with open(args.data, encoding="utf-8") as file:
+        with open(args.data, encoding="utf-8", errors="replace") as file:
             texts = not {*file.readline().strip().split("\t")} & {*IMAGE_KEYS}  # else it names images
     test = None if texts else evaluation_set(args, "test")
     hashes = [p.hash for p in read_pictures(test, True)] if test else []
     dataset = Path(args.data) if texts else open_dataset(args.data, args.data_dir)
     pictures = list(read_pictures(dataset, bool(hashes)))
     rules = filter_rules(pictures, hashes, args.min_side, args.common_tokens)
-    dropped, pairs = {name: [] for name in rules}, 0
+    dropped, pairs = {name: [] for name in rules}, sum(len(picture.captions) for picture in pictures)
+    if not pairs:
+        raise UserError(f"--data {args.data} has no captions to filter")
     folder = Path(args.output_dir or "filtered")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "kept.jsonl", "w") as file:
+    with open(folder / "kept.jsonl", "w", encoding="utf-8") as file:
         for picture in pictures:
-            stay, pairs = [], pairs + len(picture.captions)
+            stay = []
             for text in picture.captions:
                 rule = next((name for name, drops in rules.items() if drops(picture, text)), None)
                 (dropped[rule] if rule else stay).append(text)
             if stay:
                 row = {"index": picture.index, "key": picture.key, "captions": stay}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if not pairs:
-        raise UserError(f"--data {args.data} has no captions to filter")
     for name, found in dropped.items():
         some = "".join(f"\n    {text[:100]}" for text in found[:: len(found) // 3 + 1])
         print(f"{name}: {len(found)} of {pairs} pairs ({len(found) / pairs:.1%}){some}")
@@ -244,7 +245,7 @@ class Kept:
 
     def __init__(self, dataset, path):
         try:
-            self.rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            self.rows = [json.loads(line) for line in Path(path).read_text("utf-8").strip().split("\n")]
             good = dataset[self.rows[0]["index"]].key == self.rows[0]["key"]
         except (OSError, ValueError, LookupError, TypeError):
             good = False
@@ -440,8 +441,8 @@ def train(args: Args) -> dict:
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
     dataset = Kept(dataset, args.keep) if args.keep else dataset
-    text_source = captions(dataset) if args.tokenizer == "train" else None
-    tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
+    texts = captions(dataset)  # read only by --tokenizer train
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, texts, args.vocab_size, args.data_dir)
     views = {"image": AlignView(args.image_size)}
     loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
 

@@ -308,12 +308,16 @@ def test_filter_only_reports_and_training_keeps(photos, tmp_path):
 
 
 def test_filter_only_reads_texts_alone(tmp_path):
-    lines = [f"{i}\tthe same words again" for i in range(11)] + ["11\tshort", "12\tquite a good text"]
-    (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n")
+    lines = [f"{i}\tthe same words\u2028again" for i in range(11)] + ["11\tshort", "12\tquite a good text"]
+    (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = command("align.py", "--filter-only", "--data", tmp_path / "texts.tsv", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/kept.jsonl").read_text()) == {"index": 12, "key": "12", "captions": ["quite a good text"]}
-    assert "text of over 10 images: 11 of 13 pairs" in done.stdout and "the same words again" in done.stdout
+    assert "text of over 10 images: 11 of 13 pairs" in done.stdout and "the same words" in done.stdout
+    table = tmp_path / "nothing.jsonl"
+    table.write_text('{"image": "0.png", "captions": []}\n')
+    done = command("align.py", "--filter-only", "--data", table, "--output-dir", tmp_path / "none")
+    assert done.returncode == 2 and "no captions" in done.stderr and not (tmp_path / "none").exists()
 
 
 # ------------------------------------------------ any language ------------------------------------------------
