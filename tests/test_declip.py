@@ -1,5 +1,6 @@
 """declip.py: golden numbers of the official code, text augmentation and masks, the queue, the mask token, layout."""
 
+import importlib
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import clip
@@ -19,8 +21,8 @@ import declip
 import sources
 from common import UserError, load_checkpoint, warmup_cosine
 from data import Tokenizer
-from evaluate import load_released
-from runs import FLAGS, argv_of, command, environment, make_photos, rows, train_here
+from evaluate import load_released, open_network, tokenize
+from runs import FLAGS, ROOT, argv_of, command, environment, make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_resume import assert_same_run
 from test_structure import backward, cut
@@ -433,6 +435,23 @@ def test_queue_is_global_and_survives(photos, tmp_path):
     one, two = (load_checkpoint(tmp_path / d)["queue"] for d in ("one", "two"))
     assert one["place"] == two["place"] == 80 % 64
     torch.testing.assert_close(one["features"], two["features"], rtol=1e-3, atol=1e-4)
+
+
+def test_captions_of_the_queue_are_found_again(photos, tmp_path, monkeypatch):
+    """benchmarks/neighbours.py knows whose feature is where: with weights that stand still they are the captions' features."""
+    train_here("declip", photos, tmp_path / "run", *"--max-steps 9 --eval-every 0 --queue-size 64 --lr 1e-9".split())
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    neighbours = importlib.import_module("neighbours")
+    saved, net = load_checkpoint(tmp_path / "run"), open_network(tmp_path / "run", torch.device("cpu"))
+    captions = neighbours.queued_captions(saved, net.tokenizer, "")
+    assert sorted(captions) == list(range(64))  # 72 went in
+    with torch.no_grad():
+        ours = net.model.eval().encode_text(tokenize(net.tokenizer, list(captions.values()), "cpu"))
+    close(F.normalize(ours, dim=-1), saved["queue"]["features"][list(captions)], atol=1e-4)
+    argv = ["neighbours.py", str(tmp_path / "run"), "--output", str(tmp_path / "n.png"), "--images", "3"]
+    monkeypatch.setattr(sys, "argv", argv)
+    neighbours.main()
+    assert Image.open(tmp_path / "n.png").width > 100
 
 
 def test_released_behaviour(photos, tmp_path, monkeypatch):
