@@ -43,7 +43,7 @@ from data import CLIP_MEAN, CLIP_STD, Loader, decode, hflip, ignore_signals, nor
 from data import random_resized_crop, to_float
 from pictures import save_curves, save_views  # noqa: F401
 from probes import LastBlocks, best_exponent, fit_heads, grid, logistic_regression
-from weights import load_released, open_network  # noqa: F401
+from weights import align_state, load_released, open_network  # noqa: F401
 
 
 @dataclass

@@ -54,6 +54,9 @@ SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["te
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MEMBERS = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}  # of a sample in a tar
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
+# Words that WordNet knows as something else ("in": inch)
+STOP_WORDS = """a an the in on at by to of off up out over is are was be am as it its he his she who have has
+no not so or and but for from with do does can will more most some than then"""
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip
@@ -87,6 +90,43 @@ def open_dataset(name, data_dir=None, split="train"):
         raise UserError(f"{root} holds no pictures for {split}, see docs/data.md for what is expected there")
     dataset.name = name if name in NAMES else root.resolve().name
     return dataset
+
+
+def open_synonyms(path=""):
+    """-> function from a word in lower case to a list of its synonyms (or None): those of a file with a line
+    "word, synonym, ..." for each, else WordNet's; None where nltk or its WordNet is not there. UserError."""
+    if path:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--synonyms {path} cannot be read as text ({error})") from error
+        rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
+        return {row[0]: row[1:] for row in rows if row}.get
+    try:
+        return _wordnet().get
+    except (ImportError, LookupError, OSError):
+        return None
+
+
+def _wordnet(debian=Path("/usr/share/wordnet")):
+    """-> {word: its synonyms} of WordNet, without inflected forms: Debian's wordnet-base, else nltk's."""
+    parts = [debian / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
+    if not parts[0].exists():
+        import nltk  # only to find the files: its reader would share open ones with forked workers
+
+        parts = [nltk.data.find(f"corpora/wordnet/{part.name}") for part in parts]
+    table, stop_words = {}, set(STOP_WORDS.split())
+    for part in parts:
+        with part.open("rb") if isinstance(part, Path) else part.open() as file:
+            lines = file.read().decode().splitlines()
+        for line in lines:
+            if not line.startswith(" "):  # not the licence
+                fields = line.split()  # offset, file, kind, count, then word, id for each
+                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
+                for word in words - stop_words:
+                    table.setdefault(word, set()).update(words - {word})
+    return {word: sorted(synonyms) for word, synonyms in table.items()}
 
 
 def _open(root, split):

@@ -62,6 +62,8 @@ def state_of(saved):
 # What a name must begin with, where the names of the evaluated encoder go on, and whose preprocessing it has
 FAMILIES = {  # the first that fits
     "SLIP": ("visual.cls_token", "visual.", "slip"),
+    "DeCLIP": ("encode_text.text_projection.", "visual.", "declip"),
+    "Hugging Face's ALIGN": ("vision_model.embeddings.convolution.", "vision_model.", "align"),
     "CLIP": ("visual.", "visual.", "clip"),
     "MoCo v3": ("momentum_encoder.", "base_encoder.", "mocov3"),
     "MoCo": ("encoder_q.", "encoder_q.", "moco"),
@@ -120,6 +122,19 @@ def vit_of(state, heads=0):
     return dino.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads), side * patch
 
 
+def dinov2_of(state):
+    """DINOv2's names -> dinov2.VisionTransformer of the sizes read off its tensors, and 224, the size of its
+    evaluations (it was last trained with 518)."""
+    dinov2 = importlib.import_module("dinov2")
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    net = dinov2.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), width // 64,
+                                   registers=registers, swiglu=swiglu)  # fmt: skip
+    return net, 224
+
+
 def resnet_of(state):
     """torchvision's names -> ResNet without classifier, image size, which the weights do not say: 32 with
     CIFAR's stem, else 224."""
@@ -144,6 +159,8 @@ def encoder_of(state, name, heads=0):
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = timm_names(state) if name == "torchvision's ViT" else state
     state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
+    if name == "DINOv2":
+        return *dinov2_of(state), state
     is_vit = any(key.startswith("patch_embed.") for key in state)
     return *(vit_of(state, heads) if is_vit else resnet_of(state)), state
 
@@ -181,25 +198,125 @@ def slip_of(state):
     return model, image_size
 
 
+def declip_of(state):
+    """DeCLIP's names, both encoders -> declip.DeCLIP of the sizes read off its tensors, image size."""
+    declip = importlib.import_module("declip")
+    embed_dim, text_width = state["encode_text.text_projection.weight"].shape
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        layers = depth(state, "visual.transformer.resblocks.")
+        visual = declip.VisionTransformer(size, patch, width, layers, embed_dim)
+    else:
+        size = 32 * math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
+        layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+        visual = declip.ModifiedResNet(size, layers, embed_dim)
+    context_length = len(state["encode_text.positional_embedding"])
+    vocab_size = len(state["encode_text.token_embedding.weight"])
+    text_layers = depth(state, "encode_text.transformer.resblocks.")
+    text = declip.TextTransformer(context_length, vocab_size, text_width, text_layers, embed_dim)
+    model = declip.DeCLIP(embed_dim, visual, text, len(state["projector.linear1.weight"]))
+    return model, size
+
+
+def align_modules(model):
+    """{module of an align.ALIGN: module of Hugging Face's AlignModel that holds the same tensors}."""
+    names = {"text_projection": "text_projection", "text.norm": "text_model.embeddings.LayerNorm",
+             "visual.features.0.0": "vision_model.embeddings.convolution",
+             "visual.features.0.1": "vision_model.embeddings.batchnorm"}  # fmt: skip
+    names |= {f"text.{kind}_embeddings": f"text_model.embeddings.{kind}_embeddings"
+              for kind in ("word", "position", "token_type")}  # fmt: skip
+    parts = {"self_attn": "attention.self", "self_attn.out_proj": "attention.output.dense",
+             "norm1": "attention.output.LayerNorm", "linear1": "intermediate.dense",
+             "linear2": "output.dense", "norm2": "output.LayerNorm"}  # fmt: skip
+    for i in range(len(model.text.layers)):
+        names |= {f"text.layers.{i}.{a}": f"text_model.encoder.layer.{i}.{b}" for a, b in parts.items()}
+    parts = ["expansion.expand_conv", "expansion.expand_bn"]
+    parts += ["depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"]
+    parts += ["squeeze_excite.reduce", "squeeze_excite.expand"]
+    parts += ["projection.project_conv", "projection.project_bn"]
+    blocks = [name for name in dict(model.named_modules()) if re.fullmatch(r"visual(\.\w+){3}\.block", name)]
+    for i, block in enumerate(blocks):
+        steps = model.get_submodule(block)  # of two layers each, the first missing where nothing expands
+        ours = [f"{block}.{j}.{end}" for j, step in enumerate(steps)
+                for end in (("fc1", "fc2") if hasattr(step, "fc1") else "01")]  # fmt: skip
+        names |= {a: f"vision_model.encoder.blocks.{i}.{b}" for a, b in zip(ours, parts[-len(ours) :])}
+    return names
+
+
+def align_state(model, theirs=None):
+    """State dict of a Hugging Face AlignModel -> one that `model`, an align.ALIGN of the same sizes, loads
+    strictly. Without `theirs`: the model's own -> one that an AlignModel loads strictly. It computes q, k and
+    v with three layers, here one does; the pooler that it has and never uses is left out here, zero there."""
+    modules, out = align_modules(model), {}
+    for key, tensor in model.state_dict().items():
+        module, _, kind = key.rpartition(".")
+        names = [f"{modules[module]}.{kind}" if module else key]
+        if kind.startswith("in_proj_"):
+            names = [f"{modules[module]}.{part}.{kind[8:]}" for part in ("query", "key", "value")]
+        if theirs:
+            out[key] = torch.cat([theirs[name] for name in names]) if len(names) > 1 else theirs[names[0]]
+        else:
+            out |= zip(names, tensor.chunk(len(names)) if tensor.ndim else [tensor])
+    if not theirs:
+        bias = torch.zeros_like(model.text.norm.bias)
+        out |= {"text_model.pooler.dense.weight": torch.diag(bias), "text_model.pooler.dense.bias": bias}
+    return out
+
+
+def align_of(state):
+    """The state dict of an AlignModel with one of EfficientNet's sizes -> align.ALIGN of that size,
+    289, the size of images it was trained with."""
+    align = importlib.import_module("align")
+    vocab_size, width = state["text_model.embeddings.word_embeddings.weight"].shape
+    context_length = len(state["text_model.embeddings.position_embeddings.weight"])
+    text = align.BERT(context_length, vocab_size, width, depth(state, "text_model.encoder.layer."))
+    blocks = depth(state, "vision_model.encoder.blocks.")
+    dim = len(state[f"vision_model.encoder.blocks.{blocks - 1}.projection.project_conv.weight"])
+    for sizes in align.ARCHS.values():
+        with torch.device("meta"):
+            visual = align.EfficientNet(*sizes)
+        if (visual.dim, sum(map(len, visual.features[1:]))) == (dim, blocks):
+            return align.ALIGN(dim, align.EfficientNet(*sizes), text, width), 289
+    raise ValueError(f"no EfficientNet has {blocks} blocks and {dim} features")
+
+
+CONTEXT = r"^(encode_text\.)?positional_embedding$|^text_model\.embeddings\.position_embeddings"
+WHOLE = {  # families that are loaded with their text encoder: what builds them, the published tokenizer
+    "SLIP": (slip_of, "clip"),
+    "CLIP": (clip_of, "clip"),
+    "DeCLIP": (declip_of, "clip"),
+    "Hugging Face's ALIGN": (align_of, "google-bert/bert-base-uncased"),
+}
+
+
 # -------------------------------------------- networks --------------------------------------------
+def whole(state, name):
+    """-> model of a family of WHOLE with random weights, image size, state dict that fits it."""
+    model, image_size = WHOLE[name][0](state)
+    return model, image_size, align_state(model, state) if "ALIGN" in name else state
+
+
 def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives included) or SLIP checkpoint, or a state
-    dict with their names -> (method module, model in float32), loaded strictly. Raises UserError."""
+    """A published CLIP (OpenAI's half-precision TorchScript archives too), SLIP or DeCLIP checkpoint, a state
+    dict with their names or those of Hugging Face's AlignModel -> (method module, model in float32), loaded
+    strictly. Raises UserError."""
     state = state_of(read(path))
-    name, build = ("slip", slip_of) if family(state) == "SLIP" else ("clip", clip_of)
+    name = family(state) if family(state) in WHOLE else "CLIP"
     try:
-        model, _ = build(state)
+        model, _, state = whole(state, name)
         model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold a CLIP or SLIP model: {str(error).splitlines()[0]}") from error
-    return importlib.import_module(name), model
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not hold a CLIP, SLIP, DeCLIP or ALIGN model: {reason}") from error
+    return importlib.import_module(FAMILIES[name][2]), model
 
 
 def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True):
     """-> namespace of method, arch, step, model, encoder, view, tokenizer (None without text).
 
     random_weights: as before training; heads: of somebody else's transformer (0: recognised); text: whether
-    to look for the tokenizer of a published CLIP or SLIP. Raises UserError."""
+    to look for the tokenizer of a published language-image model. Raises UserError."""
     saved = read(path)
     torch.manual_seed(0)
     if saved.keys() >= {"method", "args", "model"}:
@@ -236,8 +353,8 @@ def ours(path, saved, head_layer, random_weights):
 
 
 def others(path, state, random_weights, heads, text):
-    """Somebody else's state dict -> open_network's namespace. model is the whole one of CLIP and SLIP, else
-    the encoder alone."""
+    """Somebody else's state dict -> open_network's namespace. model is the whole one of families in WHOLE,
+    otherwise the encoder alone."""
     name = family(state)
     if name is None:
         first = ", ".join(list(state)[:3]) or "no tensors"
@@ -248,18 +365,16 @@ def others(path, state, random_weights, heads, text):
         raise UserError(f"{path} looks like {name}, for which there is no {method}.py here")
     module, tokenizer = importlib.import_module(method), None
     try:
-        if whole := name in ("CLIP", "SLIP"):
-            model, size = (slip_of if name == "SLIP" else clip_of)(state)
-        else:
-            model, size, state = encoder_of(state, name, heads)
+        model, size, fitting = whole(state, name) if name in WHOLE else encoder_of(state, name, heads)
         if not random_weights:
-            model.load_state_dict(state)
+            model.load_state_dict(fitting)
     except (KeyError, ValueError, RuntimeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
         raise UserError(f"{path} looks like {name}, but does not fit: {what}") from error
-    if whole and text:
-        tokenizer = Tokenizer("clip", len(state["positional_embedding"]))
+    if name in WHOLE and text:
+        length = next(len(value) for key, value in state.items() if re.search(CONTEXT, key))
+        tokenizer = Tokenizer(WHOLE[name][1], length)
     return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,
-                                 encoder=module.image_encoder(model) if whole else model,
+                                 encoder=module.image_encoder(model) if name in WHOLE else model,
                                  view=module.eval_view(types.SimpleNamespace(image_size=size)),
                                  tokenizer=tokenizer)  # fmt: skip

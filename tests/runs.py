@@ -20,6 +20,11 @@ FLAGS = {
     "clip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-3"],
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
+    "declip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "256"],
+    "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "256",
+                      "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
+    "align": [*COMMON, *TEXT, "--arch", "efficientnet_micro", "--image-size", "64", "--lr", "1e-3", "--temperature", "0.2",
+              "--min-side", "0"],  # fmt: skip
     "simclr": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
     "simsiam": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
                 "--projector-layers", "2", "--hidden-dim", "64"],
@@ -36,14 +41,16 @@ FLAGS = {
     "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",
                "--key-momentum", "0.9"],
 }
-METHODS = ["clip", "slip", "simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2"]
+METHODS = ["clip", "slip", "declip", "align", "simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2"]
 
 
 def module_of(name):
-    """The method's module; clip_resnet is clip.py with a ResNet small enough for a test."""
+    """The method's module; clip_resnet is clip.py with a ResNet small enough for a test, declip_resnet declip.py."""
     module = importlib.import_module(name.split("_")[0])
     if name == "clip_resnet":
         module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8, 64)
+    if name == "declip_resnet":
+        module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 2048)
     return module
 
 

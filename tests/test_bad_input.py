@@ -555,7 +555,10 @@ def test_over_one_percent_of_bad_samples_stop_the_run(server, hostile, tmp_path,
 def chances(name, batch_size):
     clip, ssl = math.log(batch_size), math.log(2 * batch_size - 1)
     slip = {"chance": clip + ssl, "clip_chance": clip, "ssl_chance": ssl}
-    known = {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "byol": {"chance": 4.0}}
+    declip = {"clip_chance": clip, "mvs_chance": 3 * clip, "nns_chance": clip, "tss_chance": math.log(600), "iss_chance": 0.0}
+    declip |= {"chance": 1.2 * clip + 0.2 * math.log(600)}
+    known = {"clip": {"chance": clip}, "simclr": {"chance": ssl}, "slip": slip, "declip": declip}
+    known |= {"byol": {"chance": 4.0}, "align": {"chance": 2 * clip}}
     known |= {"moco": {"chance": math.log(601)}, "dino": {"chance": math.log(64)}}  # tests/runs.py
     patch = 0.8 * math.log(64)  # eight of ten large crops are masked
     known |= {name: {"chance": math.log(64) + patch, "cls_chance": math.log(64), "patch_chance": patch} for name in ("ibot", "dinov2")}

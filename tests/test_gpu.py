@@ -94,7 +94,8 @@ def test_automatic_precision():
 
 
 # A step as small as that of a large batch: where losses jump about, rounding soon makes another run.
-CALM = {"clip": ["--lr", "1e-4"], "clip_resnet": ["--lr", "1e-4"], "slip": ["--lr", "3e-5"]}
+CALM = {"clip": ["--lr", "1e-4"], "clip_resnet": ["--lr", "1e-4"], "slip": ["--lr", "3e-5"],
+        "declip": ["--lr", "3e-5"], "align": ["--lr", "1e-4"]}  # fmt: skip
 CALM |= {name: [] for name in METHODS if name not in CALM}
 TWENTY = ["--batch-size", "16", "--epochs", "8", "--max-steps", "20"]
 

@@ -9,10 +9,11 @@ import torch
 
 from runs import METHODS, argv_of, environment, float64, make_photos, rows, train_here
 
-NAMES = [*METHODS, "clip_resnet"]
+NAMES = [*METHODS, "clip_resnet", "declip_resnet"]
 VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
+    "declip_released": ("declip", ["--released"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
     "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3"]),
     "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),

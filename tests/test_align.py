@@ -1,0 +1,389 @@
+"""align.py: Hugging Face's AlignModel, LAMB, EfficientNet's parts, the filters, captions in any script, pasting."""
+
+import json
+import math
+import random
+
+import pytest
+import timm.optim
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from torchvision.transforms.functional import to_pil_image
+
+import align
+from common import UserError, load_checkpoint
+from data import Loader, Tokenizer, decode, open_dataset
+from evaluate import align_state, load_released, open_network
+from runs import FLAGS, command, make_photos, rows, train_here
+from test_golden import close, close_grad, golden, leaves
+from test_structure import backward, cut
+
+STAGES = ((1, 3, 1, 32, 16, 1), (6, 5, 2, 16, 24, 2), (6, 3, 2, 24, 40, 1), (6, 5, 1, 40, 48, 2))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+# ------------------------------------------------ golden ------------------------------------------------
+@pytest.mark.parametrize("case", [0, 1])
+def test_loss_of_hugging_face_and_coyo(case):
+    x, y, _ = golden(f"hf_align_loss_{case}")
+    image, text, tau = leaves(x["image"], x["text"], x["temperature"])
+    loss = align.align_loss(image, text, tau)
+    close(loss, y["loss_sum_of_two_coyo"])
+    loss.backward()
+    for ours, key in ((image, "image"), (text, "text"), (tau, "temperature")):  # recorded for the mean of the directions
+        close_grad(ours.grad, 2 * y[f"grad_{key}"])
+
+
+def test_smoothed_labels_have_the_chance_level():
+    for b in (4, 64):
+        same = torch.ones(b, 8)
+        close(align.align_loss(same, same, 0.1), 2 * math.log(b))
+
+
+def tiny_pair(size=33):
+    """A random AlignModel of transformers and an ALIGN of the same shape, both in evaluation mode."""
+    torch.manual_seed(0)
+    columns = list(zip(*STAGES))
+    vision = transformers.AlignVisionConfig(
+        image_size=size, width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=8, expand_ratios=list(columns[0]),
+        kernel_sizes=list(columns[1]), strides=list(columns[2]), in_channels=list(columns[3]), out_channels=list(columns[4]),
+        num_block_repeats=list(columns[5]), depthwise_padding=[], squeeze_expansion_ratio=0.25, hidden_dim=48, drop_connect_rate=0.0)  # fmt: skip
+    text = transformers.AlignTextConfig(vocab_size=90, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
+                                        max_position_embeddings=16, hidden_act="gelu", hidden_dropout_prob=0.0,
+                                        attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = transformers.AlignConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=48)
+    theirs = transformers.AlignModel(config)
+    for name, tensor in theirs.state_dict().items():  # every parameter and statistic gets a value that matters
+        if tensor.is_floating_point():
+            noise = torch.randn_like(tensor)
+            tensor.copy_(noise.abs() + 0.5 if "running_var" in name else 0.1 * noise + 0.5 * (tensor.ndim == 1) + (tensor.ndim == 0))
+    ours = align.ALIGN(48, align.EfficientNet(1.0, 1.0, 0.0, STAGES), align.BERT(16, 90, 128, 2), 128)
+    return theirs.eval(), ours.eval()
+
+
+@pytest.mark.parametrize("size", [33, 64])
+def test_hugging_faces_weights_load_and_go_back(size):
+    theirs, ours = tiny_pair(size)
+    ours.load_state_dict(align_state(ours, theirs.state_dict()), strict=True)
+    image, ids = torch.randn(3, 3, size, size), torch.randint(1, 90, (3, 12))
+    ids[0, 7:] = ids[1, 3:] = 0
+    ids[2, 4] = 0  # a token of id 0 inside a text is no padding
+    lengths = torch.tensor([7, 3, 12])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    with torch.no_grad():
+        out = theirs(pixel_values=image, input_ids=ids, attention_mask=mask)
+        for grad in (False, True):  # torch has a path of its own without gradients
+            with torch.set_grad_enabled(grad):
+                mine = F.normalize(ours.encode_image(image), dim=-1), F.normalize(ours.encode_text(ids), dim=-1)
+            torch.testing.assert_close(mine[0], out.image_embeds, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine[1], out.text_embeds, rtol=1e-4, atol=1e-5)
+        close(2 * theirs(pixel_values=image, input_ids=ids, attention_mask=mask, return_loss=True).loss,
+              align.align_loss(*mine, ours.temperature), rtol=1e-4)  # fmt: skip
+        for p in ours.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+        theirs.load_state_dict(align_state(ours), strict=True)
+        again = theirs(pixel_values=image, input_ids=ids, attention_mask=mask)
+        torch.testing.assert_close(again.image_embeds, F.normalize(ours.encode_image(image), dim=-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again.text_embeds, F.normalize(ours.encode_text(ids), dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_align_base_loads_from_a_file(tmp_path):
+    """Names of kakaobrain/align-base, the sizes found from the tensors; a shallow BERT keeps the test small."""
+    torch.manual_seed(0)
+    ours = align.ALIGN(320, align.EfficientNet(1.0, 1.0), align.BERT(16, 90, 64, 1), 64)
+    torch.save(align_state(ours), tmp_path / "pytorch_model.bin")
+    module, loaded = load_released(tmp_path / "pytorch_model.bin")
+    assert module is align
+    for a, b in zip(ours.state_dict().values(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sizes_are_those_of_the_published_model():
+    with torch.device("meta"):
+        model = align.build_model(align.Args(context_length=512))
+        config = transformers.AlignConfig(text_config=transformers.AlignTextConfig().to_dict(),
+                                          vision_config=transformers.AlignVisionConfig(hidden_dim=640).to_dict())  # fmt: skip
+        theirs = {name: t.shape for name, t in transformers.AlignModel(config).state_dict().items()}
+    ours = {name: t.shape for name, t in align_state(model).items()}
+    assert ours == theirs and len(ours) == 1394
+    assert sum(p.numel() for p in model.parameters()) + 768 * 769 == 172_117_841  # and the pooler
+    assert isinstance(model.image_projection, torch.nn.Identity)
+    for name in ("b0", "b3"):
+        with torch.device("meta"):
+            net = align.build_model(align.Args(arch=f"efficientnet_{name}"))
+            peer = getattr(torchvision.models, f"efficientnet_{name}")()
+        shapes = [t.shape for name, t in peer.features[:-1].state_dict().items()]
+        assert [t.shape for t in net.visual.features.state_dict().values()] == shapes
+        assert isinstance(net.image_projection, torch.nn.Linear)
+
+
+def test_batch_norm_and_initialisation():
+    model = align.build_model(align.Args(arch="efficientnet_b0", vocab_size=900, text_layers=2))
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
+    assert model.text.word_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.text.layers[1].self_attn.in_proj_weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.temperature.item() == 1 and not model.text_projection.bias.any()
+
+
+def test_drop_connect_is_a_function_of_its_draws():
+    torch.manual_seed(0)
+    module = align.DropConnect(0.4, block=1).train()
+    x = torch.rand(1000, 2, 1, 1) + 0.5
+    assert torch.equal(module(x), x)  # nothing was drawn
+    module.draws = torch.rand(1000, 3)
+    out = module(x)
+    stays = module.draws[:, 1] >= 0.4
+    assert torch.equal(out[~stays], torch.zeros_like(out[~stays])) and stays.float().mean().item() == pytest.approx(0.6, abs=0.05)
+    close(out[stays], x[stays] / 0.6)
+    assert torch.equal(module.eval()(x), x)
+    net = align.EfficientNet(1.0, 1.0)
+    drops = [m for m in net.modules() if isinstance(m, align.DropConnect)]
+    assert [d.block for d in drops] == list(range(16)) and drops[8].p == pytest.approx(0.2 * 8 / 16)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_lamb_is_timms(weight_decay):
+    torch.manual_seed(0)
+    shapes = (5, 3), (7,), (4, 2, 3, 3), (2,)
+    mine, theirs = ([torch.nn.Parameter(torch.randn(s)) for s in shapes] for _ in range(2))
+    for a, b in zip(mine, theirs):
+        b.data.copy_(a.data)
+    mine[3].data.zero_()
+    theirs[3].data.zero_()  # a norm of 0: the step is lr r
+    ours = align.LAMB(mine, lr=0.02, weight_decay=weight_decay)
+    peer = timm.optim.Lamb(theirs, lr=0.02, eps=1e-6, weight_decay=weight_decay, max_grad_norm=None, always_adapt=True)
+    for _ in range(5):
+        for a, b in zip(mine, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        peer.step()
+        for a, b in zip(mine, theirs):
+            close(a.detach(), b.detach(), atol=1e-6)
+    before = mine[0].detach().clone()
+    plain = align.LAMB([{"params": [mine[0]], "exclude": True}], lr=0.02)
+    adam_p = torch.nn.Parameter(before.clone())
+    adam = torch.optim.Adam([adam_p], lr=0.02, eps=1e-6)
+    adam_p.grad = mine[0].grad.clone()
+    plain.step()
+    adam.step()
+    close(mine[0].detach(), adam_p.detach())
+
+
+def test_schedule_and_groups(photos, tmp_path):
+    train_here("align", photos, tmp_path / "run", "--max-steps", "24", "--eval-every", "0")
+    lrs = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
+    peak = float(FLAGS["align"][FLAGS["align"].index("--lr") + 1])
+    assert lrs[:7] == pytest.approx([peak * i / 6 for i in range(7)]) and max(lrs) == pytest.approx(peak)
+    assert lrs[6:] == pytest.approx([peak * (24 - i) / 18 for i in range(6, 24)])
+    groups = load_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert [(g["weight_decay"], g["exclude"]) for g in groups] == [(1e-5, False), (0.0, True)]
+    with torch.device("meta"):
+        model = align.build_model(align.parse_args(align.Args, {}, FLAGS["align"]))
+    norms = [p for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
+    assert len(groups[1]["params"]) == len(norms)
+
+
+# ------------------------------------------------ views ------------------------------------------------
+def test_views_are_squashed_and_cropped():
+    image = torch.randint(0, 256, (3, 200, 150), dtype=torch.uint8)
+    view, resized = align.AlignView(289), align.squash(image, 346)
+    assert view.full == 346
+    pil = torchvision.transforms.functional.pil_to_tensor(to_pil_image(image).resize((346, 346), 2))
+    assert (resized.int() - pil.int()).abs().max() <= 1  # Hugging Face's processor
+    crop = view.crop(image, random.Random(3))
+    rng = random.Random(3)
+    top, left = rng.randint(0, 57), rng.randint(0, 57)
+    assert torch.equal(crop, resized[:, top : top + 289, left : left + 289])
+    draw = {"flip": torch.tensor([True, False])}
+    out = view(torch.stack([crop, crop]), draw)
+    close(out[1], crop / 127.5 - 1)
+    assert torch.equal(out[0], out[1].flip(-1))
+    test = align.eval_view(align.Args())
+    centre = test.crop(image)
+    assert torch.equal(centre, resized[:, 28:317, 28:317])
+    close(test(centre[None])[0], centre / 127.5 - 1)
+
+
+# ------------------------------------------------ filters ------------------------------------------------
+def picture(index, captions, size=(300, 300), hash=0):
+    return align.Picture(index, f"k{index}", size, hash, captions)
+
+
+def dropped_by(rules, p, caption):
+    return [name for name, drops in rules.items() if drops(p, caption)]
+
+
+def test_image_rules():
+    good = "a dog on grass"
+    pictures = [picture(0, [good]), picture(1, [good], (200, 900)), picture(2, [good], (201, 602)), picture(3, [good], (603, 201)),
+                picture(4, [f"text number {i} here" for i in range(1001)]), picture(5, [good], None), picture(6, [good], (500, 200))]  # fmt: skip
+    rules = align.filter_rules(pictures)
+    assert not dropped_by(rules, pictures[0], good) and not dropped_by(rules, pictures[2], good)
+    assert "image side of 200 or less" in dropped_by(rules, pictures[1], good)
+    assert dropped_by(rules, pictures[3], good) == ["image aspect of 3 or more"]
+    assert dropped_by(rules, pictures[4], pictures[4].captions[0]) == ["image with over 1000 texts"]
+    assert not dropped_by(rules, pictures[5], good)  # a text alone
+    assert dropped_by(rules, pictures[6], good) == ["image side of 200 or less"]
+    assert not dropped_by(align.filter_rules(pictures, min_side=0), pictures[6], good)
+
+
+def test_text_rules():
+    shared, ten = "click here to enlarge", "shared by ten images"
+    pictures = [picture(i, [shared, shared, *([ten] if i < 10 else [])]) for i in range(11)]
+    rules = align.filter_rules(pictures)
+    assert dropped_by(rules, pictures[0], shared) == ["text of over 10 images"]
+    assert not dropped_by(rules, pictures[0], ten)  # and twice at one image counts once
+    for text, name in (("two words", "text of under 3 words"), ("", "text of under 3 words"), ("😀 😀 😀 😀", "text of under 3 words"),
+                       (" ".join(f"w{i}" for i in range(21)), "text of over 20 words")):  # fmt: skip
+        p = picture(99, [text])
+        assert dropped_by(align.filter_rules([p]), p, text) == [name]
+    for n in (3, 20):
+        text = " ".join(f"w{i}" for i in range(n))
+        p = picture(99, [text])
+        assert not dropped_by(align.filter_rules([p]), p, text)
+
+
+def test_rare_words_and_pairs():
+    common = "a red dog runs"  # 4 words and 3 pairs
+    pictures = [picture(i, [common]) for i in range(5)] + [picture(5, ["a red xyzzy runs"]), picture(6, ["dog a red runs"])]
+    rules = align.filter_rules(pictures, common_tokens=7)
+    assert not dropped_by(rules, pictures[0], common)
+    for p in pictures[5:]:  # a rare word; a rare pair of frequent ones
+        assert dropped_by(rules, p, p.captions[0]) == ["text with a rare word or pair"]
+    assert not dropped_by(align.filter_rules(pictures), pictures[5], pictures[5].captions[0])  # few tokens: none is rare
+    assert align.grams("Red, red DOG!") == ["red", "red", "dog", "red red", "red dog"]
+
+
+def test_words_of_any_script():
+    assert align.unigrams("강아지가 풀밭에서 뛴다") == ["강아지가", "풀밭에서", "뛴다"]
+    assert align.unigrams("犬が走る 🐕") == list("犬が走る")
+    assert align.unigrams("كلب يركض على العشب") == ["كلب", "يركض", "على", "العشب"]
+    assert align.unigrams("Straße №5, naïve café") == ["straße", "5", "naïve", "café"]
+
+
+def test_near_duplicates_of_test_images():
+    images = [decode(open_dataset("shapes")[i].image) for i in range(40)]
+    hashes = [align.image_hash(image) for image in images]
+    generator = torch.Generator().manual_seed(0)
+    for image, code in zip(images, hashes):
+        larger = F.interpolate(image[None].float(), (150, 120), mode="bilinear")[0]
+        noisy = (larger * 0.9 + 8 + 2 * torch.randn(larger.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+        rules = align.filter_rules([picture(0, ["a b c"], hash=align.image_hash(noisy))], [code], min_side=0)
+        distance = (align.image_hash(noisy) ^ code).bit_count()
+        assert ("image close to a test image" in dropped_by(rules, picture(0, ["a b c"]), "a b c")) == (distance <= 4)
+    near = sum((a ^ b).bit_count() <= 4 for i, a in enumerate(hashes) for b in hashes[:i])
+    assert near <= 8  # of 780 pairs
+    assert all(0 <= code < 2**64 for code in hashes)
+
+
+def test_filter_only_reports_and_training_keeps(photos, tmp_path):
+    done = command("align.py", "--filter-only", "--data", photos, "--output-dir", tmp_path / "kept", "--min-side", "0",
+                   "--common-tokens", "150")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in (tmp_path / "kept/kept.jsonl").read_text().splitlines()]
+    dataset = open_dataset(str(photos))
+    pairs = sum(len(dataset[i].captions) for i in range(len(dataset)))
+    stay = sum(len(row["captions"]) for row in kept)
+    assert f"{stay} pairs stay" in done.stdout and "text of under 3 words" in done.stdout and 0 < stay < pairs
+    for row in kept:
+        sample = dataset[row["index"]]
+        assert sample.key == row["key"] and set(row["captions"]) <= set(sample.captions)
+        assert all(3 <= len(align.unigrams(caption)) <= 20 for caption in row["captions"])
+    numbers = [int(line.split(": ")[1].split(" of ")[0]) for line in done.stdout.splitlines() if " of " in line and " pairs (" in line]
+    assert sum(numbers) == pairs - stay
+    subset = align.Kept(dataset, tmp_path / "kept/kept.jsonl")
+    assert [subset[i].captions for i in range(len(subset))] == [row["captions"] for row in kept]
+    train_here("align", photos, tmp_path / "run", "--keep", str(tmp_path / "kept/kept.jsonl"), "--max-steps", "2", "--eval-every", "0")
+    other = make_photos(tmp_path / "other", train=9, val=4)
+    with pytest.raises(UserError, match="--keep"):
+        train_here("align", other, tmp_path / "run2", "--keep", str(tmp_path / "kept/kept.jsonl"))
+
+
+def test_filter_only_reads_texts_alone(tmp_path):
+    lines = [f"{i}\tthe same words\u2028again" for i in range(11)] + ["11\tshort", "12\tquite a good text"]
+    (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = command("align.py", "--filter-only", "--data", tmp_path / "texts.tsv", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/kept.jsonl").read_text()) == {"index": 12, "key": "12", "captions": ["quite a good text"]}
+    assert "text of over 10 images: 11 of 13 pairs" in done.stdout and "the same words" in done.stdout
+    table = tmp_path / "nothing.jsonl"
+    table.write_text('{"image": "0.png", "captions": []}\n')
+    done = command("align.py", "--filter-only", "--data", table, "--output-dir", tmp_path / "none")
+    assert done.returncode == 2 and "no captions" in done.stderr and not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------ any language ------------------------------------------------
+CAPTIONS = ["강아지가 풀밭에서 뛰고 있다", "犬が草の上を走っている", "كلب يركض على العشب الأخضر", "🐕 🌱 a dog 👍🏽 runs 🏃"]
+
+
+def test_any_script_from_captions_to_retrieval(tmp_path):
+    """Trains, evaluates and opens again a model on captions in Korean, Japanese, Arabic and emoji."""
+    folder = make_photos(tmp_path / "photos")
+    for split in ("train", "val"):
+        table = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        texts = [json.dumps(row | {"captions": [f"{CAPTIONS[i % 4]} {i}"]}, ensure_ascii=False) for i, row in enumerate(table)]
+        (folder / f"{split}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    train_here("align", folder, tmp_path / "run", "--max-steps", "2")
+    assert any("recall@1" in row for row in rows(tmp_path / "run"))
+    net = open_network(tmp_path / "run", torch.device("cpu"))
+    for caption in CAPTIONS:
+        assert net.tokenizer.decode(net.tokenizer.encode(caption)).replace(" ", "") == caption.replace(" ", "")
+    ids = [tuple(net.tokenizer(caption)) for caption in CAPTIONS]
+    assert len(set(ids)) == 4
+    done = command("align.py", "--filter-only", "--data", folder, "--output-dir", tmp_path / "kept", "--min-side", "0")
+    assert done.returncode == 0 and CAPTIONS[0] in (tmp_path / "kept/kept.jsonl").read_text(encoding="utf-8")
+
+
+def test_word_pieces_of_bert(photos, tmp_path):
+    """A tokenizer.json of BERT's kind: [CLS] in front, [SEP] behind, [PAD] is 0 and masked."""
+    from tokenizers import BertWordPieceTokenizer
+
+    bert = BertWordPieceTokenizer()
+    bert.train_from_iterator(["a red star", "two green squares on the left", *CAPTIONS] * 3, vocab_size=400, show_progress=False)
+    bert.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(str(tmp_path / "tokenizer.json"), 24)
+    ids = tokenizer("a red star")
+    assert bert.id_to_token(ids[0]) == "[CLS]" and bert.id_to_token(ids[-1]) == "[SEP]" and bert.token_to_id("[PAD]") == 0
+    train_here("align", photos, tmp_path / "run", "--tokenizer", str(tmp_path / "tokenizer.json"), "--max-steps", "2")
+    net = open_network(tmp_path / "run", torch.device("cpu"))
+    short, padded = torch.tensor([ids]), torch.tensor([ids + [0] * (16 - len(ids))])
+    with torch.no_grad():
+        close(net.model.eval().encode_text(short), net.model.encode_text(padded), atol=1e-5)
+
+
+# ------------------------------------------------ errors, paste ------------------------------------------------
+@pytest.mark.parametrize("flags, word", [
+    (["--accum-steps", "2"], "--accum-steps"), (["--arch", "resnet50"], "--arch"), (["--text-width", "65"], "--text-width"),
+    (["--keep", "/nothing"], "--keep")])  # fmt: skip
+def test_what_the_user_can_mend_is_one_sentence(photos, tmp_path, flags, word):
+    with pytest.raises(UserError, match=word) as error:
+        train_here("align", photos, tmp_path / "run", *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_loader_gives_the_same_draws_to_any_number_of_workers(photos):
+    dataset = open_dataset(str(photos))
+    batches = [next(Loader(dataset, {"image": align.AlignView(32)}, {}, 8, workers=n).batches(0, 1))[1] for n in (0, 2)]
+    for a, b in zip(batches[0]["image"][1].values(), batches[1]["image"][1].values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_paste():
+    image, text = torch.randn(4, 3, 64, 64), torch.randint(1, 40, (4, 8))
+    space = cut(["ALIGN", "EfficientNet", "BERT", "LAMB"], file="align.py")
+    model = space["ALIGN"](16, space["EfficientNet"](0.5, 0.5), space["BERT"](8, 40, 64, 1), 64)
+    backward(*model(image, text, torch.rand(4, 64)))
+    space["LAMB"](model.parameters(), lr=0.1).step()
+    loss = cut(["align_loss"], ["all_gather"], file="align.py")["align_loss"]
+    loss(torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), 0.1).backward()
+    view = cut(["AlignView"], allowed_data=["hflip", "normalize", "to_float"], file="align.py")["AlignView"](32)
+    crop = view.crop(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8), random.Random(0))
+    assert view(crop[None], {"flip": torch.tensor([True])}).shape == (1, 3, 32, 32)
