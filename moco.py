@@ -329,8 +329,7 @@ def train(args: Args) -> dict:
     run.say(f"version {args.version}, temperature {temperature}")
     if args.bn_group == args.batch_size:
         run.say("warning: batch norm has one group, so shuffling is in vain, choose a smaller --bn-group")
-    # Buffers are equal on all processes already, and the queue is too large to be sent in each step
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
 
     for step, batch in loader.batches(run.step, run.last):
