@@ -23,7 +23,8 @@ Backbones are torchvision's ResNets. Differences from the official code:
  - No linear classifier is trained along on the labels: it does not reach the encoder, and kNN tells the same.
  - Colour operations are torchvision's (brightness is a factor, contrast mixes with the mean grey level), and
    crops are antialiased; official: brightness is added, contrast is per channel, TensorFlow's resizing.
- - A GPU computes in mixed precision (--dtype fp32). Max-pooling pads as torch does.
+ - A GPU computes in mixed precision (--dtype fp32). Max-pooling pads as torch does; convolutions start as
+   in simclr.py.
  - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
 
 Diff against: simclr.py.

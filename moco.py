@@ -303,11 +303,10 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
         raise UserError("--accum-steps is not needed with a queue: use 1 and a smaller --batch-size")
-    keys, group = args.batch_size * (2 if args.symmetric else 1), args.bn_group
-    if args.queue_size % keys:
-        raise UserError(f"--queue-size {args.queue_size} is not a multiple of {keys}, the new keys of a step")
-    if group < 2 or args.batch_size % group:
-        raise UserError(f"--bn-group {group} must be above 1 and divide --batch-size {args.batch_size}")
+    if args.queue_size % (new := args.batch_size * (2 if args.symmetric else 1)):
+        raise UserError(f"--queue-size {args.queue_size} is not a multiple of {new}, the new keys of a step")
+    if args.bn_group < 2 or args.batch_size % args.bn_group:
+        raise UserError(f"--bn-group {args.bn_group} must be above 1 and divide the batch, {args.batch_size}")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)

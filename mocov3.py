@@ -314,6 +314,13 @@ def contrastive_loss(q, k, temperature):
     return 2 * temperature * F.cross_entropy(q @ all_k.T / temperature, labels)
 
 
+# Copied from byol.py: feature_std
+def feature_std(z):
+    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
+    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
+    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
+
+
 # -------------------------------------------- training --------------------------------------------
 def key_momentum(step, total, start):
     """m at a step: `start`, on half a cosine to 1 (Sec. 4.1)."""
@@ -377,9 +384,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        keys = F.normalize(all_gather(k1.float()), dim=1)
-        feature_std = keys.std(dim=0).mean()  # 1 / sqrt(E) when spread over the sphere, 0 when collapsed
-        terms = {"loss": (loss, chance), "feature_std": (feature_std, None)}
+        terms = {"loss": (loss, chance), "feature_std": (feature_std(k1), None)}
         run.log(terms, feature_std_chance=args.head_dim**-0.5, lr=lr, key_momentum=m)
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))

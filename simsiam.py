@@ -2,7 +2,7 @@
 
 BYOL without the moving average: the network predicts, from one augmentation of an image, what it says itself
 of another one. What makes it work, instead of all outputs becoming one, is that no gradient flows through
-what is to be predicted; without that (--stop-gradient off) it collapses within tens of steps.
+what is to be predicted; without that (--stop-gradient off) its outputs collapse (docs/simsiam.md).
 
 Loss (Eq. 4), f encoder (backbone and projector), h predictor, x1 and x2 the two views of an image:
     z = f(x), p = h(z), D(p, z) = -p.z / (|p| |z|) (Eq. 1)

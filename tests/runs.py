@@ -91,7 +91,11 @@ def train_here(name, photos, directory, *flags):
 def float64():
     """Networks and losses in float64: tells a wrong formula from float32's rounding, which batch norm amplifies."""
     single = torch.Tensor.float
-    wide = register_module_forward_pre_hook(lambda _, inputs: tuple(x.double() if x.is_floating_point() else x for x in inputs))
+
+    def widened(_, inputs):
+        return tuple(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    wide = register_module_forward_pre_hook(widened)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
     try:

@@ -185,7 +185,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("mocov3", "--image-size 40", "--image-size 40 is not a multiple of 16"),
     ("moco", "--queue-size 100", "--queue-size 100 is not a multiple of 8"),
     ("moco", "--symmetric", "--queue-size 600 is not a multiple of 16"),
-    ("moco", "--bn-group 3", "--bn-group 3 must be above 1 and divide --batch-size 8"),
+    ("moco", "--bn-group 3", "--bn-group 3 must be above 1 and divide the batch, 8"),
     ("moco", "--bn-group 1", "--bn-group 1 must be above 1"),
     ("moco", "--version 3", "--version: invalid choice: '3'"),
     ("moco", "--arch resnet50x2", "--arch resnet50x2 is unknown, choose resnet18"),
