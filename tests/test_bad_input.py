@@ -424,7 +424,10 @@ def test_ctrl_c_under_torchrun(photos, tmp_path):
 
 def test_ctrl_c_before_the_first_step(server, photos):
     """While the data is being indexed, say: nothing to save, and no traceback either."""
-    press = "common.init_distributed = lambda *_: signal.raise_signal(signal.SIGINT)"  # os.kill may come a little later
+    press = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a job in the background ignores it
+common.init_distributed = lambda *_: signal.raise_signal(signal.SIGINT)  # os.kill may come a little later
+"""
     program = Program(server, *run_of("slip", photos), before=press)
     done = program.wait()
     assert done.returncode == 130 and not done.stdout + done.stderr and not contents(program.where)

@@ -1079,6 +1079,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from test_data import Toy, loader_of
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a job in the background ignores it
 for step, batch in loader_of(Toy(), workers=2).batches(0, 10**6):
     if step == 3: print("running", flush=True)
     if stop: print("stopped at a step", flush=True); stop.clear()
