@@ -398,8 +398,8 @@ def build_model(args) -> ALIGN:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     if args.arch not in ARCHS:
         raise UserError(f"--arch {args.arch} is unknown, choose one of {', '.join(ARCHS)}")
-    if args.text_width % 64:
-        raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
+    if args.text_width % 64 or args.image_size < 32:
+        raise UserError("--text-width must be a multiple of 64, the width of a head, --image-size 32 or more")
     visual = EfficientNet(*ARCHS[args.arch], args.drop_connect)
     text = BERT(args.context_length, args.vocab_size, args.text_width, args.text_layers)
     return ALIGN(args.embed_dim, visual, text, args.text_width, args.temperature)

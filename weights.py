@@ -282,6 +282,7 @@ def align_of(state):
 
 
 CONTEXT = r"^(encode_text\.)?positional_embedding$|^text_model\.embeddings\.position_embeddings"
+TOKENS = r"^(encode_text\.)?token_embedding\.|^text_model\.embeddings\.word_embeddings"
 WHOLE = {  # families that are loaded with their text encoder: what builds them, the published tokenizer
     "SLIP": (slip_of, "clip"),
     "CLIP": (clip_of, "clip"),
@@ -307,7 +308,7 @@ def load_released(path):
         model, _, state = whole(state, name)
         model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not hold a CLIP, SLIP, DeCLIP or ALIGN model: {reason}") from error
     return importlib.import_module(FAMILIES[name][2]), model
 
@@ -372,8 +373,12 @@ def others(path, state, random_weights, heads, text):
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
         raise UserError(f"{path} looks like {name}, but does not fit: {what}") from error
     if name in WHOLE and text:
-        length = next(len(value) for key, value in state.items() if re.search(CONTEXT, key))
+        length, tokens = (next(len(value) for key, value in state.items() if re.search(what, key))
+                          for what in (CONTEXT, TOKENS))  # fmt: skip
         tokenizer = Tokenizer(WHOLE[name][1], length)
+        if tokenizer.vocab_size > tokens:
+            raise UserError(f"{path} knows {tokens} tokens, but the published tokenizer of {name} has "
+                            f"{tokenizer.vocab_size}: give the checkpoint that holds its own tokenizer")
     return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,
                                  encoder=module.image_encoder(model) if name in WHOLE else model,
                                  view=module.eval_view(types.SimpleNamespace(image_size=size)),

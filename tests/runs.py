@@ -127,10 +127,10 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
 
 
-if __name__ == "__main__":  # under torchrun: python runs.py JOBS, a json list of [method, photos, directory, flags, precise]
+if __name__ == "__main__":  # under torchrun: python runs.py JOBS, a json list of [method, photos, directory, flags] and, for float64, true
     with user_errors():
-        for name, photos, directory, flags, precise in json.loads(sys.argv[1]):
-            with float64() if precise else contextlib.nullcontext():
+        for name, photos, directory, flags, *precise in json.loads(sys.argv[1]):
+            with float64() if any(precise) else contextlib.nullcontext():
                 grads = train_here(name, photos, directory, *flags)
             if int(os.environ["RANK"]) == 0:
                 torch.save(grads, Path(directory) / "grads.pt")
