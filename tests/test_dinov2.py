@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 
 import pytest
@@ -14,7 +15,8 @@ import evaluate
 import test_structure
 from common import UserError, warmup_cosine
 from data import Loader, open_dataset
-from runs import FLAGS, argv_of, environment, make_photos, rows, train_here
+from evaluate import Part
+from runs import FLAGS, ROOT, argv_of, environment, make_photos, rows, train_here
 from test_dino import old_name
 from test_golden import close, close_grad, golden
 from test_structure import backward, cut
@@ -410,3 +412,25 @@ def test_paste_augmentation():
     test_structure.test_paste_augmentation("dinov2.py", "DINOv2View")
     draw = dinov2.DINOv2View(32, depth=2, mask=dict(side=4)).draw(random.Random(0))
     assert len(draw["drop_path"]) == 2 and draw["mask"].shape == (4, 4)
+
+
+# ------------------------------------------------ docs/curation.md ------------------------------------------------
+def test_curation_in_the_docs(photos, tmp_path):
+    """A copy, a chain of near ones, one like the test set, and retrieval; then on images, with a network."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/curation.md").read_text(), re.S)
+    exec(program, doc := {})
+    angles = torch.tensor([0.0, 0.0, 30.0, 60.0, 120.0, 200.0]).deg2rad()  # cosine above 0.6: less than 53 degrees apart
+    x = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert doc["without_duplicates"](x).tolist() == [0, 4, 5]
+    assert doc["without_duplicates"](x, threshold=0.9).tolist() == [0, 2, 3, 4, 5]
+    assert doc["far_from"](x, x[4:5]).tolist() == [0, 1, 2, 5]  # 60 degrees apart: 0.5
+    assert doc["retrieved"](x[2:], x[:1], k=2).tolist() == [0, 1]
+
+    train_here("dinov2", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    shapes = open_dataset("shapes")
+    web = Part(shapes, [0, 1, 2, 3, 1, 4])  # the fifth is the second again
+    alike = {"duplicate": 0.99999, "leaked": 0.99999}
+    kept = doc["curate"](tmp_path / "run", web, Part(shapes, [3]), Part(shapes, [0, 1, 2, 4]), **alike, k=1)
+    assert kept == [0, 1, 2, 5]
+    doc["write"](tmp_path / "kept.jsonl", web, kept)
+    assert [json.loads(line) for line in open(tmp_path / "kept.jsonl")] == [shapes[i].key for i in (0, 1, 2, 4)]
