@@ -100,15 +100,17 @@ class Args:
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
 
 
-SMALL = dict(arch="resnet18", image_size=32, blur=False, crop_split=0.4, head_layers=2, head_bn=True,
-             norm_last_layer=True, teacher_temp=0.04, min_lr=0.0)
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(SMALL, stem="imagenet", local_size=16, local_crops=2, out_dim=1024, freeze_last_layer=0.0,
-                   teacher_momentum=0.95, epochs=1, batch_size=128, base_lr=4e-3, warmup_epochs=0.05),
-    "cifar10": dict(SMALL, local_crops=0, out_dim=2048, teacher_momentum=0.99, teacher_momentum_end=0.99,
-                    epochs=200, batch_size=512, optimizer="sgd", base_lr=0.12, warmup_epochs=0.0,
-                    weight_decay=5e-4, weight_decay_end=5e-4),  # as lightly
+    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+                   blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
+                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
+                   batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
+    "cifar10": dict(arch="resnet18", image_size=32, blur=False, local_crops=0, crop_split=0.4, head_layers=2,
+                    head_bn=True, out_dim=2048, norm_last_layer=True, teacher_temp=0.04,
+                    teacher_momentum=0.99, teacher_momentum_end=0.99, epochs=200, batch_size=512,
+                    optimizer="sgd", base_lr=0.12, min_lr=0.0, warmup_epochs=0.0, weight_decay=5e-4,
+                    weight_decay_end=5e-4),  # as lightly
     "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
                      teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3, min_lr=1e-6),
     "imagenet": {},  # 74.5, 77.0
@@ -346,6 +348,7 @@ def build_network(args, drop_path=0.0) -> MultiCrop:
         backbone.feature_dim, backbone.fc = backbone.fc.in_features, nn.Identity()
         if args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32:
             backbone.conv1, backbone.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+            nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     elif name in ARCHS and patch.lstrip("0").isdecimal():
         for flag, size in (("image", args.image_size), ("local", args.local_size if args.local_crops else 0)):
             if size % int(patch):
@@ -394,13 +397,6 @@ def update_center(center, teacher, momentum=0.9):
 
 
 # -------------------------------------------- training --------------------------------------------
-def clip_gradients(parameters, clip):
-    """Every parameter's gradient to a norm of at most `clip`, each by itself (official code)."""
-    for p in parameters:
-        if p.grad is not None:
-            p.grad.mul_((clip / (p.grad.norm() + 1e-6)).clamp(max=1))
-
-
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
     device = init_distributed(args.device)
@@ -430,8 +426,7 @@ def train(args: Args) -> dict:
     decay = [p for p in trained if p.ndim >= 2]
     no_decay = [p for p in trained if p.ndim < 2]  # norms, biases
     groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
-    scale = args.batch_size / 256
-    peak = args.base_lr * scale
+    peak = args.base_lr * args.batch_size / 256
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
     elif args.optimizer == "lars":
@@ -442,7 +437,7 @@ def train(args: Args) -> dict:
 
     # run directory; continues from its checkpoint if it has one
     run = Run("dino", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {scale:g} (linear scaling) = {peak:g}")
+    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 (linear scaling) = {peak:g}")
     temperatures = args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
     chance = math.log(args.out_dim)
     run.say(f"collapsed if kl falls to 0, with teacher_entropy at ln {args.out_dim} = {chance:.3f} or at 0")
@@ -471,8 +466,8 @@ def train(args: Args) -> dict:
             sums, teachers = sums + losses.detach(), [*teachers, teacher]
         update_center(model.center, torch.cat(teachers), args.center_momentum)
         scaler.unscale_(optimizer)
-        if args.clip_grad:
-            clip_gradients(trained, args.clip_grad)
+        for p in trained if args.clip_grad else ():  # each by itself (official code)
+            nn.utils.clip_grad_norm_(p, args.clip_grad)
         if step < args.freeze_last_layer * loader.steps_per_epoch:  # no gradient: no decay, no moments either
             for p in model.student.head.last_layer.parameters():
                 p.grad = None

@@ -100,9 +100,10 @@ class Args:
 VITB = dict(arch="vit_base_patch16", norm_last_layer=True, freeze_last_layer=3.0, crop_split=0.32,
             warmup_teacher_temp_epochs=50, epochs=400, base_lr=7.5e-4, min_lr=2e-6, clip_grad=0.3)
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(arch="vit_micro_patch12", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
-                   blur=False, hidden_dim=512, out_dim=1024, freeze_last_layer=0.0, drop_path=0.0,
-                   teacher_momentum=0.95, epochs=1, batch_size=128, base_lr=2e-3, warmup_epochs=0.1),
+    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+                   blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
+                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
+                   batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
     "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
                     blur=False, out_dim=2048, teacher_momentum=0.99, epochs=200, batch_size=512),
     "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
@@ -434,13 +435,12 @@ def train(args: Args) -> dict:
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the teacher's
     groups = [{"params": [p for p in trained if p.ndim >= 2]},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
-    scale = args.batch_size / 256
-    peak = args.base_lr * scale
+    peak = args.base_lr * args.batch_size / 256
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     run = Run("ibot", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {scale:g} (linear scaling) = {peak:g}")
+    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 (linear scaling) = {peak:g}")
     temperatures = args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
     cls_chance = math.log(args.out_dim)
     patch_chance = args.mask_prob * cls_chance  # on average over batches
