@@ -100,9 +100,10 @@ class Args:
 
 
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(arch="vit_micro_patch12", image_size=48, local_size=24, local_crops=2, layer_scale=0.1,
-                   blur=False, hidden_dim=512, out_dim=1024, freeze_last_layer=0.0, drop_path=0.0,
-                   teacher_momentum=0.95, epochs=1, batch_size=128, base_lr=3e-3, warmup_epochs=0.1),
+    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, layer_scale=1.0,
+                   blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
+                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
+                   batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
     "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
                     blur=False, out_dim=2048, drop_path=0.1, teacher_momentum=0.99, batch_size=512),
     "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
