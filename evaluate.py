@@ -24,7 +24,9 @@ import os
 import random
 import re
 import shlex
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -811,6 +813,16 @@ def open_splits(protocol, args):
     return train, test
 
 
+def environment(device) -> dict:
+    """Which code ran on what: "commit" is that of git, with -dirty if files are changed, "" without git."""
+    commit, git = "", ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
+    return {"commit": commit, "hardware": name, "processes": world_size(), "versions": versions}
+
+
 def save_picture(picture, path, protocol, kind, args):
     """Beside the checkpoint or in --out, named after protocol, data and, unless it is a run's, the file."""
     folder = Path(args.out) if args.out else path if path.is_dir() else path.parent
@@ -858,6 +870,7 @@ def main(argv: list[str]):
     kw = {"device": device, "dtype": args.dtype, "batch_size": args.batch_size, "workers": args.workers}
     rows = {}
     for path in map(Path, paths):
+        began = time.time()
         result = {"protocol": protocol, "data": args.data, "split": args.split, "checkpoint": str(path)}
         for kind in ["metrics", "random weights"][: 1 + args.random]:
             text = protocol in ("zeroshot", "retrieval")
@@ -879,7 +892,7 @@ def main(argv: list[str]):
             if protocol in ("finetune", "semi") and args.out and kind == "metrics" and rank() == 0:
                 save_tuned(net, Path(args.out) / f"{protocol}_{path.stem}.pt")
         result |= {"method": net.method, "step": net.step, "command": shlex.join(["evaluate.py", *argv])}
-        result["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision)}
+        result |= {"minutes": (time.time() - began) / 60, **environment(device)}
         if rank() == 0 and protocol in PROTOCOLS:
             if args.json:
                 print(json.dumps(result), flush=True)

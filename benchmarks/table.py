@@ -4,7 +4,7 @@
     python benchmarks/table.py --check      # names those that differ, exit status 1
 
 Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->,
-<!-- curves METHOD -->, <!-- knn DATA -->, <!-- speed --> and the same with a slash, and the line numbers in
+<!-- curves METHOD -->, <!-- knn DATA -->, <!-- evaluations -->, <!-- speed --> and the same with a slash, and the line numbers in
 links such as [`clip_loss`](clip.py#L364).
 """
 
@@ -17,16 +17,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|speed|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|speed|evaluations|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
-             "logreg": "logistic regression"}  # fmt: skip
+             "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
 SHARED = {
     "common.py": "arguments, processes, checkpoints, log",
     "data.py": "loader, image operations, tokenizer",
     "sources.py": "where samples come from",
     "evaluate.py": "evaluation",
     "probes.py": "its linear classifiers",
+    "finetune.py": "its fine-tuning",
     "pictures.py": "its pictures",
     "weights.py": "reads checkpoints of ours and of others",
     "exports.py": "writes them for others",
@@ -212,6 +213,28 @@ def knn_of_all(prefix, data):
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
+def evaluations(prefix):
+    """A row for each checkpoint of results/evaluation.json, a column for each protocol: the score and, behind
+    the stroke, that of the same network with random weights."""
+    path = ROOT / "results/evaluation.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    labels, runs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "run"))
+    lines = []
+    for run in runs:
+        line = [f"[{run}]({prefix}results/{run}.json)" if (ROOT / f"results/{run}.json").exists() else run]
+        found = {row["label"]: row for row in rows if row["run"] == run}
+        for label in labels:
+            scores = [found[label].get(kind) for kind in ("metrics", "random weights")] if label in found else []
+            line.append(" / ".join(number(next(iter(x.values()))) for x in scores if x))
+        lines.append(line)
+    header = [f"{PROTOCOLS[label.split()[0]]} {label.partition(' ')[2]}" for label in labels]
+    chance = {row["label"]: row["metrics"].get("chance", row["metrics"].get("chance@1")) for row in rows}
+    header = [f"{text} (chance {chance[label]:.3g})" for text, label in zip(header, labels)]
+    where = {f"{row['label']}: `{row['command']}`, {row['hardware']}, commit {row['commit']}": 0 for row in rows}
+    commands = "".join(f"- {line}\n" for line in where)
+    return f"{table(['checkpoint', *header], lines)}\n{commands}" if rows else "Nothing is recorded yet.\n"
+
+
 def speed(prefix):
     """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
     rows = []
@@ -245,7 +268,7 @@ def updated(path):
     def block(match):
         kind, _, method = match[2].partition(" ")
         make = {"methods": methods_table, "results": results_table, "curves": curves, "knn": knn_of_all,
-                "speed": speed}[kind]  # fmt: skip
+                "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):

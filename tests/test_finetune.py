@@ -235,7 +235,7 @@ def test_ema_formula():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     ema = copy.deepcopy(model)
     want = {k: v.double() for k, v in ema.state_dict().items()}
-    for step in range(3):
+    for _ in range(3):
         for p in model.parameters():
             p.data += torch.randn_like(p)
         model(torch.randn(5, 3))
@@ -302,7 +302,7 @@ def tuned(encoder, n=160, **flags):
 
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_transformer_learns(ema):
-    model, rows = tuned(vit(), **TRANSFORMER, ema=ema, **{"epochs": 6})
+    model, rows = tuned(vit(), **TRANSFORMER, ema=ema, epochs=6)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["loss"] == pytest.approx(math.log(3), abs=0.15) and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     fresh, _ = finetune.classifier(vit(), 3, VIEW, CPU)
@@ -320,7 +320,7 @@ def test_resnet_learns_and_batch_norm_follows():
 
 
 def test_same_with_workers_and_again():
-    runs_ = [tuned(vit(), n=40, **TRANSFORMER, workers=w, **{"epochs": 2})[0].state_dict() for w in (0, 0, 2)]
+    runs_ = [tuned(vit(), n=40, **TRANSFORMER, workers=w, epochs=2)[0].state_dict() for w in (0, 0, 2)]
     for other in runs_[1:]:
         assert all(torch.equal(other[k], v) for k, v in runs_[0].items())
 
