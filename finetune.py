@@ -44,7 +44,7 @@ VIT_SMALL = dict(VIT, drop_path=0.0)  # SLIP, ViT-S
 VIT_LARGE = dict(VIT, layer_decay=0.75, epochs=50, warmup_epochs=5.0)  # SLIP, ViT-L
 # iBOT's rate and epochs for few labels, with DINO's other settings for small datasets (those of DeiT)
 VIT_SEMI = dict(VIT, base_lr=1.25e-6, epochs=1000, warmup_epochs=5.0, layer_decay=1.0)
-# SimCLR B.5 and B.8, BYOL App. C: only crops and flips, no warm-up. B.8 sweeps rate (1e-4 to 0.1) and decay
+# SimCLR B.5 and B.8, which BYOL follows: only crops and flips, no warm-up. B.8 sweeps rate (1e-4 to 0.1)
 RESNET = dict(optimizer="sgd", nesterov=True, base_lr=0.05, train_batch=256, weight_decay=0.0)
 STEPS = 20_000  # of RESNET, with all labels (SimCLR B.8)
 
@@ -251,6 +251,8 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
         raise UserError(f"--mixup and --cutmix need pairs, {size} images for each process are odd")
     if args.drop_path and not is_transformer(encoder):
         raise UserError("--drop-path is for transformers, leave it out")
+    if args.warmup_epochs >= args.epochs:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs:g} must be below --epochs {args.epochs}")
     shares = args.drop_path, args.label_smoothing, args.erase, args.ema
     if max(shares) >= 1 or not 0 < args.layer_decay <= 1 or args.randaugment > 10:
         raise UserError("--drop-path, --label-smoothing, --erase and --ema must be below 1, --layer-decay "
@@ -267,7 +269,7 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
     model, names = classifier(encoder, num_classes, view, device)
     model = sync_batchnorm(model, device).to(memory_format=torch.channels_last)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SimCLR B.8: so that an epoch is averaged
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # averages a tenth of an epoch (SimCLR B.8)
             module.momentum = min(0.1, 10 / loader.steps_per_epoch)
     ema = copy.deepcopy(model) if args.ema else None
     drop_path = DropPath(blocks_of(encoder), args.drop_path) if args.drop_path else None

@@ -672,13 +672,16 @@ def collective():
     out["knn"] = knn_eval(Net(), Toy(41), Toy(17, first=500), **options, k=5, batch_size=3)
     probe = [Args(train_batch=16, epochs=3, base_lr=4.0, workers=0), Args(train_batch=16, epochs=3, cached=True)]
     heads = [linear_probe(Net(), Toy(50), Toy(21, first=900), args=args, **options)[1].weight for args in probe]
+    args = Args(grid=True, blocks=2, train_batch=16, epochs=3, workers=0)
+    scores, head, base_lr = linear_probe(Blocks(), Toy(50), Toy(21, first=900), args=args, **options)
+    out["grid"] = [scores, base_lr, head.in_features]
     return {**out, "augmented": heads[0].tolist(), "cached": heads[1].tolist()}
 
 
 def protocols(folder):
     lines = run(folder, "knn", "simclr", "clip") + run(folder, "zeroshot", "clip", "--random")
     lines += run(folder, "retrieval", "clip", data="captions") + run(folder, "linear", "simclr", "--cached")
-    lines += run(folder, "logreg", "simclr", "--no-cache")
+    lines += run(folder, "logreg", "simclr", "--no-cache") + run(folder, "linear", "simclr", *LINEAR)
     return [{key: line[key] for key in ("metrics", "random weights") if key in line} for line in lines]
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -96,8 +98,6 @@ def test_smoothed_targets():
 
 # ------------------------------------------------ augmentation ------------------------------------------------
 def test_view_is_a_function_of_the_sample():
-    import random
-
     view, image = finetune.FineTuneView(VIEW, randaugment=9, erase=0.5), evaluate.decode(Toy(1)[0].image)
     state, crops = torch.get_rng_state(), []
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_erasing_is_of_single_samples_and_rectangles():
         box = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         assert box.float().mean() > 0.99 and 0.01 < changed.float().mean() < 0.4
         assert out[i][:, changed].unique().numel() > 10  # noise, not one colour
-    assert [finetune.FineTuneView(VIEW).draw(__import__("random").Random(i))["erase"] for i in range(9)] == [0] * 9
+    assert [finetune.FineTuneView(VIEW).draw(random.Random(i))["erase"] for i in range(9)] == [0] * 9
 
 
 # ------------------------------------------------ layers ------------------------------------------------
@@ -363,7 +363,8 @@ def run(folder, *words):
 
 
 def test_commands(folder, capsys):
-    row = run(folder, "finetune", "slip", "simclr", "--epochs", "1", "--train-batch", "8", "--random", "--out", str(folder / "kept"))
+    flags = ["--epochs", "1", "--warmup-epochs", "0.5", "--train-batch", "8", "--random", "--out", str(folder / "kept")]
+    row = run(folder, "finetune", "slip", "simclr", *flags)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 6 and table[1].split() == ["top1", "mean_per_class", "loss", "chance", "images"]
     assert row["protocol"] == "finetune" and row["metrics"]["images"] == 60 and "random weights" in row
@@ -372,16 +373,15 @@ def test_commands(folder, capsys):
     other = json.loads((folder / "simclr/results.jsonl").read_text().splitlines()[-1])
     assert other["settings"]["optimizer"] == "sgd" and other["settings"]["train_batch"] == 8
     kept = torch.load(folder / "kept/finetune_simclr.pt", weights_only=True)
-    import torchvision
-
     torchvision.models.resnet18(num_classes=3).load_state_dict(kept)
     semi = run(folder, "semi", "simclr", "--labels", "0.2", "--train-batch", "4", "--epochs", "2", "--head-layer", "1")
     assert semi["metrics"]["images"] == 12 and semi["settings"]["epochs"] == 2 and semi["protocol"] == "semi"
-    clip_row = run(folder, "finetune", "clip", "--epochs", "1", "--train-batch", "8", "--dtype", "bf16", "--ema", "0.9")
+    clip_row = run(folder, "finetune", "clip", "--epochs", "1", "--warmup-epochs", "0", "--train-batch", "8", "--dtype", "bf16", "--ema", "0.9")
     assert math.isfinite(clip_row["metrics"]["loss"])
 
 
 ERRORS = [
+    ("finetune slip --epochs 20", "--warmup-epochs 20 must be below --epochs 20"),
     ("finetune slip", "classes has 60 samples, less than a batch of 1024"),
     ("semi simclr", "semi needs --labels, above 0 and below 1"),
     ("semi simclr --labels 1", "semi needs --labels"),
@@ -414,9 +414,10 @@ def test_mistake_ends_with_status_2(folder):
 
 
 # ------------------------------------------------ two processes ------------------------------------------------
-def trained():
-    """Weights and losses that have to be the same on any number of processes."""
-    out = {}
+def trained(folder):
+    """Weights, losses and scores that have to be the same on any number of processes."""
+    few = ["--labels", "0.2", "--train-batch", "4", "--epochs", "2", "--base-lr", "0.001"]
+    out = {"semi": run(folder, "semi", "simclr", *few)["metrics"]}
     flags = {**TRANSFORMER, "base_lr": 1e-3, "drop_path": 0.4, "mixup": 0.8, "cutmix": 1.0, "erase": 0.5, "ema": 0.5}
     torch.manual_seed(0)
     cases = {"vit": (vit(), flags), "resnet": (resnet18(), dict(nesterov=True, base_lr=1e-3))}
@@ -428,11 +429,11 @@ def trained():
     return out
 
 
-def test_world_size(tmp_path):
-    done = runs.command("tests/test_finetune.py", tmp_path, processes=2)
+def test_world_size(folder):
+    done = runs.command("tests/test_finetune.py", folder, processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("epoch 1/2") == 2  # of the first process alone
-    both, one = json.loads((tmp_path / "out.json").read_text()), trained()
+    assert done.stderr.count("epoch 1/2") == 3  # of the first process alone
+    both, one = json.loads((folder / "out.json").read_text()), trained(folder)
     assert both.keys() == one.keys()
     for name, value in one.items():
         for key in value if isinstance(value, dict) else [None]:
@@ -443,6 +444,6 @@ def test_world_size(tmp_path):
 if __name__ == "__main__":
     with user_errors():
         init_distributed("cpu")
-        result = trained()
+        result = trained(Path(sys.argv[1]))
         if rank() == 0:
             Path(sys.argv[1], "out.json").write_text(json.dumps(result))
