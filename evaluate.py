@@ -59,7 +59,7 @@ class Args:
     batch_size: int = 256  # images per forward pass
     workers: int = min(8, os.cpu_count() or 1)  # loader processes per process
     device: str = ""  # cuda, mps or cpu (default: the first there is)
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; finetune, semi: of training
     json: bool = False  # print JSON lines only
     random: bool = False  # evaluate networks of the same shape with random weights too
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
