@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -159,6 +160,16 @@ def test_layer_decay_of_a_transformer():
             assert decay == (0.0 if plain else 0.05), name
         assert found["head.weight"] == (1.0, 0.05) and found["encoder.norm.weight"] == (1.0, 0.0)
         assert found["encoder.patch_embed.proj.weight"][0] == pytest.approx(0.65 ** (depth + 1))
+
+
+def test_layer_decay_beside_timms():
+    """The last norm alone differs: timm counts it to the last block, BEiT to the classifier."""
+    vit = timm.models.VisionTransformer(32, 8, num_classes=7, embed_dim=64, depth=3, num_heads=2)
+    options = {"no_weight_decay_list": vit.no_weight_decay(), "layer_decay": 0.65}
+    theirs = {id(p): (g["lr_scale"], g["weight_decay"])
+              for g in timm.optim.param_groups_layer_decay(vit, 0.05, **options) for p in g["params"]}  # fmt: skip
+    ours, named = scales(vit), dict(vit.named_parameters())
+    assert {name for name in ours if ours[name] != pytest.approx(theirs[id(named[name])])} == {"norm.weight", "norm.bias"}
 
 
 def test_layer_decay_of_a_resnet():
