@@ -33,6 +33,7 @@ SHARED = {
     "exports.py": "writes them for others",
     "sharding.py": "models too large for one GPU",
 }
+START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 
 
@@ -214,25 +215,31 @@ def knn_of_all(prefix, data):
 
 
 def evaluations(prefix):
-    """A row for each checkpoint of results/evaluation.json, a column for each protocol: the score and, behind
-    the stroke, that of the same network with random weights."""
+    """A row for each checkpoint that evaluate.py scored on real data, a column for each protocol: the score
+    and, behind the stroke, that of the same network with random weights. From the runs' files and from
+    results/evaluation.json, which comes last and so wins."""
     path = ROOT / "results/evaluation.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    labels, runs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "run"))
+    found = [(name, label, metrics) for name, r in results().items() for label, metrics in r["metrics"].items()]
+    found += [(r["run"], r["label"], r["metrics"]) for r in rows]
+    found += [(r["run"], r["label"] + START, r["random weights"]) for r in rows if "random weights" in r]
+    first = {(name, label): next(iter(metrics.values())) for name, label, metrics in found}
+    order, parts = list(PROTOCOLS), {label.removesuffix(START): m for _, label, m in found}
+    labels = [x for x in parts if x.split()[0] in order and x.split()[1] in REAL]
+    labels.sort(key=lambda x: (order.index(x.split()[0]), x))
     lines = []
-    for run in runs:
-        line = [f"[{run}]({prefix}results/{run}.json)" if (ROOT / f"results/{run}.json").exists() else run]
-        found = {row["label"]: row for row in rows if row["run"] == run}
-        for label in labels:
-            scores = [found[label].get(kind) for kind in ("metrics", "random weights")] if label in found else []
-            line.append(" / ".join(number(next(iter(x.values()))) for x in scores if x))
-        lines.append(line)
-    header = [f"{PROTOCOLS[label.split()[0]]} {label.partition(' ')[2]}" for label in labels]
-    chance = {row["label"]: row["metrics"].get("chance", row["metrics"].get("chance@1")) for row in rows}
-    header = [f"{text} (chance {chance[label]:.3g})" for text, label in zip(header, labels)]
-    where = {f"{row['label']}: `{row['command']}`, {row['hardware']}, commit {row['commit']}": 0 for row in rows}
-    commands = "".join(f"- {line}\n" for line in where)
-    return f"{table(['checkpoint', *header], lines)}\n{commands}" if rows else "Nothing is recorded yet.\n"
+    for name in dict.fromkeys(name for name, label, _ in found if label in labels):
+        pairs = [[first.get((name, label + end)) for end in ("", START)] for label in labels]
+        cells = [" / ".join(number(x) for x in pair if x is not None) for pair in pairs]
+        there = (ROOT / f"results/{name}.json").exists()
+        lines.append([f"[{name}]({prefix}results/{name}.json)" if there else name, *cells])
+    titles = [f"{PROTOCOLS[label.split()[0]]} {label.partition(' ')[2]}" for label in labels]
+    chance = [parts[label].get("chance", parts[label].get("chance@1")) for label in labels]
+    header = ["checkpoint", *(f"{text} (chance {x:.3g})" for text, x in zip(titles, chance))]
+    said = dict.fromkeys(f"{r['run']}: `{r['command']}`, {r['hardware']}, {r['minutes']:.0f} minutes, commit "
+                         f"{r['commit']}" for r in rows)  # fmt: skip
+    commands = "".join(f"- {line}\n" for line in said)
+    return f"{table(header, lines)}\n{commands}" if lines else "Nothing is recorded yet.\n"
 
 
 def speed(prefix):

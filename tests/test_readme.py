@@ -253,6 +253,8 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
         copy.write_text(path.read_text())
     monkeypatch.setattr(table, "ROOT", run)
     record.main([str(run), "--name", "mine", "--out", str(run / "results")])
+    text = (run / "results.jsonl").read_text().replace("shapes", "cifar10").replace(" --templates t.txt", "")
+    (run / "results.jsonl").write_text(text.replace('"chance": 1.0', '"chance": 10.0'))
     record.main(["--evaluations", str(run), "--name", "evaluation", "--out", str(run / "results")])
     with pytest.raises(SystemExit, match="README.md"):
         table.main(["--check"])
@@ -262,7 +264,7 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
     assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "results/mine.json" in text
     assert "../results/mine.json" in (run / "docs/slip.md").read_text()
     page = (run / "docs/evaluation.md").read_text()
-    assert "| zero-shot shapes val --templates t.txt (chance 1) |" in page and f"| {run.name} | 7.25 / 1.50 |" in page
+    assert "zero-shot cifar10 val (chance 10) |" in page and f"| {run.name} | 7.25 / 1.50 |" in page
     (run / "README.md").write_text(text.replace("7.25", "8.25"))
     with pytest.raises(SystemExit, match="README.md"):
         table.main(["--check"])
