@@ -219,7 +219,8 @@ def evaluations(prefix):
     and, behind the stroke, that of the same network with random weights. From the runs' files and from
     results/evaluation.json, which comes last and so wins."""
     path = ROOT / "results/evaluation.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    content = json.loads(path.read_text()) if path.exists() else {"rows": [], "note": ""}
+    rows, note = content["rows"], content["note"]
     found = [(name, label, metrics) for name, r in results().items() for label, metrics in r["metrics"].items()]
     found += [(r["run"], r["label"], r["metrics"]) for r in rows]
     found += [(r["run"], r["label"] + START, r["random weights"]) for r in rows if "random weights" in r]
@@ -238,7 +239,7 @@ def evaluations(prefix):
     header = ["checkpoint", *(f"{text} (chance {x:.3g})" for text, x in zip(titles, chance))]
     said = dict.fromkeys(f"{r['run']}: `{r['command']}`, {r['hardware']}, {r['minutes']:.0f} minutes, commit "
                          f"{r['commit']}" for r in rows)  # fmt: skip
-    commands = "".join(f"- {line}\n" for line in said)
+    commands = "".join(f"- {line}\n" for line in [*said, *([note] if note else [])])
     return f"{table(header, lines)}\n{commands}" if lines else "Nothing is recorded yet.\n"
 
 
