@@ -1,12 +1,14 @@
 """Evaluates checkpoints: python evaluate.py PROTOCOL CHECKPOINT [CHECKPOINT ...] --data NAME [--flag VALUE]
 
-PROTOCOL is zeroshot, retrieval, knn, logreg or linear, or a picture: attention, pca, matches, neighbors.
+PROTOCOL is zeroshot, retrieval, knn, logreg, linear, finetune or semi, or a picture: attention, pca, matches,
+neighbors; export writes the weights for another project.
 CHECKPOINT is a checkpoint.pt, the run directory that holds it or a file of published weights; several give
 one table. Under torchrun the result is the same for any number of processes. Every result is appended to
 results.jsonl beside its checkpoint, every picture is a PNG there.
 
     python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
     python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
+    python evaluate.py semi runs/simclr_cifar10_* --data cifar10 --labels 0.1 --random
     python evaluate.py attention runs/dino_shapes_* --data shapes
     torchrun --nproc_per_node=8 evaluate.py zeroshot runs/slip_yfcc15m_* --data imagenet
 
@@ -22,7 +24,9 @@ import os
 import random
 import re
 import shlex
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +40,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import exports
+import finetune
 import pictures
 from common import UserError, all_gather, all_reduce_mean, init_distributed, load_checkpoint, mixed_precision
 from common import parse_args, rank, user_errors, world_size
@@ -54,7 +59,7 @@ class Args:
     batch_size: int = 256  # images per forward pass
     workers: int = min(8, os.cpu_count() or 1)  # loader processes per process
     device: str = ""  # cuda, mps or cpu (default: the first there is)
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; finetune, semi: of training
     json: bool = False  # print JSON lines only
     random: bool = False  # evaluate networks of the same shape with random weights too
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
@@ -62,20 +67,33 @@ class Args:
     cache: bool = True  # knn, logreg, linear --cached: keep features beside the checkpoint for the next time
     k: str = "20"  # knn, neighbors: neighbours (DINO's is 20; knn: also several, 10,20,100); matches: lines
     temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
-    head_layer: int = 0  # knn, linear: features after so many layers of the projection head (SimCLR v2)
+    head_layer: int = 0  # encoder with so many layers of the projection head (SimCLR v2's semi: 1)
     cached: bool = False  # linear: features extracted once, not augmented; chooses base_lr among LRS
     blocks: int = 1  # linear: class tokens of so many last blocks (DINO: 4 for ViT-S; --grid: 4 in DINOv2)
     average: bool = False  # linear: and the mean of the patches (DINO: for ViT-B)
     grid: bool = False  # linear: DINOv2's heads, 13 rates on 4 kinds of features, at once; chooses one
-    base_lr: float = 0.1  # linear: lr = base_lr * probe_batch / 256
+    base_lr: float = 0.1  # linear, finetune, semi: lr = base_lr * train_batch / 256
     lr_steps: str = ""  # linear: a tenth of the rate after these epochs (MoCo: 60,80), no cosine
     lars: bool = False  # linear: in place of SGD (SimSiam)
-    probe_batch: int = 1024  # linear: global batch
-    epochs: int = 90  # linear: passes over the train split
-    weight_decay: float = 0.0  # linear (SimCLR: 1e-6)
-    nesterov: bool = False  # linear (SimCLR: on)
+    train_batch: int = 1024  # linear, finetune, semi: global batch
+    epochs: int = 90  # linear, finetune, semi: passes over the train split
+    weight_decay: float = 0.0  # linear (SimCLR: 1e-6), finetune, semi
+    nesterov: bool = False  # linear, finetune, semi (SimCLR: on)
     zero_init: bool = False  # linear: the head starts at 0 (SimCLR), not at N(0, 0.01) (MoCo v3, SLIP)
-    seed: int = 0  # linear: order, crops, first weights of the head; logreg: the held-out tenth
+    seed: int = 0  # linear, finetune, semi: order, crops, first weights; logreg: held-out tenth; semi: labels
+    labels: float = 0.0  # semi: share of the train split's labels, as many of every class, 0.01 or 0.1
+    # finetune, semi: these and the ones above are by default as finetune.recipe says for the architecture
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # finetune, semi
+    warmup_epochs: float = 0.0  # finetune, semi: linear, from 0
+    min_lr: float = 0.0  # finetune, semi: end of the cosine
+    layer_decay: float = 1.0  # finetune, semi: rate of a block, as a share of the next one's
+    drop_path: float = 0.0  # finetune, semi: stochastic depth of a transformer's last block
+    mixup: float = 0.0  # finetune, semi: parameter of the Beta distribution of proportions (0: off)
+    cutmix: float = 0.0  # finetune, semi: that of areas; with mixup too, either one in each step (0: off)
+    label_smoothing: float = 0.0  # finetune, semi
+    randaugment: int = 0  # finetune, semi: strength of two random operations, 1 to 10 (0: off)
+    erase: float = 0.0  # finetune, semi: share of the images of which a rectangle is erased
+    ema: float = 0.0  # finetune, semi: decay of the averaged weights that are scored, as 0.9999 (0: the last)
     C: float = 0.0  # logreg: scikit-learn's C, how much data count beside |w|^2 / 2 (0: swept)
     heads: int = 0  # of a transformer from elsewhere whose weights do not say it (0: recognised)
     images: int = 4  # pictures: how many samples, the same in every run
@@ -83,7 +101,7 @@ class Args:
     size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures have 480)
     mass: float = 0.6  # attention: share of it that the kept patches have (DINO: 0.6)
     threshold: float = 0.0  # pca: foreground above so many standard deviations of the first component
-    out: str = ""  # pictures, export: folder to write to (default: the checkpoint's, or a new one in it)
+    out: str = ""  # pictures, export: folder to write to (default: the checkpoint's); finetune: weights
     to: Literal["timm", "torchvision", "open_clip", "transformers", "safetensors"] = "timm"  # export: target
 
 
@@ -506,7 +524,7 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **kw):
 
     test, test_labels = extracted(test_set)
     dim, classes, probe_view = test.shape[1], len(train_set.classes), ProbeView(view)
-    b, base_lr, lrs, parts = args.probe_batch, args.base_lr, [args.base_lr], [(0, dim)]
+    b, base_lr, lrs, parts = args.train_batch, args.base_lr, [args.base_lr], [(0, dim)]
     if args.grid:
         lrs, parts = zip(*grid(args.blocks, dim, GRID_LRS))
     elif args.cached:
@@ -637,8 +655,34 @@ def logreg(net, train, test, args, kw):
     return {**headline_first(metrics, test.name), "chance": 100 / n, "C": C}
 
 
+def fine_tuned(net, train, test, args, kw):
+    """All of the network is trained, with all labels or --labels of them; scored as it is after the last
+    epoch. loss: the mean of that epoch."""
+    if args.labels:
+        indices = finetune.labelled_part(train, args.labels, args.seed).nonzero().flatten().tolist()
+        name, train = train.name, Part(train, indices)
+        train.name = f"{100 * args.labels:g}% of {name}"
+    options = net.view, len(train.classes), args, kw["device"]
+    net.tuned, rows = finetune.fine_tune(net.encoder, train, *options)
+    metrics = zeroshot_metrics(*labelled(test, *extract(net.tuned, test, **kw)))
+    rest = {"loss": rows[-1]["loss"], "chance": 100 / len(test.classes)}
+    return {**headline_first(metrics, test.name), **rest, "images": len(train)}
+
+
+def save_tuned(net, file):
+    """With the encoder's names and that of timm or torchvision for the classifier, which load it strictly."""
+    head = "head." if finetune.is_transformer(net.encoder) else "fc."
+    state = {f"{head}{k}": v.cpu() for k, v in net.tuned.head.state_dict().items()}
+    state |= {k: v.cpu() for k, v in net.tuned.encoder.state_dict().items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be written ({error}), use another --out") from error
+
+
 PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn_vote, "linear": linear}
-PROTOCOLS |= {"logreg": logreg}
+PROTOCOLS |= {"logreg": logreg, "finetune": fine_tuned, "semi": fine_tuned}
 
 
 # -------------------------------------------- pictures --------------------------------------------
@@ -759,7 +803,7 @@ def open_splits(protocol, args):
             with contextlib.suppress(UserError):
                 train = open_dataset(args.data, args.data_dir, "train")
         return train, test
-    fits = protocol in ("knn", "linear", "logreg")
+    fits = protocol in ("knn", "linear", "logreg", "finetune", "semi")
     train = open_dataset(args.data, args.data_dir, "train") if fits else None
     needs = "captions" if protocol == "retrieval" else "classes"
     if not (test.captioned if needs == "captions" else test.classes):
@@ -767,6 +811,16 @@ def open_splits(protocol, args):
     if train and (args.split == "train" or train.classes != test.classes):
         raise UserError(f"{protocol} needs a --split other than train, with the same classes")
     return train, test
+
+
+def environment(device) -> dict:
+    """Which code ran on what: "commit" is that of git, with -dirty if files are changed, "" without git."""
+    commit, git = "", ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
+    return {"commit": commit, "hardware": name, "processes": world_size(), "versions": versions}
 
 
 def save_picture(picture, path, protocol, kind, args):
@@ -797,7 +851,8 @@ def main(argv: list[str]):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    args, (protocol, *paths) = parse_args(Args, {}, argv[first_flag:]), argv[:first_flag] or [""]
+    flags, (protocol, *paths) = argv[first_flag:], argv[:first_flag] or [""]
+    args = parse_args(Args, {}, flags)
     if protocol == "export" and paths:
         export(args, *paths)
         return
@@ -806,14 +861,16 @@ def main(argv: list[str]):
         raise UserError(f"use: evaluate.py {known} CHECKPOINT ... --data NAME (see --help)")
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.lr_steps):
         raise UserError(f"--lr-steps {args.lr_steps} must be epochs with commas between them")
-    if not (numbers(args.k, int) and numbers(args.temperature) and args.probe_batch):
-        raise UserError("--probe-batch must be above 0")
+    numbers(args.k, int), numbers(args.temperature)
+    if not (0 < args.labels < 1 if protocol == "semi" else args.labels == 0):
+        raise UserError("semi needs --labels, above 0 and below 1 as 0.01 or 0.1, and nothing else takes it")
     device = init_distributed(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
     train, test = open_splits(protocol, args)
     kw = {"device": device, "dtype": args.dtype, "batch_size": args.batch_size, "workers": args.workers}
     rows = {}
     for path in map(Path, paths):
+        began = time.time()
         result = {"protocol": protocol, "data": args.data, "split": args.split, "checkpoint": str(path)}
         for kind in ["metrics", "random weights"][: 1 + args.random]:
             text = protocol in ("zeroshot", "retrieval")
@@ -821,6 +878,10 @@ def main(argv: list[str]):
             if text and not net.tokenizer:
                 raise UserError(f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s")
             options = {**kw, "view": net.view}
+            if protocol in ("finetune", "semi"):  # flags win over what suits the architecture
+                recipe = finetune.recipe(net.encoder, len(train), args.labels or 1.0)
+                args = parse_args(Args, {args.data: recipe}, flags)
+                result["settings"] = {name: getattr(args, name) for name in recipe}
             if args.cache and (protocol in ("knn", "logreg") or protocol == "linear" and args.cached):
                 options["cache"] = str(path if path.is_dir() else path.parent)
             if protocol in PICTURES:
@@ -828,8 +889,10 @@ def main(argv: list[str]):
                 continue
             result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
             rows[f"{path}, {kind}" if kind != "metrics" else str(path)] = result[kind]
+            if protocol in ("finetune", "semi") and args.out and kind == "metrics" and rank() == 0:
+                save_tuned(net, Path(args.out) / f"{protocol}_{path.stem}.pt")
         result |= {"method": net.method, "step": net.step, "command": shlex.join(["evaluate.py", *argv])}
-        result["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision)}
+        result |= {"minutes": (time.time() - began) / 60, **environment(device)}
         if rank() == 0 and protocol in PROTOCOLS:
             if args.json:
                 print(json.dumps(result), flush=True)

@@ -2,11 +2,12 @@
 
     python benchmarks/record.py runs/slip_shapes_... --name slip_shapes
     python benchmarks/record.py runs/simclr_cifar10_... --name simclr_cifar10 --note "first of three seeds"
+    python benchmarks/record.py --evaluations runs/simclr_cifar10 runs/byol_cifar10 --name evaluation
 
 Every number is read, none is typed: arguments from args.json, machine and commit from env.json, curve and
 minutes from metrics.jsonl, and what evaluate.py found from results.jsonl (of several rows with the same
-protocol and options the last one counts; --result chooses rows). `python benchmarks/table.py` then brings
-README.md and docs/ up to date.
+protocol and options the last one counts; --result chooses rows). --evaluations takes of several directories
+nothing but the latter. `python benchmarks/table.py` then brings README.md and docs/ up to date.
 """
 
 import argparse
@@ -124,10 +125,27 @@ def record(directory, name, note="", chosen=None):
     }
 
 
+def evaluations(directories, note=""):
+    """-> what results/evaluation.json holds: for each directory, run and protocol the last row of
+    results.jsonl, called after the directory."""
+    rows = {}
+    for directory in directories:
+        for found in read(directory / "results.jsonl"):
+            script, protocol, *words = shlex.split(found["command"])
+            flags = words[next((i for i, w in enumerate(words) if w.startswith("--")), len(words)) :]
+            flags = without(flags, (*PLACES, "--batch-size", "--json"))
+            launcher = f"torchrun --nproc_per_node={found['processes']}" if found["processes"] > 1 else "python"
+            row = {"run": directory.name, "label": evaluation_name(found)}
+            row["command"] = shlex.join([*launcher.split(), script, protocol, "RUN", *flags])
+            keep = ("method", "step", "metrics", "random weights", "settings", "minutes", "hardware", "commit")
+            rows[row["run"], row["label"]] = row | {k: rounded(found[k]) for k in keep if k in found}
+    return {"name": "evaluation", "date": time.strftime("%Y-%m-%d"), "note": note, "rows": list(rows.values())}
+
+
 def write(path, content):
-    """JSON with a line for each point of the curve."""
-    lines = ",\n".join("  " + json.dumps(point) for point in content["curve"])
-    text = json.dumps({**content, "curve": "CURVE"}, indent=1)
+    """JSON with a line for each point of the curve, if there is one."""
+    lines = ",\n".join("  " + json.dumps(point) for point in content.get("curve", []))
+    text = json.dumps({**content, **({"curve": "CURVE"} if lines else {})}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.replace('"CURVE"', f"[\n{lines}\n ]", 1) + "\n")
 
@@ -135,7 +153,8 @@ def write(path, content):
 def parser():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, nargs="*", help="run directory; with --evaluations several")
+    parser.add_argument("--evaluations", action="store_true", help="record what evaluate.py found, nothing else")
     parser.add_argument("--name", required=True, help="of the file below results/, such as slip_shapes")
     parser.add_argument("--result", type=int, action="append", metavar="ROW",
                         help="row of results.jsonl, from 0, may be repeated (default: all)")  # fmt: skip
@@ -148,10 +167,16 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if not re.fullmatch(r"[\w-]+", args.name):
         sys.exit(f"record.py: --name {args.name} may have letters, digits, _ and - only")
-    content = record(args.run, args.name, args.note, args.result)
-    if "dirty" in content["commit"] or not content["commit"]:
-        commit = content["commit"] or "unknown"
-        print(f"warning: recorded from commit {commit}, which others do not have", file=sys.stderr)
+    if not args.run or len(args.run) > 1 and not args.evaluations:
+        sys.exit("record.py: give one run directory, or several with --evaluations")
+    if args.evaluations:
+        content = evaluations(args.run, args.note)
+    else:
+        content = record(args.run[0], args.name, args.note, args.result)
+    for commit in {row["commit"] for row in content.get("rows", [content])}:
+        if "dirty" in commit or not commit:
+            commit = commit or "unknown"
+            print(f"warning: recorded from commit {commit}, which others do not have", file=sys.stderr)
     write(args.out / f"{args.name}.json", content)
     print(f"{args.out / args.name}.json; now run: python benchmarks/table.py")
 

@@ -4,7 +4,7 @@
     python benchmarks/table.py --check      # names those that differ, exit status 1
 
 Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->,
-<!-- curves METHOD -->, <!-- knn DATA -->, <!-- speed --> and the same with a slash, and the line numbers in
+<!-- curves METHOD -->, <!-- knn DATA -->, <!-- evaluations -->, <!-- speed --> and the same with a slash, and the line numbers in
 links such as [`clip_loss`](clip.py#L364).
 """
 
@@ -17,21 +17,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|speed|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|speed|evaluations|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
-             "logreg": "logistic regression"}  # fmt: skip
+             "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
 SHARED = {
     "common.py": "arguments, processes, checkpoints, log",
     "data.py": "loader, image operations, tokenizer",
     "sources.py": "where samples come from",
     "evaluate.py": "evaluation",
     "probes.py": "its linear classifiers",
+    "finetune.py": "its fine-tuning",
     "pictures.py": "its pictures",
     "weights.py": "reads checkpoints of ours and of others",
     "exports.py": "writes them for others",
     "sharding.py": "models too large for one GPU",
 }
+START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
 
 
@@ -212,6 +214,35 @@ def knn_of_all(prefix, data):
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
+def evaluations(prefix):
+    """A row for each checkpoint that evaluate.py scored on real data, a column for each protocol: the score
+    and, behind the stroke, that of the same network with random weights. From the runs' files and from
+    results/evaluation.json, which comes last and so wins."""
+    path = ROOT / "results/evaluation.json"
+    content = json.loads(path.read_text()) if path.exists() else {"rows": [], "note": ""}
+    rows, note = content["rows"], content["note"]
+    found = [(name, label, metrics) for name, r in results().items() for label, metrics in r["metrics"].items()]
+    found += [(r["run"], r["label"], r["metrics"]) for r in rows]
+    found += [(r["run"], r["label"] + START, r["random weights"]) for r in rows if "random weights" in r]
+    first = {(name, label): next(iter(metrics.values())) for name, label, metrics in found}
+    order, parts = list(PROTOCOLS), {label.removesuffix(START): m for _, label, m in found}
+    labels = [x for x in parts if x.split()[0] in order and x.split()[1] in REAL]
+    labels.sort(key=lambda x: (order.index(x.split()[0]), x))
+    lines = []
+    for name in dict.fromkeys(name for name, label, _ in found if label in labels):
+        pairs = [[first.get((name, label + end)) for end in ("", START)] for label in labels]
+        cells = [" / ".join(number(x) for x in pair if x is not None) for pair in pairs]
+        there = (ROOT / f"results/{name}.json").exists()
+        lines.append([f"[{name}]({prefix}results/{name}.json)" if there else name, *cells])
+    titles = [f"{PROTOCOLS[label.split()[0]]} {label.partition(' ')[2]}" for label in labels]
+    chance = [parts[label].get("chance", parts[label].get("chance@1")) for label in labels]
+    header = ["checkpoint", *(f"{text} (chance {x:.3g})" for text, x in zip(titles, chance))]
+    said = dict.fromkeys(f"{r['run']}: `{r['command']}`, {r['hardware']}, {r['minutes']:.0f} minutes, commit "
+                         f"{r['commit']}" for r in rows)  # fmt: skip
+    commands = "".join(f"- {line}\n" for line in [*said, *([note] if note else [])])
+    return f"{table(header, lines)}\n{commands}" if lines else "Nothing is recorded yet.\n"
+
+
 def speed(prefix):
     """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
     rows = []
@@ -245,7 +276,7 @@ def updated(path):
     def block(match):
         kind, _, method = match[2].partition(" ")
         make = {"methods": methods_table, "results": results_table, "curves": curves, "knn": knn_of_all,
-                "speed": speed}[kind]  # fmt: skip
+                "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):

@@ -484,7 +484,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_grid_chooses_kind_and_rate(cached):
-    args = Args(grid=True, cached=cached, blocks=2, probe_batch=32, epochs=5, workers=0)
+    args = Args(grid=True, cached=cached, blocks=2, train_batch=32, epochs=5, workers=0)
     out, head, base_lr = linear_probe(Blocks(), Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
     assert out["top1"] == 100 and head.in_features in (6, 9) and base_lr in evaluate.GRID_LRS
     again, same, _ = linear_probe(Blocks(), Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
@@ -494,7 +494,7 @@ def test_grid_chooses_kind_and_rate(cached):
 @pytest.mark.parametrize("cached", [True, False])
 def test_linear_probe_separates(cached):
     net = Pixels().train()
-    args = Args(cached=cached, probe_batch=32, epochs=20, base_lr=8.0, workers=0)
+    args = Args(cached=cached, train_batch=32, epochs=20, base_lr=8.0, workers=0)
     out, head, base_lr = linear_probe(net, Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
     assert out["top1"] == 100 and net.training
     again, same, _ = linear_probe(net, Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
@@ -514,7 +514,7 @@ def test_nothing_is_chosen_on_the_test_split():
         def forward(self, x):
             return 0.2 * super().forward(x)
 
-    args, train = Args(cached=True, probe_batch=32, epochs=2), Toy(130)
+    args, train = Args(cached=True, train_batch=32, epochs=2), Toy(130)
     right = linear_probe(Faint(), train, Toy(60, first=900), VIEW, CPU, args)
     wrong = linear_probe(Faint(), train, Mixed(60, first=900), VIEW, CPU, args)
     assert wrong[2] == right[2] > evaluate.LRS[0] and torch.equal(wrong[1].weight, right[1].weight)
@@ -555,7 +555,7 @@ def folder(tmp_path_factory):
 
 
 FLAGS = ["--device", "cpu", "--workers", "0", "--batch-size", "4", "--epochs", "2"]
-LINEAR = ["--probe-batch", "8"]
+LINEAR = ["--train-batch", "8"]
 
 
 def run(folder, protocol, *words, data="classes"):
@@ -670,15 +670,18 @@ def collective():
     out["one"] = [x.tolist() for x in extract(Net(), Toy(23), **options, indices=[7])]
     out["language"] = language_eval(Net(), Letters(), Toy(31, broken=True), **options, batch_size=4, workers=1)
     out["knn"] = knn_eval(Net(), Toy(41), Toy(17, first=500), **options, k=5, batch_size=3)
-    probe = [Args(probe_batch=16, epochs=3, base_lr=4.0, workers=0), Args(probe_batch=16, epochs=3, cached=True)]
+    probe = [Args(train_batch=16, epochs=3, base_lr=4.0, workers=0), Args(train_batch=16, epochs=3, cached=True)]
     heads = [linear_probe(Net(), Toy(50), Toy(21, first=900), args=args, **options)[1].weight for args in probe]
+    args = Args(grid=True, blocks=2, train_batch=16, epochs=3, workers=0)
+    scores, head, base_lr = linear_probe(Blocks(), Toy(50), Toy(21, first=900), args=args, **options)
+    out["grid"] = [scores, base_lr, head.in_features]
     return {**out, "augmented": heads[0].tolist(), "cached": heads[1].tolist()}
 
 
 def protocols(folder):
     lines = run(folder, "knn", "simclr", "clip") + run(folder, "zeroshot", "clip", "--random")
     lines += run(folder, "retrieval", "clip", data="captions") + run(folder, "linear", "simclr", "--cached")
-    lines += run(folder, "logreg", "simclr", "--no-cache")
+    lines += run(folder, "logreg", "simclr", "--no-cache") + run(folder, "linear", "simclr", *LINEAR)
     return [{key: line[key] for key in ("metrics", "random weights") if key in line} for line in lines]
 
 

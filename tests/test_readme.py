@@ -206,7 +206,8 @@ def run(tmp_path):
     log.insert(3, {"step": 25, "zeroshot_top1": 5.5, "zeroshot_chance": 1.0})
     found = {"protocol": "zeroshot", "data": "shapes", "split": "val", "step": 30,
              "metrics": {"top1": 7.25, "chance": 1.0}, "random weights": {"top1": 1.5, "chance": 1.0},
-             "command": "evaluate.py zeroshot runs/x runs/y --data shapes --workers 2 --templates t.txt"}
+             "command": "evaluate.py zeroshot runs/x runs/y --data shapes --workers 2 --templates t.txt",
+             "commit": "abc", "hardware": "2 CPU cores", "processes": 2, "minutes": 1.5}
     (tmp_path / "args.json").write_text(json.dumps(args))
     (tmp_path / "env.json").write_text(json.dumps(env))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
@@ -227,6 +228,23 @@ def test_record(run):
     assert str(run) not in (run / "out/mine.json").read_text()
 
 
+def test_record_of_evaluations(run):
+    """Of several directories, nothing but results.jsonl, and of equal protocols the last."""
+    other = run / "other"
+    other.mkdir()
+    text = (run / "results.jsonl").read_text()
+    (other / "results.jsonl").write_text(text.replace("7.25", "8.5") + text.replace("7.25", "9.5"))
+    record.main(["--evaluations", str(run), str(other), "--name", "evaluation", "--out", str(run / "out")])
+    rows = json.loads((run / "out/evaluation.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == [run.name, "other"]
+    assert [row["metrics"]["top1"] for row in rows] == [7.25, 9.5] and rows[0]["random weights"]["top1"] == 1.5
+    assert rows[0]["command"] == "torchrun --nproc_per_node=2 evaluate.py zeroshot RUN --data shapes --templates t.txt"
+    assert rows[0]["commit"] == "abc" and rows[0]["minutes"] == 1.5
+    for wrong in ([], [str(run), str(other)]):
+        with pytest.raises(SystemExit, match="one run directory"):
+            record.main([*wrong, "--name", "x", "--out", str(run / "out")])
+
+
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
@@ -235,6 +253,9 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
         copy.write_text(path.read_text())
     monkeypatch.setattr(table, "ROOT", run)
     record.main([str(run), "--name", "mine", "--out", str(run / "results")])
+    text = (run / "results.jsonl").read_text().replace("shapes", "cifar10").replace(" --templates t.txt", "")
+    (run / "results.jsonl").write_text(text.replace('"chance": 1.0', '"chance": 10.0'))
+    record.main(["--evaluations", str(run), "--name", "evaluation", "--out", str(run / "results")])
     with pytest.raises(SystemExit, match="README.md"):
         table.main(["--check"])
     table.main([])
@@ -242,6 +263,8 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
     text = (run / "README.md").read_text()
     assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "results/mine.json" in text
     assert "../results/mine.json" in (run / "docs/slip.md").read_text()
+    page = (run / "docs/evaluation.md").read_text()
+    assert "zero-shot cifar10 val (chance 10) |" in page and f"| {run.name} | 7.25 / 1.50 |" in page
     (run / "README.md").write_text(text.replace("7.25", "8.25"))
     with pytest.raises(SystemExit, match="README.md"):
         table.main(["--check"])

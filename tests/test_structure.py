@@ -54,7 +54,7 @@ def test_same_sections_in_the_same_order(name):
     assert BANNER.findall((ROOT / f"{name}.py").read_text()) == SECTIONS
 
 
-@pytest.mark.parametrize("name", [*METHODS, "common", "data", "evaluate", "exports", "pictures", "probes", "weights"])
+@pytest.mark.parametrize("name", [*METHODS, "common", "data", "evaluate", "exports", "finetune", "pictures", "probes", "weights"])
 def test_import_has_no_side_effect(name, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, torchvision, os; before = dict(os.environ); "
             f"state = torch.get_rng_state(); import {name}; "
