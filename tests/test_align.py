@@ -367,7 +367,7 @@ def test_noisy_data_and_what_the_filters_see_of_it(photos, tmp_path, monkeypatch
         kept[kind] = collections.Counter(p.key.split("-")[-1] for p in pictures for c in p.captions if not dropped_by(rules, p, c))
     assert kept["swap"]["swap.jpg"] > 60 and kept["junk"]["short.jpg"] == 0 and kept["junk"]["foreign.jpg"] > 20
     with pytest.raises(UserError, match="--texts"):
-        noise.wrong_captions(right, "junk", 1.0, texts=["one", "two"])
+        noise.wrong_captions(right, 52, "junk", 1.0, texts=["one", "two"])
 
 
 # ------------------------------------------------ any language ------------------------------------------------
