@@ -68,6 +68,7 @@ class Args:
     temperature: float = 1.0  # tau at the start, trained
     label_smoothing: float = 0.1  # over the global batch
     drop_connect: float = 0.2  # of the last block's residual branch, linear from 0 (EfficientNet)
+    bn_momentum: float = 0.01  # of batch norm: share of the last batch in its statistics; short runs need more
     image_size: int = 289  # pixels, cropped from 346
     epochs: int = 11  # 1.2 million steps of 1.8 billion pairs
     max_steps: int = 0  # stop after this many steps of that schedule (0: all)
@@ -95,8 +96,8 @@ class Args:
 SMALL = dict(text_width=128, embed_dim=128, context_length=32, tokenizer="train", arch="efficientnet_micro")
 SMALL |= dict(batch_size=128, warmup_epochs=0.2, lr=1e-2, temperature=0.07, drop_connect=0.0, min_side=0)
 RECIPES = {
-    "shapes": dict(SMALL, image_size=64, vocab_size=1024, text_layers=2, epochs=2),
-    "flickr8k": dict(SMALL, image_size=112, vocab_size=4096, text_layers=3, epochs=30),
+    "shapes": dict(SMALL, image_size=64, vocab_size=1024, text_layers=2, epochs=2, bn_momentum=0.1),
+    "flickr8k": dict(SMALL, image_size=112, vocab_size=4096, text_layers=3, epochs=30, bn_momentum=0.1),
     # the paper's ablation, a tenth of the steps: COCO recall@1 22.1 and 17.3 there; coyo has lr 5e-3
     "cc3m": dict(arch="efficientnet_b3", text_width=256, text_layers=4, epochs=580, warmup_epochs=58),
 }
@@ -251,8 +252,7 @@ class Kept:
                 if Path(dataset[row["index"]].key).name != Path(row["key"]).name:
                     raise ValueError("another picture")
         except (OSError, ValueError, LookupError, TypeError) as error:
-            message = f"--keep {path} names no pictures of --data {dataset.name}, write it with --filter-only"
-            raise UserError(message) from error
+            raise UserError(f"--keep {path} names no picture of {dataset.name}, see --filter-only") from error
         self.dataset, self.name, self.classes, self.captioned = dataset, dataset.name, dataset.classes, True
 
     def __len__(self):
@@ -286,10 +286,10 @@ class EfficientNet(torchvision.models.EfficientNet):
     b0 = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
           (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1))  # fmt: skip
 
-    def __init__(self, width, depth, drop_connect=0.2, stages=b0):
+    def __init__(self, width, depth, drop_connect=0.2, stages=b0, momentum=0.01):
         config, MBConv = torchvision.models.efficientnet.MBConvConfig, torchvision.models.efficientnet.MBConv
         super().__init__([config(*stage, width, depth) for stage in stages], 0.0, drop_connect,
-                         norm_layer=lambda dim: nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01))  # fmt: skip
+                         norm_layer=lambda dim: nn.BatchNorm2d(dim, eps=1e-3, momentum=momentum))  # fmt: skip
         self.dim = self.features[-1][0].in_channels
         del self.features[-1], self.avgpool, self.classifier
         for i, block in enumerate(m for m in self.modules() if isinstance(m, MBConv)):
@@ -400,7 +400,7 @@ def build_model(args) -> ALIGN:
         raise UserError(f"--arch {args.arch} is unknown, choose one of {', '.join(ARCHS)}")
     if args.text_width % 64:
         raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
-    visual = EfficientNet(*ARCHS[args.arch], args.drop_connect)
+    visual = EfficientNet(*ARCHS[args.arch], args.drop_connect, momentum=args.bn_momentum)
     text = BERT(args.context_length, args.vocab_size, args.text_width, args.text_layers)
     return ALIGN(args.embed_dim, visual, text, args.text_width, args.temperature)
 
