@@ -68,7 +68,7 @@ class Args:
     temperature: float = 1.0  # tau at the start, trained
     label_smoothing: float = 0.1  # over the global batch
     drop_connect: float = 0.2  # of the last block's residual branch, linear from 0 (EfficientNet)
-    bn_momentum: float = 0.01  # of batch norm: share of the last batch in its statistics; short runs need more
+    bn_momentum: float = 0.01  # batch norm: share of the last batch in its statistics; short runs need more
     image_size: int = 289  # pixels, cropped from 346
     epochs: int = 11  # 1.2 million steps of 1.8 billion pairs
     max_steps: int = 0  # stop after this many steps of that schedule (0: all)
