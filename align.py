@@ -26,6 +26,7 @@ Diff against: clip.py.
 """
 
 import collections
+import contextlib
 import json
 import math
 import re
@@ -42,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import Run, UserError, all_gather, init_distributed, mixed_precision
 from common import parse_args, sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
-from evaluate import EvalView, captions, evaluation_set, language_eval, save_curves, save_views
+from evaluate import EvalView, bar, captions, evaluation_set, language_eval, save_curves, save_views
 from sources import IMAGE_KEYS
 
 
@@ -67,6 +68,7 @@ class Args:
     temperature: float = 1.0  # tau at the start, trained
     label_smoothing: float = 0.1  # over the global batch
     drop_connect: float = 0.2  # of the last block's residual branch, linear from 0 (EfficientNet)
+    bn_momentum: float = 0.01  # batch norm: share of the last batch in its statistics; short runs need more
     image_size: int = 289  # pixels, cropped from 346
     epochs: int = 11  # 1.2 million steps of 1.8 billion pairs
     max_steps: int = 0  # stop after this many steps of that schedule (0: all)
@@ -92,7 +94,8 @@ class Args:
 
 
 SMALL = dict(text_width=128, embed_dim=128, context_length=32, tokenizer="train", arch="efficientnet_micro")
-SMALL |= dict(batch_size=128, warmup_epochs=0.2, lr=1e-2, temperature=0.07, drop_connect=0.0, min_side=0)
+SMALL |= dict(batch_size=128, warmup_epochs=0.2, temperature=0.07, drop_connect=0.0, min_side=0)
+SMALL |= dict(optimizer="adamw", lr=1e-3, bn_momentum=0.1)  # LAMB is for large batches, 0.01 for long runs
 RECIPES = {
     "shapes": dict(SMALL, image_size=64, vocab_size=1024, text_layers=2, epochs=2),
     "flickr8k": dict(SMALL, image_size=112, vocab_size=4096, text_layers=3, epochs=30),
@@ -188,56 +191,55 @@ def filter_rules(pictures, test_hashes=(), min_side=200, common_tokens=100_000_0
     }
 
 
-def read_pictures(dataset, hashed):
-    """Pictures of a dataset, or of the path of a .tsv of keys and texts alone; what is broken is left out."""
-    if isinstance(dataset, Path):
-        text = dataset.read_text(encoding="utf-8", errors="replace")
-        for index, line in enumerate(text.strip().split("\n")):
-            key, _, text = line.partition("\t")
-            yield Picture(index, key, None, 0, [text])
-        return
-    for index in range(len(dataset)):
-        try:
+def read_texts(path):
+    """Pictures, without an image, of a .tsv with lines of key and text; None if it is another."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        if path.endswith(".tsv") and not {*file.readline(10_000).strip().split("\t")} & {*IMAGE_KEYS}:
+            file.seek(0)
+            lines = enumerate(line.rstrip("\r\n").partition("\t") for line in file)
+            return [Picture(i, key, None, 0, [text]) for i, (key, tab, text) in lines if tab]
+    return None
+
+
+def read_pictures(dataset):
+    """Pictures of a dataset; what is broken is left out."""
+    for index in bar(range(len(dataset)), f"pictures of {dataset.name}"):
+        with contextlib.suppress(ValueError, OSError):
             sample = dataset[index]
             image = decode(sample.image)
-        except (ValueError, OSError):
-            continue
-        height, width = image.shape[1:]
-        yield Picture(index, sample.key, (width, height), image_hash(image) if hashed else 0, sample.captions)
+            yield Picture(index, sample.key, tuple(image.shape[:0:-1]), image_hash(image), sample.captions)
 
 
-def filter_data(args) -> dict:
-    """--filter-only: says what each rule drops, with examples; kept.jsonl gets a line per picture that keeps
-    a text. -> number of pairs that each rule drops; of several that fit, the first."""
-    texts = args.data.endswith(".tsv") and Path(args.data).is_file()
-    if texts:
-        with open(args.data, encoding="utf-8", errors="replace") as file:
-            texts = not {*file.readline().strip().split("\t")} & {*IMAGE_KEYS}  # else it names images
-    test = None if texts else evaluation_set(args, "test")
-    hashes = [p.hash for p in read_pictures(test, True)] if test else []
-    dataset = Path(args.data) if texts else open_dataset(args.data, args.data_dir)
-    pictures = list(read_pictures(dataset, bool(hashes)))
+def filter_data(args):
+    """--filter-only: says what each rule drops, with examples, and writes kept.jsonl: a line per picture that
+    keeps a text. A pair that several rules drop counts for the first."""
+    kept = Path(args.output_dir or "filtered", "kept.jsonl")
+    if kept.exists():
+        raise UserError(f"{kept} is there already: remove it, or choose another --output-dir")
+    pictures, hashes = read_texts(args.data), []
+    if pictures is None:
+        dataset, test = open_dataset(args.data, args.data_dir), args.eval_data or args.data
+        with contextlib.suppress(*() if args.eval_data else (UserError,)):  # not all data has a test split
+            hashes = [p.hash for p in read_pictures(open_dataset(test, args.data_dir, "test"))]
+        pictures = list(read_pictures(dataset))
+        print(f"{len(pictures)} of {len(dataset)} pictures read, compared with {len(hashes)} test images")
+    if not (pairs := sum(len(picture.captions) for picture in pictures)):
+        raise UserError(f"--data {args.data} has no captions to filter, or no pictures that can be read")
     rules = filter_rules(pictures, hashes, args.min_side, args.common_tokens)
-    dropped, pairs = {name: [] for name in rules}, sum(len(picture.captions) for picture in pictures)
-    if not pairs:
-        raise UserError(f"--data {args.data} has no captions to filter")
-    folder = Path(args.output_dir or "filtered")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "kept.jsonl", "w", encoding="utf-8") as file:
-        for picture in pictures:
-            stay = []
-            for text in picture.captions:
-                rule = next((name for name, drops in rules.items() if drops(picture, text)), None)
-                (dropped[rule] if rule else stay).append(text)
-            if stay:
-                row = {"index": picture.index, "key": picture.key, "captions": stay}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    dropped, rows = {name: [] for name in rules}, []
+    for picture in pictures:
+        stay = []
+        for text in picture.captions:
+            rule = next((name for name, drops in rules.items() if drops(picture, text)), None)
+            (dropped[rule] if rule else stay).append(text)
+        rows += [{"index": picture.index, "key": picture.key, "captions": stay}] if stay else []
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     for name, found in dropped.items():
         some = "".join(f"\n    {text[:100]}" for text in found[:: len(found) // 3 + 1])
         print(f"{name}: {len(found)} of {pairs} pairs ({len(found) / pairs:.1%}){some}")
     left = pairs - sum(map(len, dropped.values()))
-    print(f"{left} pairs stay ({left / pairs:.1%}), written to {folder}/kept.jsonl")
-    return {name: len(found) for name, found in dropped.items()}
+    print(f"{left} pairs stay ({left / pairs:.1%}), at {len(rows)} of {len(pictures)} images: {kept}")
 
 
 class Kept:
@@ -246,11 +248,11 @@ class Kept:
     def __init__(self, dataset, path):
         try:
             self.rows = [json.loads(line) for line in Path(path).read_text("utf-8").strip().split("\n")]
-            good = dataset[self.rows[0]["index"]].key == self.rows[0]["key"]
-        except (OSError, ValueError, LookupError, TypeError):
-            good = False
-        if not good:
-            raise UserError(f"--keep {path} was not written for --data {dataset.name} by --filter-only")
+            for row in (self.rows[0], self.rows[-1]):
+                if Path(dataset[row["index"]].key).name != Path(row["key"]).name:
+                    raise ValueError("another picture")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"--keep {path} names no picture of {dataset.name}, see --filter-only") from error
         self.dataset, self.name, self.classes, self.captioned = dataset, dataset.name, dataset.classes, True
 
     def __len__(self):
@@ -284,10 +286,10 @@ class EfficientNet(torchvision.models.EfficientNet):
     b0 = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
           (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1))  # fmt: skip
 
-    def __init__(self, width, depth, drop_connect=0.2, stages=b0):
+    def __init__(self, width, depth, drop_connect=0.2, stages=b0, momentum=0.01):
         config, MBConv = torchvision.models.efficientnet.MBConvConfig, torchvision.models.efficientnet.MBConv
         super().__init__([config(*stage, width, depth) for stage in stages], 0.0, drop_connect,
-                         norm_layer=lambda dim: nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01))  # fmt: skip
+                         norm_layer=lambda dim: nn.BatchNorm2d(dim, eps=1e-3, momentum=momentum))  # fmt: skip
         self.dim = self.features[-1][0].in_channels
         del self.features[-1], self.avgpool, self.classifier
         for i, block in enumerate(m for m in self.modules() if isinstance(m, MBConv)):
@@ -340,9 +342,8 @@ class ALIGN(nn.Module):
         # the paper's towers share a width; its ablation has a layer on the image side too
         self.image_projection = nn.Identity() if visual.dim == embed_dim else nn.Linear(visual.dim, embed_dim)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))  # tau
-        for layer in (self.text_projection, self.image_projection):
-            for p in layer.parameters():
-                nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
+        for p in [*self.text_projection.parameters(), *self.image_projection.parameters()]:
+            nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.zeros_(p)
 
     def encode_image(self, image):
         """(B, 3, S, S) -> (B, E), not normalised."""
@@ -390,8 +391,7 @@ ARCHS = {  # width and depth (micro: our own)
     "efficientnet_micro": (0.5, 0.5),
     "efficientnet_b0": (1.0, 1.0), "efficientnet_b1": (1.0, 1.1), "efficientnet_b2": (1.1, 1.2),
     "efficientnet_b3": (1.2, 1.4), "efficientnet_b4": (1.4, 1.8), "efficientnet_b5": (1.6, 2.2),
-    "efficientnet_b6": (1.8, 2.6), "efficientnet_b7": (2.0, 3.1),
-}  # fmt: skip
+    "efficientnet_b6": (1.8, 2.6), "efficientnet_b7": (2.0, 3.1)}  # fmt: skip
 
 
 def build_model(args) -> ALIGN:
@@ -400,7 +400,7 @@ def build_model(args) -> ALIGN:
         raise UserError(f"--arch {args.arch} is unknown, choose one of {', '.join(ARCHS)}")
     if args.text_width % 64 or args.image_size < 32:
         raise UserError("--text-width must be a multiple of 64, the width of a head, --image-size 32 or more")
-    visual = EfficientNet(*ARCHS[args.arch], args.drop_connect)
+    visual = EfficientNet(*ARCHS[args.arch], args.drop_connect, momentum=args.bn_momentum)
     text = BERT(args.context_length, args.vocab_size, args.text_width, args.text_layers)
     return ALIGN(args.embed_dim, visual, text, args.text_width, args.temperature)
 

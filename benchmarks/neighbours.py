@@ -24,17 +24,16 @@ from sources import open_dataset  # noqa: E402
 CELL = 150  # pixels of an image; the text beside it is twice as wide
 
 
-def queued_captions(saved, tokenizer, data_dir):
-    """-> {row of the queue: caption that its feature is of}."""
+def queued_ids(saved, tokenizer, data_dir):
+    """-> {row of the queue: token ids of the caption that its feature is of, start and end included}."""
     args, rows = saved["args"], len(saved["queue"]["features"])
     dataset = open_dataset(args["data"], data_dir)
     loader = Loader(dataset, {}, {"text": tokenizer}, args["batch_size"], args["seed"])
-    first, captions = max(0, saved["step"] - rows // args["batch_size"]), {}
+    first, ids = max(0, saved["step"] - rows // args["batch_size"]), {}
     for step, batch in loader.batches(first, saved["step"]):
-        for i, ids in enumerate(batch["text"].tolist()):
-            words = ids[1 : ids.index(tokenizer.eot)]
-            captions[(step * args["batch_size"] + i) % rows] = tokenizer.decode(words).strip()
-    return captions
+        for i, row in enumerate(batch["text"].tolist()):
+            ids[(step * args["batch_size"] + i) % rows] = row[: row.index(tokenizer.eot) + 1]
+    return ids
 
 
 def main():
@@ -47,8 +46,8 @@ def main():
     saved, net = load_checkpoint(flags.run), open_network(flags.run, torch.device("cpu"))
     if net.method != "declip" or saved["args"]["released"]:
         sys.exit(f"{flags.run} is no run of declip.py without --released")
-    captions = queued_captions(saved, net.tokenizer, flags.data_dir)
-    known = torch.tensor(sorted(captions))
+    ids = queued_ids(saved, net.tokenizer, flags.data_dir)
+    known = torch.tensor(sorted(ids))
     features = saved["queue"]["features"][known]
     val = open_dataset(saved["args"]["data"], flags.data_dir, "val")
     samples = [val[i] for i in some(val, flags.images)]
@@ -61,7 +60,7 @@ def main():
         left, top = i % 2 * (3 * CELL + 10), i // 2 * (CELL + 10)
         image = Image.fromarray(decode(sample.image).permute(1, 2, 0).numpy()).resize((CELL, CELL))
         page.paste(image, (left, top))
-        found = captions[int(known[nearest[i]])]
+        found = net.tokenizer.decode(ids[int(known[nearest[i]])][1:-1]).strip()
         text = [*textwrap.wrap(sample.captions[0], 44), "", f"found, cosine {cosine[i]:.3f}:", *textwrap.wrap(found, 44)]
         draw.multiline_text((left + CELL + 8, top + 10), "\n".join(text), fill="black", spacing=5)
         print(f"{sample.captions[0]}  ->  {found}  ({cosine[i]:.3f})")

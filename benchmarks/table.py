@@ -4,8 +4,8 @@
     python benchmarks/table.py --check      # names those that differ, exit status 1
 
 Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->,
-<!-- curves METHOD -->, <!-- knn DATA -->, <!-- evaluations -->, <!-- speed --> and the same with a slash, and the line numbers in
-links such as [`clip_loss`](clip.py#L364).
+<!-- curves METHOD -->, <!-- knn DATA -->, <!-- retrieval DATA -->, <!-- ends PREFIX -->, <!-- evaluations -->,
+<!-- speed --> and the same with a slash, and the line numbers in links such as [`clip_loss`](clip.py#L364).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|speed|evaluations|knn \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|speed|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
              "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
@@ -243,6 +243,33 @@ def evaluations(prefix):
     return f"{table(header, lines)}\n{commands}" if lines else "Nothing is recorded yet.\n"
 
 
+def retrieval_of_all(prefix, data):
+    """A row for each method's run NAME_DATA that evaluate.py retrieval was run on, and its random start."""
+    header = ["method", "steps", "px", "mean recall", "random weights", "image to text R@1/5/10", "text to image R@1/5/10", "minutes"]
+    rows, label = [], f"retrieval {data} test"
+    for r in results().values():
+        if r["name"] == f"{r['method']}_{data}" and (found := r["metrics"].get(label)):
+            recalls = ["/".join(number(found[f"{way}_recall@{k}"]) for k in (1, 5, 10)) for way in ("image_to_text", "text_to_image")]
+            start = r["metrics"].get(f"{label}, random weights", {}).get("mean_recall")
+            link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
+            rows.append([link, str(r["metrics"]["training"]["step"]), str(r["args"]["image_size"]), number(found["mean_recall"]),
+                         "" if start is None else number(start), *recalls, f"{r['minutes']:.1f}"])  # fmt: skip
+    return table(header, rows) if rows else "Nothing is recorded yet.\n"
+
+
+def ends(prefix, names):
+    """A row for each run whose name begins so: its note, and the last loss and evaluation in the training loop."""
+    runs = [r for name, r in results().items() if name.startswith(names)]
+    keys = [k for k in IN_LOOP if any(k in r["metrics"]["training"] for r in runs)]
+    header, rows = ["run", "what", "steps", "loss", *(IN_LOOP[k] for k in keys)], []
+    for r in runs:
+        last = r["metrics"]["training"]
+        told = [said("", last[k], chance_of(k, last)).strip() if k in last else "" for k in keys]
+        link = f"[{r['name'].removeprefix(names).strip('_')}]({prefix}results/{r['name']}.json)"
+        rows.append([link, r["note"], str(last["step"]), said("", last["loss"], last.get("chance")).strip(), *told])
+    return table(header, rows) if rows else "Nothing is recorded yet.\n"
+
+
 def speed(prefix):
     """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
     rows = []
@@ -276,7 +303,7 @@ def updated(path):
     def block(match):
         kind, _, method = match[2].partition(" ")
         make = {"methods": methods_table, "results": results_table, "curves": curves, "knn": knn_of_all,
-                "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
+                "retrieval": retrieval_of_all, "ends": ends, "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):

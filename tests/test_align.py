@@ -1,8 +1,11 @@
 """align.py: Hugging Face's AlignModel, LAMB, EfficientNet's parts, the filters, captions in any script, pasting."""
 
+import collections
+import importlib
 import json
 import math
 import random
+import sys
 
 import pytest
 import timm.optim
@@ -16,7 +19,7 @@ import align
 from common import UserError, load_checkpoint
 from data import Loader, Tokenizer, decode, open_dataset
 from evaluate import align_state, load_released, open_network
-from runs import FLAGS, command, make_photos, rows, train_here
+from runs import FLAGS, ROOT, command, make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -303,8 +306,25 @@ def test_filter_only_reports_and_training_keeps(photos, tmp_path):
     assert [subset[i].captions for i in range(len(subset))] == [row["captions"] for row in kept]
     train_here("align", photos, tmp_path / "run", "--keep", str(tmp_path / "kept/kept.jsonl"), "--max-steps", "2", "--eval-every", "0")
     other = make_photos(tmp_path / "other", train=9, val=4)
-    with pytest.raises(UserError, match="--keep"):
-        train_here("align", other, tmp_path / "run2", "--keep", str(tmp_path / "kept/kept.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    for data, kept in ((other, tmp_path / "kept/kept.jsonl"), (photos, tmp_path / "empty.jsonl")):
+        with pytest.raises(UserError, match="--keep"):
+            train_here("align", data, tmp_path / "run2", "--keep", str(kept))
+
+
+def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(tmp_path):
+    folder = make_photos(tmp_path / "photos", train=6, val=2)
+    (folder / "0.png").write_bytes(b"broken")
+    flags = ["--filter-only", "--data", folder / "train.jsonl", "--min-side", "0", "--output-dir", tmp_path / "kept"]
+    done = command("align.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 6 pictures read, compared with 0 test images" in done.stdout and not done.stderr
+    before = (tmp_path / "kept/kept.jsonl").read_bytes()
+    done = command("align.py", *flags, "--common-tokens", "3")
+    assert done.returncode == 2 and "is there already" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "kept/kept.jsonl").read_bytes() == before
+    done = command("align.py", *flags[:-1], tmp_path / "other", "--eval-data", tmp_path / "nowhere")
+    assert done.returncode == 2 and "nowhere" in done.stderr and not (tmp_path / "other").exists()
 
 
 def test_filter_only_reads_texts_alone(tmp_path):
@@ -314,10 +334,40 @@ def test_filter_only_reads_texts_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/kept.jsonl").read_text()) == {"index": 12, "key": "12", "captions": ["quite a good text"]}
     assert "text of over 10 images: 11 of 13 pairs" in done.stdout and "the same words" in done.stdout
-    table = tmp_path / "nothing.jsonl"
-    table.write_text('{"image": "0.png", "captions": []}\n')
-    done = command("align.py", "--filter-only", "--data", table, "--output-dir", tmp_path / "none")
-    assert done.returncode == 2 and "no captions" in done.stderr and not (tmp_path / "none").exists()
+    for name, text in (("nothing.jsonl", '{"image": "0.png", "captions": []}\n'), ("spaces.tsv", "0 a dog runs\n"), ("empty.tsv", "")):
+        (tmp_path / name).write_text(text)
+        done = command("align.py", "--filter-only", "--data", tmp_path / name, "--output-dir", tmp_path / "none")
+        assert done.returncode == 2 and "no captions" in done.stderr and not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------ noise ------------------------------------------------
+def test_noisy_data_and_what_the_filters_see_of_it(photos, tmp_path, monkeypatch, capsys):
+    """benchmarks/noise.py: swapped captions pass the filters, junk is dropped, and nobody keeps a wrong one by chance."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    noise = importlib.import_module("noise")
+    (tmp_path / "texts.tsv").write_text("".join(f"{i}\tforeign words number {i}\n" for i in range(99)))
+    right, found = open_dataset(str(photos)), {}
+    for kind in ("swap", "junk", "junk again"):
+        flags = ["--kind", kind[:4], "--share", "0.5", "--texts", str(tmp_path / "texts.tsv"), "--output", str(tmp_path / kind)]
+        monkeypatch.setattr(sys, "argv", ["noise.py", "--data", str(photos), *flags])
+        noise.main()
+        found[kind] = noisy = open_dataset(str(tmp_path / kind))
+        assert len(noisy) == len(right) == 52
+        wrong = [i for i in range(52) if noisy[i].captions != right[i].captions]
+        assert len(wrong) == 26 == sum("clean" not in noisy[i].key for i in range(52))
+        assert all(noisy[i].image == right[i].image and len(noisy[i].captions) == len(right[i].captions) for i in range(52))
+        assert all(("clean" in noisy[i].key) == (i not in wrong) for i in range(52))
+    swapped = [found["swap"][i].captions for i in range(52)]
+    assert sorted(swapped) == sorted(right[i].captions for i in range(52))
+    assert [found["junk"][i] for i in range(52)] == [found["junk again"][i] for i in range(52)]
+    kept = {}
+    for kind in ("swap", "junk"):
+        pictures = list(align.read_pictures(found[kind]))
+        rules = align.filter_rules(pictures, min_side=0)
+        kept[kind] = collections.Counter(p.key.split("-")[-1] for p in pictures for c in p.captions if not dropped_by(rules, p, c))
+    assert kept["swap"]["swap.jpg"] > 60 and kept["junk"]["short.jpg"] == 0 and kept["junk"]["foreign.jpg"] > 20
+    with pytest.raises(UserError, match="--texts"):
+        noise.wrong_captions(right, 52, "junk", 1.0, texts=["one", "two"])
 
 
 # ------------------------------------------------ any language ------------------------------------------------
