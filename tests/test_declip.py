@@ -424,9 +424,9 @@ def test_without_wordnet_the_log_says_so_once(photos, tmp_path, monkeypatch, cap
 def test_queue_is_global_and_survives(photos, tmp_path):
     """On two processes it is that of one; five and five steps there are ten."""
     flags = ["--eval-every", "0", "--queue-size", "64", "--max-steps"]
-    jobs = [("declip", str(photos), str(tmp_path / "two"), [*flags, "10"]),
-            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "5"]),
-            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "10"])]  # fmt: skip
+    jobs = [("declip", str(photos), str(tmp_path / "two"), [*flags, "10"], False),
+            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "5"], False),
+            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "10"], False)]  # fmt: skip
     argv = argv_of("tests/runs.py", json.dumps(jobs), processes=2)
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
