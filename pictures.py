@@ -60,7 +60,8 @@ def patches(vit, x):
     finally:
         for hook in hooks:
             hook.remove()
-    q, k, _ = seen["qkv"].unflatten(-1, (3, last.attn.heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, N, .)
+    heads = last.heads if hasattr(last, "heads") else last.attn.heads  # DINOv2's blocks attend themselves
+    q, k, _ = seen["qkv"].unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, N, .)
     attention = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
     features = vit.norm(seen["tokens"]).float()
     first = features.shape[1] - rows * columns  # after the class token, and registers where there are some

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
 
 import dino
+import dinov2
 import evaluate
 import mocov3
 import pictures
@@ -59,17 +60,13 @@ def test_networks_of_one_size(module):
 
 
 def test_registers_are_no_patches():
-    class Registers(dino.VisionTransformer):
-        def prepare_tokens(self, x):
-            x = super().prepare_tokens(x)
-            return torch.cat([x[:, :1], torch.full((len(x), 4, 48), 9.0), x[:, 1:]], dim=1)
-
-    vit = Registers(32, 8, 48, 2, 3).eval()
-    seen = []
-    vit.blocks.register_forward_hook(lambda module, args, out: None)
-    vit.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
-    attention, features = pictures.patches(vit, torch.randn(1, 3, 32, 32))
-    close(features.flatten(1, 2), vit.norm(seen[0])[:, 5:].detach())
+    """DINOv2's, whose blocks attend themselves."""
+    vit, x, seen = dinov2.VisionTransformer(32, 8, 48, 2, 3, 0.0, 4, False, 0.5).eval(), torch.randn(1, 3, 32, 32), []
+    vit.blocks[-1].norm1.register_forward_hook(lambda module, args, out: seen.append(out))
+    attention, features = pictures.patches(vit, x)
+    close(features.flatten(1, 2), vit.tokens(x)[:, 1:].detach())
+    q, k, _ = (t.unflatten(-1, (3, 16)).transpose(1, 2) for t in vit.blocks[-1].attn["qkv"](seen[0]).chunk(3, dim=-1))
+    close(attention.flatten(2), (q @ k.transpose(2, 3) / 4).softmax(-1)[:, :, 0, 5:].detach())
     assert attention.sum() < 3  # three heads, part of whose attention the others get
 
 
@@ -184,7 +181,7 @@ def test_neighbors_page_has_frames():
 def folder(tmp_path_factory):
     """Checkpoints of small networks, weights as DINO publishes them, photos with and without classes."""
     root = tmp_path_factory.mktemp("pictures")
-    for name in ("dino", "slip", "mocov3", "simclr"):
+    for name in ("dino", "ibot", "dinov2", "slip", "mocov3", "simclr"):
         module = runs.module_of(name)
         args = module.parse_args(module.Args, module.RECIPES, runs.FLAGS[name])
         torch.manual_seed(1)
@@ -215,14 +212,14 @@ def run(folder, protocol, checkpoint, *flags, data="classes"):
     return folder / "out" / f"{protocol}_{data}.png"
 
 
-@pytest.mark.parametrize("checkpoint", ["dino", "slip", "mocov3"])
+@pytest.mark.parametrize("checkpoint", ["dino", "ibot", "dinov2", "slip", "mocov3"])
 def test_every_picture_of_every_transformer(folder, checkpoint, capsys):
-    heads = {"dino": 4, "slip": 4, "mocov3": 3}[checkpoint]
+    heads = 3 if checkpoint == "mocov3" else 4
     width, height = Image.open(run(folder, "attention", checkpoint, "--images", "2")).size
     columns = heads + 2
     assert (width - 4) % columns == 0 and (width - 4) // columns >= 132
     file = run(folder, "pca", checkpoint, "--images", "3", "--size", "96")
-    patch = 8 if checkpoint == "dino" else 16
+    patch = 16 if checkpoint in ("slip", "mocov3") else 8
     assert Image.open(file).width == 4 + 3 * (96 * 80 // 50 // patch * patch + 4)
     assert Image.open(run(folder, "matches", checkpoint, "--k", "5")).width == 2 * 384 + 32
     assert Image.open(run(folder, "neighbors", checkpoint, "--k", "4")).size[1] > 4 * 128
