@@ -24,7 +24,9 @@ def vit_sizes(vit):
     """-> image size, patch, blocks, heads, width of a transformer with timm's names."""
     patch = vit.patch_embed.proj.kernel_size[0]
     side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
-    return side * patch, patch, len(vit.blocks), vit.blocks[0].attn.heads, vit.pos_embed.shape[2]
+    block = vit.blocks[0]
+    heads = block.heads if hasattr(block, "heads") else block.attn.heads  # DINOv2's blocks attend themselves
+    return side * patch, patch, len(vit.blocks), heads, vit.pos_embed.shape[2]
 
 
 def resnet_name(state):
@@ -110,6 +112,8 @@ LOAD = 'model.load_state_dict(torch.load("FOLDER/model.pt", weights_only=True))'
 
 
 def timm(net):
+    if family(net.encoder.state_dict()) == "DINOv2":
+        return timm_dinov2(net)
     state, is_vit = encoder_state(net, "timm")
     if is_vit:
         size, patch, layers, heads, width = vit_sizes(net.encoder)
@@ -119,6 +123,23 @@ def timm(net):
         name, small = resnet_name(state)
         make = f'model = timm.create_model("{name}", num_classes=0)\n{small}'
     return state, {}, f"import timm, torch\nfrom torch import nn\n{make}{LOAD}"
+
+
+def timm_dinov2(net):
+    """There positions are those of patches alone, that of the class token is added to it once and for all."""
+    if net.encoder.blocks[0].swiglu:
+        raise UserError("DINOv2 goes to timm with --ffn mlp, with swiglu use --to safetensors")
+    state = {name: x for name, x in net.encoder.state_dict().items() if name != "mask_token"}
+    state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    if "register_tokens" in state:
+        state["reg_token"] = state.pop("register_tokens")
+    size, patch, layers, heads, width = vit_sizes(net.encoder)
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, depth={layers},\n"
+            f"    num_heads={heads}, embed_dim={width}, num_classes=0, init_values=1.0,\n"
+            f"    no_embed_class=True, reg_tokens={registers})\n")  # fmt: skip
+    return state, {}, f"import timm, torch\n{make}{LOAD}"
 
 
 def torchvision(net):

@@ -23,7 +23,8 @@ def checkpoint(folder, name):
     if path.exists():
         return path
     module = runs.module_of(name)
-    flags = [*runs.FLAGS["simclr"], "--stem", "cifar"] if name == "simclr_cifar" else runs.FLAGS[name]
+    more = {"simclr_cifar": ["--stem", "cifar"], "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"]}
+    flags = [*runs.FLAGS[name.split("_")[0]], *more.get(name, [])]
     args = module.parse_args(module.Args, module.RECIPES, flags)
     torch.manual_seed(0)
     model, g = module.build_model(args), torch.Generator().manual_seed(1)
@@ -48,7 +49,7 @@ def exported(folder, name, to, capsys):
     return evaluate.open_network(path, CPU), space, printed
 
 
-RESNETS, VITS = ["simclr", "simclr_cifar", "moco", "byol", "simsiam"], ["dino", "mocov3", "slip"]
+RESNETS, VITS = ["simclr", "simclr_cifar", "moco", "byol", "simsiam"], ["dino", "ibot", "mocov3", "slip"]
 
 
 @pytest.mark.parametrize("to", ["timm", "torchvision"])
@@ -58,6 +59,19 @@ def test_encoders(folder, name, to, capsys):
     with torch.no_grad():
         close(space["model"].eval()(space["images"]), net.encoder.eval()(space["images"]), atol=1e-4)
     assert f"centre of {net.view.size} pixels" in printed and (folder / name / f"export_{to}/model.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_registers"])
+def test_dinov2_in_timm(folder, name, capsys):
+    net, space, _ = exported(folder, name, "timm", capsys)
+    with torch.no_grad():
+        close(space["model"].eval()(space["images"]), net.encoder.eval()(space["images"]), atol=1e-4)
+    assert space["model"].num_reg_tokens == 4 * (name == "dinov2_registers")
+
+
+def test_swiglu_stays_here(folder, capsys):
+    with pytest.raises(UserError, match="use --to safetensors"):
+        exported(folder, "dinov2_swiglu", "timm", capsys)
 
 
 @pytest.mark.parametrize("name", VITS)
