@@ -24,7 +24,7 @@ def checkpoint(folder, name):
         return path
     module = runs.module_of(name)
     more = {"simclr_cifar": ["--stem", "cifar"], "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"]}
-    flags = [*runs.FLAGS[name.split("_")[0]], *more.get(name, [])]
+    flags = [*runs.FLAGS[name.split("_")[0]], *more[name]] if name in more else runs.FLAGS[name]
     args = module.parse_args(module.Args, module.RECIPES, flags)
     torch.manual_seed(0)
     model, g = module.build_model(args), torch.Generator().manual_seed(1)
