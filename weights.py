@@ -122,15 +122,17 @@ def vit_of(state, heads=0):
     return dino.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads), side * patch
 
 
-def dinov2_of(state):
-    """DINOv2's names -> dinov2.VisionTransformer of the sizes read off its tensors, and 224, the size of its
-    evaluations (it was last trained with 518)."""
+def dinov2_of(state, heads=0):
+    """DINOv2's names -> dinov2.VisionTransformer of the sizes read off its tensors, with one head for 64
+    channels unless `heads` says otherwise; 224, the size of its evaluations (last trained with 518)."""
     dinov2 = importlib.import_module("dinov2")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    swiglu = "blocks.0.mlp.w12.weight" in state
-    net = dinov2.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), width // 64,
+    swiglu, heads = "blocks.0.mlp.w12.weight" in state, heads or max(1, width // 64)
+    if width % heads:
+        raise UserError(f"--heads {heads} does not divide the width {width} of this transformer")
+    net = dinov2.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads,
                                    registers=registers, swiglu=swiglu)  # fmt: skip
     return net, 224
 
@@ -160,7 +162,7 @@ def encoder_of(state, name, heads=0):
     state = timm_names(state) if name == "torchvision's ViT" else state
     state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
     if name == "DINOv2":
-        return *dinov2_of(state), state
+        return *dinov2_of(state, heads), state
     is_vit = any(key.startswith("patch_embed.") for key in state)
     return *(vit_of(state, heads) if is_vit else resnet_of(state)), state
 

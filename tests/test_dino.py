@@ -293,6 +293,15 @@ def saved(directory):
     return torch.load(directory / "checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_the_loops_clip_each_parameter(name, photos, tmp_path):
+    """To the same norm each by itself, not all of them together; smaller gradients stay as they are."""
+    flags = ["--max-steps", "1", "--eval-every", "0", "--freeze-last-layer", "0", "--clip-grad"]
+    free, clipped = (train_here(name, photos, tmp_path / clip, *flags, clip) for clip in ("0", "1e-4"))
+    norms, wanted = ([min(float(g.norm()), 1e-4) for g in free], [float(g.norm()) for g in clipped])
+    assert sum(norm == 1e-4 for norm in norms) > 20 and norms == pytest.approx(wanted, rel=0.02, abs=1e-7)
+
+
 def test_first_epoch_leaves_the_prototypes(photos, tmp_path):
     torch.manual_seed(0)
     first = dino.build_model(arguments()).state_dict()

@@ -151,9 +151,12 @@ def test_random_weights_have_the_same_shape(tmp_path):
     assert not torch.equal(drawn["blocks.0.attn.qkv.weight"], vit.state_dict()["blocks.0.attn.qkv.weight"])
 
 
-def test_heads_can_be_said(tmp_path):
-    """The bare ViT-S of SLIP has 12 heads and looks like any other."""
-    vit = slip.VisionTransformer(32, 8, 384, 2, 12).eval()
+@pytest.mark.parametrize("module", [slip, dinov2])
+def test_heads_can_be_said(module, tmp_path):
+    """The bare ViT-S of SLIP has 12 heads and looks like any other; so may a DINOv2 of one's own."""
+    vit = module.VisionTransformer(32, 8, 384, 2, 12).eval()
+    if module is dinov2:  # else its branches start with next to no weight
+        vit.load_state_dict({k: torch.ones_like(v) if "gamma" in k else v for k, v in vit.state_dict().items()})
     path, image = saved(tmp_path / "slip_vit.pth", vit.state_dict()), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         close(open_network(path, CPU, heads=12).encoder.eval()(image), vit(image))
