@@ -1,8 +1,9 @@
-"""Weights out: a network of ours in the form that another project loads, and the lines that load it there.
+"""Weights out: writes a network of ours in the form that another project loads, with the lines that
+load it.
 
-timm, torchvision: the image encoder, a state dict in model.pt; open_clip: model.pt and a description of the
-model; transformers: a folder for from_pretrained; safetensors: model.safetensors, with the names used here.
-"""
+timm and torchvision get the image encoder, as a state dict in model.pt; open_clip gets model.pt and
+a description of the model; transformers gets a folder for from_pretrained; safetensors keeps the
+names used here, in model.safetensors."""
 
 import importlib
 import json
@@ -12,51 +13,61 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from weights import depth, family
+from evaluation.weights import depth, family
 
 DEPTHS = {("BasicBlock", 2, 2, 2, 2): "resnet18", ("BasicBlock", 3, 4, 6, 3): "resnet34",
           ("Bottleneck", 3, 4, 6, 3): "resnet50", ("Bottleneck", 3, 4, 23, 3): "resnet101",
           ("Bottleneck", 3, 8, 36, 3): "resnet152"}  # fmt: skip
 
 
-# -------------------------------------------- what it is --------------------------------------------
+# -------------------------------------------- what it is ------------------------------------------
 def vit_sizes(vit):
-    """-> image size, patch, blocks, heads, width of a transformer with timm's names."""
+    """-> image size, patch size, number of blocks, heads and width of a transformer with timm's
+    names."""
     patch = vit.patch_embed.proj.kernel_size[0]
     side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
     block = vit.blocks[0]
-    heads = block.heads if hasattr(block, "heads") else block.attn.heads  # DINOv2's blocks attend themselves
+    # a block of DINOv2 computes its attention itself, others have a module for it
+    heads = block.heads if hasattr(block, "heads") else block.attn.heads
     return side * patch, patch, len(vit.blocks), heads, vit.pos_embed.shape[2]
 
 
 def resnet_name(state):
-    """-> torchvision's name of a ResNet, lines that change it. Raises UserError if it has no such network."""
+    """-> torchvision's name of a ResNet, and the lines that turn it into one with CIFAR's stem, if
+    it has that. Raises UserError if torchvision has no such network."""
     block = "Bottleneck" if "layer1.0.conv3.weight" in state else "BasicBlock"
     name = DEPTHS.get((block, *(depth(state, f"layer{i}.") for i in (1, 2, 3, 4))))
     if name is None or state["layer1.0.conv2.weight"].shape[:2] != (64, 64):
-        raise UserError("only a ResNet of the usual depth and width fits there, --to safetensors takes any")
-    small = "model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)\nmodel.maxpool = nn.Identity()\n"
-    return name, small if state["conv1.weight"].shape[-1] == 3 else ""
+        raise UserError(
+            "only a ResNet of the usual depth and width fits there, --to safetensors takes any"
+        )
+    if state["conv1.weight"].shape[-1] != 3:
+        return name, ""
+    convolution = "model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)\n"
+    return name, convolution + "model.maxpool = nn.Identity()\n"
 
 
 def encoder_state(net, to):
-    """-> state dict of the image encoder, whether it is a transformer. Raises UserError if it is neither that
-    nor a ResNet with torchvision's names."""
+    """-> the state dict of the image encoder, and whether it is a transformer. Raises UserError if
+    it is neither a transformer with timm's names nor a ResNet with torchvision's."""
     state = net.encoder.state_dict()
     found = family(state)
     if found not in ("a ViT with timm's names", "a ResNet with torchvision's names"):
-        raise UserError(f"{net.method}'s {net.arch} has no counterpart in {to}, try open_clip or safetensors")
+        raise UserError(
+            f"{net.method}'s {net.arch} has no counterpart in {to}, try open_clip or safetensors"
+        )
     return state, "ViT" in found
 
 
 # -------------------------------------------- names --------------------------------------------
 def torchvision_names(state):
-    """timm's names of a ViT -> torchvision's."""
-    renamed = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "norm": "encoder.ln",
-               r"blocks\.(\d+)": r"encoder.layers.encoder_layer_\1",
+    """A ViT's state dict with timm's names -> with torchvision's."""
+    renamed = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
+               "norm": "encoder.ln", r"blocks\.(\d+)": r"encoder.layers.encoder_layer_\1",
                "patch_embed.proj": "conv_proj"}  # fmt: skip
-    inner = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
-             "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}  # fmt: skip
+    inner = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_",
+             "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0",
+             "mlp.fc2": "mlp.3"}  # fmt: skip
     out = {}
     for key, value in state.items():
         if key.startswith("blocks."):
@@ -69,26 +80,32 @@ def torchvision_names(state):
 
 
 def transformers_vit_names(state):
-    """timm's names of a ViT -> those of transformers' ViTModel, as on its hub."""
+    """A ViT's state dict with timm's names -> with those of transformers' ViTModel, as on the
+    hub."""
     renamed = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-               "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "encoder.layer.",
-               "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
-               "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}  # fmt: skip
+               "patch_embed.proj": "embeddings.patch_embeddings.projection",
+               "blocks.": "encoder.layer.", "norm1": "layernorm_before", "norm2": "layernorm_after",
+               "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
+               "mlp.fc2": "output.dense"}  # fmt: skip
     out = {}
     for key, value in state.items():
         key = re.sub("^norm", "layernorm", key)
         for old, new in renamed.items():
             key = key.replace(old, new)
-        parts = zip(("query", "key", "value"), value.chunk(3)) if "attn.qkv" in key else [("", value)]
-        out |= {key.replace("attn.qkv", f"attention.attention.{name}"): part for name, part in parts}
+        if "attn.qkv" not in key:
+            out[key] = value
+            continue
+        for name, part in zip(("query", "key", "value"), value.chunk(3)):
+            out[key.replace("attn.qkv", f"attention.attention.{name}")] = part
     return out
 
 
 def transformers_clip_names(state):
-    """OpenAI's names -> those of transformers' CLIPModel."""
-    renamed = {"transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-               "c_fc": "fc1", "c_proj": "fc2", "attn.": "self_attn.", "ln_final": "final_layer_norm",
-               "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "conv1": "embeddings.patch_embedding",
+    """A CLIP's state dict with OpenAI's names -> with those of transformers' CLIPModel."""
+    renamed = {"transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1",
+               "ln_2": "layer_norm2", "c_fc": "fc1", "c_proj": "fc2", "attn.": "self_attn.",
+               "ln_final": "final_layer_norm", "ln_pre": "pre_layrnorm",
+               "ln_post": "post_layernorm", "conv1": "embeddings.patch_embedding",
                "token_embedding": "embeddings.token_embedding",
                "class_embedding": "embeddings.class_embedding",
                "positional_embedding": "embeddings.position_embedding.weight"}  # fmt: skip
@@ -106,27 +123,30 @@ def transformers_clip_names(state):
     return out
 
 
-# -------------------------------------------- other projects --------------------------------------------
-# Network -> state dict, {file name: what it holds, as JSON}, Python that loads it; FOLDER is where they are.
+# -------------------------------------------- other projects --------------------------------------
+# Each function takes a network and returns its state dict, {file name: content, written as JSON},
+# and the Python lines that load it, in which FOLDER stands for the folder of these files.
 LOAD = 'model.load_state_dict(torch.load("FOLDER/model.pt", weights_only=True))'
 
 
-def timm(net):
+def to_timm(net):
     if family(net.encoder.state_dict()) == "DINOv2":
-        return timm_dinov2(net)
+        return to_timm_dinov2(net)
     state, is_vit = encoder_state(net, "timm")
     if is_vit:
         size, patch, layers, heads, width = vit_sizes(net.encoder)
         make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, "
-                f"depth={layers},\n    num_heads={heads}, embed_dim={width}, num_classes=0)\n")  # fmt: skip
+                f"depth={layers},\n    num_heads={heads}, embed_dim={width}, "
+                "num_classes=0)\n")  # fmt: skip
     else:
         name, small = resnet_name(state)
         make = f'model = timm.create_model("{name}", num_classes=0)\n{small}'
     return state, {}, f"import timm, torch\nfrom torch import nn\n{make}{LOAD}"
 
 
-def timm_dinov2(net):
-    """There positions are those of patches alone, that of the class token is added to it once and for all."""
+def to_timm_dinov2(net):
+    """In timm only the patches have positions; that of the class token is added to the token
+    here."""
     if net.encoder.blocks[0].swiglu:
         raise UserError("DINOv2 goes to timm with --ffn mlp, with swiglu use --to safetensors")
     state = {name: x for name, x in net.encoder.state_dict().items() if name != "mask_token"}
@@ -136,18 +156,20 @@ def timm_dinov2(net):
         state["reg_token"] = state.pop("register_tokens")
     size, patch, layers, heads, width = vit_sizes(net.encoder)
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, depth={layers},\n"
+    make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, "
+            f"depth={layers},\n"
             f"    num_heads={heads}, embed_dim={width}, num_classes=0, init_values=1.0,\n"
             f"    no_embed_class=True, reg_tokens={registers})\n")  # fmt: skip
     return state, {}, f"import timm, torch\n{make}{LOAD}"
 
 
-def torchvision(net):
+def to_torchvision(net):
     state, is_vit = encoder_state(net, "torchvision")
     if is_vit:
         size, patch, layers, heads, width = vit_sizes(net.encoder)
         sizes = f"{size}, {patch}, {layers}, {heads}, {width}, {4 * width}"
-        make = f"model = torchvision.models.VisionTransformer({sizes})\nmodel.heads = nn.Identity()\n"
+        make = f"model = torchvision.models.VisionTransformer({sizes})\n"
+        make += "model.heads = nn.Identity()\n"
         state = torchvision_names(state)
     else:
         name, small = resnet_name(state)
@@ -155,10 +177,12 @@ def torchvision(net):
     return state, {}, f"import torch, torchvision\nfrom torch import nn\n{make}{LOAD}"
 
 
-def open_clip(net):
+def to_open_clip(net):
     state = net.model.state_dict()
     if family(state) != "CLIP":
-        raise UserError(f"open_clip takes CLIP, {net.method}'s image encoder goes to timm or torchvision")
+        raise UserError(
+            f"open_clip takes CLIP, {net.method}'s image encoder goes to timm or torchvision"
+        )
     vision = {"image_size": net.view.size, "head_width": 64}
     if "visual.proj" in state:
         width, _, patch, _ = state["visual.conv1.weight"].shape
@@ -168,8 +192,8 @@ def open_clip(net):
         layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
         vision |= {"width": len(state["visual.conv3.weight"]), "patch_size": None, "layers": layers}
     width, embed_dim = state["text_projection"].shape
-    text = {"context_length": len(state["positional_embedding"]), "width": width, "heads": width // 64,
-            "vocab_size": len(state["token_embedding.weight"]),
+    text = {"context_length": len(state["positional_embedding"]), "width": width,
+            "heads": width // 64, "vocab_size": len(state["token_embedding.weight"]),
             "layers": depth(state, "transformer.resblocks.")}  # fmt: skip
     config = {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     return state, {"ours.json": config}, (
@@ -177,56 +201,66 @@ def open_clip(net):
         'model = open_clip.create_model("ours", pretrained="FOLDER/model.pt")')  # fmt: skip
 
 
-def transformers(net):
+def to_transformers(net):
     if family(net.model.state_dict()) == "CLIP":
-        return transformers_clip(net)
+        return to_transformers_clip(net)
     state, is_vit = encoder_state(net, "transformers")
     if not is_vit:
         raise UserError("transformers takes transformers, a ResNet goes to timm or torchvision")
     size, patch, layers, heads, width = vit_sizes(net.encoder)
-    config = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": size, "patch_size": patch,
+    config = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": size,
+              "patch_size": patch,
               "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width,
-              "intermediate_size": 4 * width, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}  # fmt: skip
+              "intermediate_size": 4 * width, "layer_norm_eps": 1e-6,
+              "hidden_act": "gelu"}  # fmt: skip
     return transformers_vit_names(state), {"config.json": config}, (
         "from transformers import ViTModel\n"
         'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)\n'
         "features = model(images).last_hidden_state[:, 0]")  # fmt: skip
 
 
-def transformers_clip(net):
-    state, clip_config = net.model.state_dict(), open_clip(net)[1]["ours.json"]
+def to_transformers_clip(net):
+    state, clip_config = net.model.state_dict(), to_open_clip(net)[1]["ours.json"]
     if "visual.proj" not in state:
         raise UserError("transformers has no CLIP with a ResNet, --to open_clip takes it")
     towers = []
     for tower in (clip_config["text_cfg"], clip_config["vision_cfg"]):
         width = tower["width"]
-        towers.append({"hidden_size": width, "intermediate_size": 4 * width, "hidden_act": "quick_gelu",
-                       "num_attention_heads": width // 64, "num_hidden_layers": tower["layers"]})  # fmt: skip
+        towers.append({"hidden_size": width, "intermediate_size": 4 * width,
+                       "hidden_act": "quick_gelu", "num_attention_heads": width // 64,
+                       "num_hidden_layers": tower["layers"]})  # fmt: skip
     text, vision = towers
-    text |= {"vocab_size": clip_config["text_cfg"]["vocab_size"], "bos_token_id": None, "pad_token_id": None,
-             "max_position_embeddings": clip_config["text_cfg"]["context_length"],
-             "eos_token_id": 2}  # there this means: read out where the id is largest, as here
+    text |= {
+        "vocab_size": clip_config["text_cfg"]["vocab_size"],
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "max_position_embeddings": clip_config["text_cfg"]["context_length"],
+        "eos_token_id": 2,
+    }  # transformers takes 2 to mean: pool where the id is largest
     vision |= {name: clip_config["vision_cfg"][name] for name in ("image_size", "patch_size")}
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text,
               "vision_config": vision, "projection_dim": clip_config["embed_dim"]}  # fmt: skip
-    return transformers_clip_names(state), {"config.json": config}, (
-        'from transformers import CLIPModel\nmodel = CLIPModel.from_pretrained("FOLDER")')
+    return (
+        transformers_clip_names(state),
+        {"config.json": config},
+        ('from transformers import CLIPModel\nmodel = CLIPModel.from_pretrained("FOLDER")'),
+    )
 
 
-def safetensors(net):
-    whole = family(net.model.state_dict()) in ("CLIP", "SLIP")
-    state = (net.model if whole else net.encoder).state_dict()
+def to_safetensors(net):
+    with_text = family(net.model.state_dict()) in ("CLIP", "SLIP")
+    state = (net.model if with_text else net.encoder).state_dict()
     usage = 'from safetensors.torch import load_file\nstate = load_file("FOLDER/model.safetensors")'
     return state, {}, usage
 
 
-EXPORTS = {"timm": timm, "torchvision": torchvision, "open_clip": open_clip, "transformers": transformers,
-           "safetensors": safetensors}  # fmt: skip
+EXPORTS = {"timm": to_timm, "torchvision": to_torchvision, "open_clip": to_open_clip}
+EXPORTS |= {"transformers": to_transformers, "safetensors": to_safetensors}
 
 
 def export(net, to, folder):
-    """Writes the network in the form of `to` into `folder` -> lines of Python that load it there, and what it
-    expects. Raises UserError."""
+    """Writes the network in the form of `to` into `folder` -> the lines of Python that load it, and
+    the preprocessing that it expects. Raises UserError."""
     state, files, usage = EXPORTS[to](net)
     state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     folder = Path(folder)
@@ -244,6 +278,6 @@ def export(net, to, folder):
     except (OSError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be written ({error}), use another --out") from error
     view = net.view
-    expects = (f"# images: shorter side to {view.resize}, centre of {view.size} pixels, minus {view.mean} "
-               f"over {view.std}")  # fmt: skip
+    expects = (f"# images: shorter side to {view.resize}, centre of {view.size} pixels, "
+               f"minus {view.mean} over {view.std}")  # fmt: skip
     return usage.replace("FOLDER", str(folder)) + "\n" + expects

@@ -1,12 +1,13 @@
-"""Weights in: a checkpoint of a method file here, or somebody else's weights, which are told apart by their
-names -> a network ready to be evaluated.
+"""Weights in: opens a checkpoint of one of our method files, or published weights of another
+project, as a network that is ready to be evaluated. Whose weights a file holds is recognised by the
+names of its tensors.
 
-    net = open_network("runs/dino_shapes", device)      # or dino_deitsmall16_pretrain.pth, RN50.pt, ...
-    features = net.encoder(net.view(pixels, {}))        # uint8 (b, 3, S, S) as net.view.crop() makes them
+    net = open_network("runs/dino_shapes", device)  # or dino_deitsmall16_pretrain.pth, RN50.pt, ...
+    features = net.encoder(net.view(pixels, {}))    # uint8 (b, 3, S, S), as net.view.crop() returns
 
-Nothing is unpickled but tensors, numbers and argparse's Namespace, and everything is loaded strictly: what is
-left out is left out by name.
-"""
+Only tensors, numbers and argparse's Namespace are ever unpickled, so that a file cannot run code.
+Everything is loaded with strict=True; tensors that are not needed, such as heads, are removed by
+name before that."""
 
 import argparse
 import importlib
@@ -21,22 +22,27 @@ import torch
 import torchvision
 from torch import nn
 
-from common import UserError, load_checkpoint
+from common import UserError
 from data import Tokenizer
+from run import load_checkpoint
+
+ROOT = Path(__file__).parent.parent  # where the method files are
 
 
 def read(path):
-    """-> what a file or run directory holds, a dict: torch.save's, safetensors, or OpenAI's TorchScript."""
+    """-> the dict in a file or run directory, which may be written by torch.save, be a safetensors
+    file or one of OpenAI's TorchScript archives. Raises UserError."""
     if str(path).endswith(".safetensors"):
         load_file = importlib.import_module("safetensors.torch").load_file
         try:
             return load_file(path)
-        except Exception as error:  # it has a class of its own for what is damaged
+        except Exception as error:  # safetensors raises a class of its own for a damaged file
             raise UserError(f"{path} is no safetensors file or is damaged ({error})") from error
     try:
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith("/constants.pkl") for name in names):
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # there is no other reader
+            # torch.jit is deprecated, but nothing else reads these archives
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 return torch.jit.load(path, map_location="cpu").state_dict()
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
@@ -48,7 +54,8 @@ def read(path):
 
 
 def state_of(saved):
-    """The state dict in a dict that others saved, without what data parallelism puts before the names."""
+    """The state dict in a dict that another project saved, without the prefix that data parallelism
+    adds."""
     for key in ("teacher", "state_dict", "model"):  # DINO, iBOT; SLIP, MoCo, SimSiam; DeiT, MAE
         if isinstance(saved.get(key), dict):
             saved = saved[key]
@@ -58,9 +65,10 @@ def state_of(saved):
     return state
 
 
-# -------------------------------------------- whose it is --------------------------------------------
-# What a name must begin with, where the names of the evaluated encoder go on, and whose preprocessing it has
-FAMILIES = {  # the first that fits
+# -------------------------------------------- whose it is -----------------------------------------
+# Family: (prefix that one of its tensors' names has, prefix of the evaluated encoder, method file
+# whose preprocessing it takes). The first family whose prefix occurs is taken.
+FAMILIES = {
     "SLIP": ("visual.cls_token", "visual.", "slip"),
     "DeCLIP": ("encode_text.text_projection.", "visual.", "declip"),
     "Hugging Face's ALIGN": ("vision_model.embeddings.convolution.", "vision_model.", "align"),
@@ -77,24 +85,28 @@ FAMILIES = {  # the first that fits
     "a ResNet with torchvision's names": ("layer1.0.conv1.", "", "dino"),
     "a ResNet backbone with torchvision's names": ("backbone.layer1.0.conv1.", "backbone.", "dino"),
 }
-HEADS = ("fc.", "head.", "heads.", "head_dist.", "masked_embed")  # beside an encoder; never evaluated
+# heads beside an encoder, which are never evaluated
+HEADS = ("fc.", "head.", "heads.", "head_dist.", "masked_embed")
 
 
 def family(state):
-    """-> key of FAMILIES, or None."""
-    fits = (name for name, (mark, _, _) in FAMILIES.items() if any(key.startswith(mark) for key in state))
-    return next(fits, None)
+    """-> the key of FAMILIES that a state dict belongs to, or None."""
+    for name, (mark, _, _) in FAMILIES.items():
+        if any(key.startswith(mark) for key in state):
+            return name
+    return None
 
 
 def depth(state, prefix):
-    """Number of different modules prefix0, prefix1, ... in a state dict."""
+    """How many modules prefix0, prefix1, ... a state dict has."""
     return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
 
 
 def timm_names(state):
-    """torchvision's names of a ViT -> timm's."""
-    renamed = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "encoder.ln": "norm",
-               "conv_proj": "patch_embed.proj", r"encoder.layers.encoder_layer_(\d+)": r"blocks.\1",
+    """A ViT's state dict with torchvision's names -> with timm's."""
+    renamed = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
+               "encoder.ln": "norm", "conv_proj": "patch_embed.proj",
+               r"encoder.layers.encoder_layer_(\d+)": r"blocks.\1",
                "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
                "ln_([12])": r"norm\1", r"mlp.(0|linear_1)\.": "mlp.fc1.",
                r"mlp.(3|linear_2)\.": "mlp.fc2."}  # fmt: skip
@@ -107,29 +119,36 @@ def timm_names(state):
 
 
 def vit_of(state, heads=0):
-    """timm's names -> dino.VisionTransformer, which takes any image size, of the sizes read off the tensors.
+    """A state dict with timm's names -> dino.VisionTransformer with the sizes of its tensors, image
+    size.
 
-    They do not say how many heads there are: one for 64 channels, but 12 in the ViT-S of MoCo v3 and of SLIP,
-    which would load with 6 and give other features. MoCo v3's is known by its positions."""
+    The tensors do not tell the number of attention heads. It is one for 64 channels, except for the
+    ViT-S of MoCo v3 and of SLIP, which have 12: they would load with 6 and give other features.
+    MoCo v3's is recognised by its positions, which are fixed; for others there is `heads`."""
     dino = importlib.import_module("dino")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    fixed = not state["pos_embed"][:, 0].any()  # sines and cosines, and zeros for the class token
+    fixed = not state["pos_embed"][:, 0].any()  # sines and cosines have zeros for the class token
     usual = next((heads for _, w, heads in dino.ARCHS.values() if w == width), max(1, width // 64))
-    heads = heads or (12 if width == 384 and fixed else usual)
+    if not heads:
+        heads = 12 if width == 384 and fixed else usual
     if width % heads:
         raise UserError(f"--heads {heads} does not divide the width {width} of this transformer")
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    return dino.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads), side * patch
+    return dino.VisionTransformer(
+        side * patch, patch, width, depth(state, "blocks."), heads
+    ), side * patch
 
 
 def dinov2_of(state, heads=0):
-    """DINOv2's names -> dinov2.VisionTransformer of the sizes read off its tensors, with one head for 64
-    channels unless `heads` says otherwise; 224, the size of its evaluations (last trained with 518)."""
+    """A state dict with DINOv2's names -> dinov2.VisionTransformer with the sizes of its tensors,
+    image size. There is one head for 64 channels unless `heads` says otherwise. The image size is
+    224, as in DINOv2's evaluations, although the last part of its training had 518."""
     dinov2 = importlib.import_module("dinov2")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    swiglu, heads = "blocks.0.mlp.w12.weight" in state, heads or max(1, width // 64)
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    heads = heads or max(1, width // 64)
     if width % heads:
         raise UserError(f"--heads {heads} does not divide the width {width} of this transformer")
     net = dinov2.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads,
@@ -138,10 +157,15 @@ def dinov2_of(state, heads=0):
 
 
 def resnet_of(state):
-    """torchvision's names -> ResNet without classifier, image size, which the weights do not say: 32 with
-    CIFAR's stem, else 224."""
+    """A state dict with torchvision's names -> ResNet without classifier, image size. The weights
+    do not tell the image size; it is 32 with CIFAR's stem and 224 otherwise."""
     layers = [depth(state, f"layer{i}.") for i in (1, 2, 3, 4)]
-    if layers not in ([2, 2, 2, 2], [3, 4, 6, 3], [3, 4, 23, 3], [3, 8, 36, 3]):  # something was cut off
+    if layers not in (
+        [2, 2, 2, 2],
+        [3, 4, 6, 3],
+        [3, 4, 23, 3],
+        [3, 8, 36, 3],
+    ):  # blocks are missing
         raise ValueError(f"no ResNet has {layers} blocks")
     block, options = torchvision.models.resnet.BasicBlock, {}
     if "layer1.0.conv3.weight" in state:
@@ -150,58 +174,69 @@ def resnet_of(state):
         options = {"groups": groups, "width_per_group": out // groups}
     net = torchvision.models.resnet.ResNet(block, layers, **options)
     net.fc = nn.Identity()
-    if small := state["conv1.weight"].shape[-1] == 3:
-        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    return net, 32 if small else 224
+    if state["conv1.weight"].shape[-1] != 3:
+        return net, 224
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return net, 32
 
 
 def encoder_of(state, name, heads=0):
-    """-> encoder with random weights, image size, state dict that fits it."""
+    """-> the image encoder of a family with random weights, image size, the part of the state dict
+    that fits."""
     prefix = FAMILIES[name][1]
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     state = timm_names(state) if name == "torchvision's ViT" else state
     state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
     if name == "DINOv2":
-        return *dinov2_of(state, heads), state
+        encoder, image_size = dinov2_of(state, heads)
+        return encoder, image_size, state
     is_vit = any(key.startswith("patch_embed.") for key in state)
-    return *(vit_of(state, heads) if is_vit else resnet_of(state)), state
+    encoder, image_size = vit_of(state, heads) if is_vit else resnet_of(state)
+    return encoder, image_size, state
 
 
 def clip_of(state):
-    """OpenAI's names -> clip.CLIP of the sizes read off its tensors, image size."""
+    """A state dict with OpenAI's names -> clip.CLIP with the sizes of its tensors, image size."""
     clip = importlib.import_module("clip")
     if "visual.proj" in state:
         width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers, tokens = depth(state, "visual.transformer.resblocks."), state["visual.positional_embedding"]
+        layers = depth(state, "visual.transformer.resblocks.")
+        tokens = state["visual.positional_embedding"]
     else:
         width, patch = len(state["visual.conv3.weight"]), None
         layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
         tokens = state["visual.attnpool.positional_embedding"]
     image_size = (patch or 32) * math.isqrt(len(tokens) - 1)
     text_width, embed_dim = state["text_projection"].shape
-    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
-    model = clip.CLIP(embed_dim, image_size, layers, width, patch, context_length, vocab_size, text_width,
-                      text_width // 64, depth(state, "transformer.resblocks."))  # fmt: skip
+    context_length = len(state["positional_embedding"])
+    vocab_size = len(state["token_embedding.weight"])
+    text_layers = depth(state, "transformer.resblocks.")
+    text = context_length, vocab_size, text_width, text_width // 64, text_layers
+    model = clip.CLIP(embed_dim, image_size, layers, width, patch, *text)
     return model, image_size
 
 
 def slip_of(state):
-    """SLIP_VIT{S,B,L}16's names -> slip.SLIP of the sizes read off its tensors, image size."""
+    """A state dict with the names of SLIP_VIT{S,B,L}16 -> slip.SLIP with the sizes of its tensors,
+    image size."""
     slip = importlib.import_module("slip")
     width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
     heads = next((heads for _, w, heads in slip.ARCHS.values() if w == width), width // 64)
     image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
     visual = slip.VisionTransformer(image_size, patch, width, depth(state, "visual.blocks."), heads)
     text_width, embed_dim = state["text_projection"].shape
-    context_length, vocab_size = len(state["positional_embedding"]), len(state["token_embedding.weight"])
+    context_length = len(state["positional_embedding"])
+    vocab_size = len(state["token_embedding.weight"])
     ssl_emb_dim, ssl_mlp_dim = state["image_mlp.layer3.weight"].shape
-    model = slip.SLIP(embed_dim, visual, width, context_length, vocab_size, text_width, text_width // 64,
-                      depth(state, "transformer.resblocks."), ssl_mlp_dim, ssl_emb_dim)  # fmt: skip
+    text_layers = depth(state, "transformer.resblocks.")
+    text = context_length, vocab_size, text_width, text_width // 64, text_layers
+    model = slip.SLIP(embed_dim, visual, width, *text, ssl_mlp_dim, ssl_emb_dim)
     return model, image_size
 
 
 def declip_of(state):
-    """DeCLIP's names, both encoders -> declip.DeCLIP of the sizes read off its tensors, image size."""
+    """A state dict with DeCLIP's names, of either image encoder -> declip.DeCLIP with the sizes of
+    its tensors, image size."""
     declip = importlib.import_module("declip")
     embed_dim, text_width = state["encode_text.text_projection.weight"].shape
     if "visual.proj" in state:
@@ -222,7 +257,8 @@ def declip_of(state):
 
 
 def align_modules(model):
-    """{module of an align.ALIGN: module of Hugging Face's AlignModel that holds the same tensors}."""
+    """-> {module of an align.ALIGN: the module of Hugging Face's AlignModel that holds the same
+    tensors}."""
     names = {"text_projection": "text_projection", "text.norm": "text_model.embeddings.LayerNorm",
              "visual.features.0.0": "vision_model.embeddings.convolution",
              "visual.features.0.1": "vision_model.embeddings.batchnorm"}  # fmt: skip
@@ -232,24 +268,31 @@ def align_modules(model):
              "norm1": "attention.output.LayerNorm", "linear1": "intermediate.dense",
              "linear2": "output.dense", "norm2": "output.LayerNorm"}  # fmt: skip
     for i in range(len(model.text.layers)):
-        names |= {f"text.layers.{i}.{a}": f"text_model.encoder.layer.{i}.{b}" for a, b in parts.items()}
+        for ours, theirs in parts.items():
+            names[f"text.layers.{i}.{ours}"] = f"text_model.encoder.layer.{i}.{theirs}"
     parts = ["expansion.expand_conv", "expansion.expand_bn"]
     parts += ["depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"]
     parts += ["squeeze_excite.reduce", "squeeze_excite.expand"]
     parts += ["projection.project_conv", "projection.project_bn"]
-    blocks = [name for name in dict(model.named_modules()) if re.fullmatch(r"visual(\.\w+){3}\.block", name)]
+    modules = dict(model.named_modules())
+    blocks = [name for name in modules if re.fullmatch(r"visual(\.\w+){3}\.block", name)]
     for i, block in enumerate(blocks):
-        steps = model.get_submodule(block)  # of two layers each, the first missing where nothing expands
-        ours = [f"{block}.{j}.{end}" for j, step in enumerate(steps)
-                for end in (("fc1", "fc2") if hasattr(step, "fc1") else "01")]  # fmt: skip
-        names |= {a: f"vision_model.encoder.blocks.{i}.{b}" for a, b in zip(ours, parts[-len(ours) :])}
+        ours = []  # two layers of each step; the first step is missing where nothing is expanded
+        for j, step in enumerate(modules[block]):
+            ends = ("fc1", "fc2") if hasattr(step, "fc1") else ("0", "1")
+            ours += [f"{block}.{j}.{end}" for end in ends]
+        for our, their in zip(ours, parts[-len(ours) :]):
+            names[our] = f"vision_model.encoder.blocks.{i}.{their}"
     return names
 
 
 def align_state(model, theirs=None):
-    """State dict of a Hugging Face AlignModel -> one that `model`, an align.ALIGN of the same sizes, loads
-    strictly. Without `theirs`: the model's own -> one that an AlignModel loads strictly. It computes q, k and
-    v with three layers, here one does; the pooler that it has and never uses is left out here, zero there."""
+    """Translates between the state dicts of Hugging Face's AlignModel and of `model`, an
+    align.ALIGN of the same sizes; the result loads strictly. With `theirs`, an AlignModel's state
+    dict -> one for `model`. Without it, the model's own state dict -> one for an AlignModel.
+
+    AlignModel computes q, k and v with three layers, where we have one. It also has a pooler that
+    is never used: we leave it out, and fill it with zeros for an AlignModel."""
     modules, out = align_modules(model), {}
     for key, tensor in model.state_dict().items():
         module, _, kind = key.rpartition(".")
@@ -257,18 +300,22 @@ def align_state(model, theirs=None):
         if kind.startswith("in_proj_"):
             names = [f"{modules[module]}.{part}.{kind[8:]}" for part in ("query", "key", "value")]
         if theirs:
-            out[key] = torch.cat([theirs[name] for name in names]) if len(names) > 1 else theirs[names[0]]
+            parts = [theirs[name] for name in names]
+            out[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
         else:
-            out |= zip(names, tensor.chunk(len(names)) if tensor.ndim else [tensor])
+            out |= zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor])
     if not theirs:
         bias = torch.zeros_like(model.text.norm.bias)
-        out |= {"text_model.pooler.dense.weight": torch.diag(bias), "text_model.pooler.dense.bias": bias}
+        out |= {
+            "text_model.pooler.dense.weight": torch.diag(bias),
+            "text_model.pooler.dense.bias": bias,
+        }
     return out
 
 
 def align_of(state):
     """The state dict of an AlignModel with one of EfficientNet's sizes -> align.ALIGN of that size,
-    289, the size of images it was trained with."""
+    and 289, the size of the images it was trained with."""
     align = importlib.import_module("align")
     vocab_size, width = state["text_model.embeddings.word_embeddings.weight"].shape
     context_length = len(state["text_model.embeddings.position_embeddings.weight"])
@@ -285,7 +332,8 @@ def align_of(state):
 
 CONTEXT = r"^(encode_text\.)?positional_embedding$|^text_model\.embeddings\.position_embeddings"
 TOKENS = r"^(encode_text\.)?token_embedding\.|^text_model\.embeddings\.word_embeddings"
-WHOLE = {  # families that are loaded with their text encoder: what builds them, the published tokenizer
+# Families that are loaded with their text encoder: (function that builds it, published tokenizer)
+LANGUAGE_IMAGE = {
     "SLIP": (slip_of, "clip"),
     "CLIP": (clip_of, "clip"),
     "DeCLIP": (declip_of, "clip"),
@@ -294,48 +342,66 @@ WHOLE = {  # families that are loaded with their text encoder: what builds them,
 
 
 # -------------------------------------------- networks --------------------------------------------
-def whole(state, name):
-    """-> model of a family of WHOLE with random weights, image size, state dict that fits it."""
-    model, image_size = WHOLE[name][0](state)
-    return model, image_size, align_state(model, state) if "ALIGN" in name else state
+def reason_of(error):
+    """Why weights do not fit, in a few words."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return str(error).splitlines()[-1].strip()
+
+
+def language_image_model(state, name):
+    """-> the model of a family of LANGUAGE_IMAGE with random weights, image size, the state dict
+    that fits it."""
+    build, _ = LANGUAGE_IMAGE[name]
+    model, image_size = build(state)
+    if "ALIGN" in name:
+        state = align_state(model, state)
+    return model, image_size, state
 
 
 def load_released(path):
-    """A published CLIP (OpenAI's half-precision TorchScript archives too), SLIP or DeCLIP checkpoint, a state
-    dict with their names or those of Hugging Face's AlignModel -> (method module, model in float32), loaded
-    strictly. Raises UserError."""
+    """Opens a published language-image model -> (method module, model in float32), loaded strictly.
+
+    path: a checkpoint of CLIP (also OpenAI's half-precision TorchScript archives), SLIP or DeCLIP,
+    or a state dict with their names or those of Hugging Face's AlignModel. Raises UserError."""
     state = state_of(read(path))
-    name = family(state) if family(state) in WHOLE else "CLIP"
+    name = family(state) if family(state) in LANGUAGE_IMAGE else "CLIP"
     try:
-        model, _, state = whole(state, name)
+        model, _, state = language_image_model(state, name)
         model.load_state_dict(state, strict=True)  # copies half into single precision
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} does not hold a CLIP, SLIP, DeCLIP or ALIGN model: {reason}") from error
+        reason = reason_of(error)
+        raise UserError(
+            f"{path} does not hold a CLIP, SLIP, DeCLIP or ALIGN model: {reason}"
+        ) from error
     return importlib.import_module(FAMILIES[name][2]), model
 
 
 def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True):
-    """-> namespace of method, arch, step, model, encoder, view, tokenizer (None without text).
+    """-> namespace of method, arch, step, model, encoder, view and tokenizer (None without text).
 
-    random_weights: as before training; heads: of somebody else's transformer (0: recognised); text: whether
-    to look for the tokenizer of a published language-image model. Raises UserError."""
+    head_layer: how many layers of the projection head the encoder includes; random_weights: the
+    same network before training; heads: attention heads of another project's transformer (0:
+    infer); text: whether to look for the tokenizer of a published language-image model. Raises
+    UserError."""
     saved = read(path)
     torch.manual_seed(0)
     if saved.keys() >= {"method", "args", "model"}:
-        net = ours(path, saved, head_layer, random_weights)
+        net = open_ours(path, saved, head_layer, random_weights)
     else:
-        net = others(path, state_of(saved), random_weights, heads, text)
+        net = open_published(path, state_of(saved), random_weights, heads, text)
         if head_layer:
-            raise UserError(f"{path} has no --head-layer, of others' checkpoints only the encoder is read")
+            raise UserError(
+                f"{path} has no --head-layer, of others' checkpoints only the encoder is read"
+            )
     net.model, net.encoder = net.model.to(device), net.encoder.to(device)
     return net
 
 
-def ours(path, saved, head_layer, random_weights):
-    """A checkpoint of a method file -> open_network's namespace."""
+def open_ours(path, saved, head_layer, random_weights):
+    """A checkpoint that one of our method files saved -> the namespace of open_network."""
     name = str(saved["method"])
-    if not (name.isidentifier() and Path(__file__).with_name(f"{name}.py").is_file()):
+    if not (name.isidentifier() and (ROOT / f"{name}.py").is_file()):
         raise UserError(f"{path} was written by {name}.py, which is not beside evaluate.py")
     method = importlib.import_module(name)
     args = types.SimpleNamespace(**{**vars(method.Args()), **saved["args"]})
@@ -343,45 +409,61 @@ def ours(path, saved, head_layer, random_weights):
     try:
         if not random_weights:
             model.load_state_dict(saved["model"])
-        encoder = method.image_encoder(model, **({"head_layer": head_layer} if head_layer else {}))
+        if head_layer:
+            encoder = method.image_encoder(model, head_layer=head_layer)
+        else:
+            encoder = method.image_encoder(model)
     except RuntimeError as error:
         looks = f", it looks like {family(saved['model'])}" if family(saved["model"]) else ""
-        what = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} does not fit {name}.py{looks}: {what}") from error
+        raise UserError(f"{path} does not fit {name}.py{looks}: {reason_of(error)}") from error
     except TypeError as error:
         raise UserError(f"{name} has no --head-layer, its encoder ends before any head") from error
     tokenizer = Tokenizer(saved["tokenizer"], args.context_length) if "tokenizer" in saved else None
-    return types.SimpleNamespace(method=name, arch=args.arch, step=saved.get("step"), model=model,
-                                 encoder=encoder, view=method.eval_view(args), tokenizer=tokenizer)
+    return types.SimpleNamespace(
+        method=name,
+        arch=args.arch,
+        step=saved.get("step"),
+        model=model,
+        encoder=encoder,
+        view=method.eval_view(args),
+        tokenizer=tokenizer,
+    )
 
 
-def others(path, state, random_weights, heads, text):
-    """Somebody else's state dict -> open_network's namespace. model is the whole one of families in WHOLE,
-    otherwise the encoder alone."""
+def open_published(path, state, random_weights, heads, text):
+    """A state dict of another project -> the namespace of open_network. `model` is the full model
+    for families of LANGUAGE_IMAGE, and the encoder alone for the others."""
     name = family(state)
     if name is None:
         first = ", ".join(list(state)[:3]) or "no tensors"
-        raise UserError(f"{path} was not written by one of our method files, and looks like nothing known "
-                        f"here: it holds {first} ...")  # fmt: skip
+        raise UserError(f"{path} was not written by one of our method files, and looks like "
+                        f"nothing known here: it holds {first} ...")  # fmt: skip
     method = FAMILIES[name][2]
-    if not Path(__file__).with_name(f"{method}.py").is_file():
+    if not (ROOT / f"{method}.py").is_file():
         raise UserError(f"{path} looks like {name}, for which there is no {method}.py here")
     module, tokenizer = importlib.import_module(method), None
     try:
-        model, size, fitting = whole(state, name) if name in WHOLE else encoder_of(state, name, heads)
+        if name in LANGUAGE_IMAGE:
+            model, size, fitting = language_image_model(state, name)
+        else:
+            model, size, fitting = encoder_of(state, name, heads)
         if not random_weights:
             model.load_state_dict(fitting)
     except (KeyError, ValueError, RuntimeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} looks like {name}, but does not fit: {what}") from error
-    if name in WHOLE and text:
+        raise UserError(
+            f"{path} looks like {name}, but does not fit: {reason_of(error)}"
+        ) from error
+    if name in LANGUAGE_IMAGE and text:
         length, tokens = (next(len(value) for key, value in state.items() if re.search(what, key))
                           for what in (CONTEXT, TOKENS))  # fmt: skip
-        tokenizer = Tokenizer(WHOLE[name][1], length)
+        _, published = LANGUAGE_IMAGE[name]
+        tokenizer = Tokenizer(published, length)
         if tokenizer.vocab_size > tokens:
-            raise UserError(f"{path} knows {tokens} tokens, but the published tokenizer of {name} has "
-                            f"{tokenizer.vocab_size}: give the checkpoint that holds its own tokenizer")
+            raise UserError(
+                f"{path} knows {tokens} tokens, but the published tokenizer of {name} has "
+                f"{tokenizer.vocab_size}: give the checkpoint that holds its own tokenizer"
+            )
+    encoder = module.image_encoder(model) if name in LANGUAGE_IMAGE else model
+    view = module.eval_view(types.SimpleNamespace(image_size=size))
     return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,
-                                 encoder=module.image_encoder(model) if name in WHOLE else model,
-                                 view=module.eval_view(types.SimpleNamespace(image_size=size)),
-                                 tokenizer=tokenizer)  # fmt: skip
+                                 encoder=encoder, view=view, tokenizer=tokenizer)  # fmt: skip

@@ -1,0 +1,12 @@
+"""What evaluate.py can do with a checkpoint. No method file imports this package; it opens them by
+their name.
+
+protocols.py   one function for each protocol and each kind of picture that the command offers
+features.py    features kept on disk, and of several blocks of a transformer
+probes.py      linear classifiers on frozen features
+finetune.py    training the whole network on labels
+pictures.py    attention maps, components, matches and neighbours as images
+weights.py     weights in: our checkpoints and published ones
+results.py     the table, results.jsonl and picture files that the command leaves
+exports.py     weights out: for timm, torchvision, open_clip, transformers
+"""

@@ -1,0 +1,95 @@
+"""Features for the protocols: kept on disk between commands, and of several blocks of a
+transformer."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import UserError, all_reduce_mean, rank
+from monitor import extract
+from run import load_checkpoint
+
+
+class NamedSubset(torch.utils.data.Subset):
+    """Some samples of a dataset, with its classes and under its name or another one."""
+
+    captioned = False
+
+    def __init__(self, dataset, indices, name=""):
+        super().__init__(dataset, indices)
+        self.name, self.classes = name or dataset.name, dataset.classes
+
+
+# -------------------------------------------- kept on disk ----------------------------------------
+def cached_extract(encoder, dataset, view, device, cache="", **options):
+    """Collective. monitor.extract, whose result is kept in the folder `cache`, if one is given, and
+    read from there the next time."""
+    if not cache:
+        return extract(encoder, dataset, view, device, **options)
+    file = Path(cache) / f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
+    if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
+        with contextlib.suppress(UserError):  # a damaged file is written anew
+            saved = load_checkpoint(file)
+            return saved["features"], saved["labels"]
+    features, labels = extract(encoder, dataset, view, device, **options)
+    if rank() == 0:
+        try:
+            torch.save({"features": features, "labels": labels}, file.with_suffix(".tmp"))
+            os.replace(file.with_suffix(".tmp"), file)
+        except (OSError, RuntimeError) as error:
+            print(f"features are not kept: {error}", file=sys.stderr)
+    return features, labels
+
+
+def fingerprint(encoder, dataset, view, device, options):
+    """Collective. -> a hash of all that the features depend on. The features of eight samples stand
+    for network, preprocessing, precision, machine and images; everything else enters by its
+    value."""
+    few = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
+    features, labels = extract(encoder, dataset, view, device, **{**options, "indices": few})
+    asked = options.get("batch_size"), options.get("indices")
+    rest = dataset.name, len(dataset), dataset.classes, *asked
+    text = repr((features.tolist(), labels.tolist(), rest, torch.__version__))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# -------------------------------------------- several blocks --------------------------------------
+class LastBlocks(nn.Module):
+    """Images -> the features of the linear probes of DINO and DINOv2.
+
+    They are the class tokens of the last n blocks of a transformer, each after the final norm, the
+    last block's at the end: (b, n D). With `average` the mean of the last block's patches follows:
+    (b, (n + 1) D). DINO's published classifiers want class tokens and mean interleaved."""
+
+    def __init__(self, vit, n, average):
+        super().__init__()
+        self.vit, self.n, self.average = vit, n, average
+
+    def forward(self, x):
+        outputs = []
+        hooks = []
+        for block in self.vit.blocks[-self.n :]:
+            keep = block.register_forward_hook(lambda module, args, out: outputs.append(out))
+            hooks.append(keep)
+        try:
+            self.vit(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens = [self.vit.norm(out) for out in outputs]
+        patch = self.vit.patch_embed.proj.kernel_size[0]
+        patches = (x.shape[2] // patch) * (x.shape[3] // patch)  # without registers
+        return block_features(tokens, patches, self.average)
+
+
+def block_features(tokens, patches, average):
+    """tokens: (b, N, D) of each block, with the class token first and `patches` patches last."""
+    parts = [t[:, 0] for t in tokens]
+    if average:
+        parts.append(tokens[-1][:, -patches:].mean(1))
+    return torch.cat(parts, dim=1)

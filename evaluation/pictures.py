@@ -1,0 +1,372 @@
+"""Pictures of what a network has learned: where a transformer attends, what its patches have in
+common, which patches of two images match, and the nearest neighbours of an image.
+
+The first two sections are functions of tensors and Pillow images; the last one chooses the samples.
+Letters: R rows and C columns of patches, N = R C, D width of a feature, H and W pixels.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch.func import functional_call
+
+from common import UserError
+from data import decode
+from evaluation.protocols import parse_numbers
+from monitor import evaluating, extract_features
+
+# colours of a heat map, dark to bright, and of the lines between matches
+INFERNO = [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]
+HUES = [(230, 60, 60), (60, 170, 75), (60, 110, 230),
+        (240, 170, 30), (150, 60, 190), (40, 190, 200)]  # fmt: skip
+
+
+# -------------------------------------------- patches --------------------------------------------
+def fit_image(image, size, patch, filter=Image.Resampling.BICUBIC):
+    """uint8 (3, H, W) -> Pillow image whose shorter side has `size` pixels. It is cut around the
+    centre, so that both sides are multiples of `patch` and the longer side is at most twice the
+    shorter one."""
+    h, w = image.shape[1:]
+    scale = size / min(h, w)
+    h, w = min(h, 2 * min(h, w)), min(w, 2 * min(h, w))
+    cut = torchvision.transforms.functional.center_crop(image, [h, w])
+    picture = Image.fromarray(cut.permute(1, 2, 0).numpy())
+    picture = picture.resize((round(w * scale), round(h * scale)), filter)
+    w, h = (side // patch * patch for side in picture.size)
+    left, top = (picture.width - w) // 2, (picture.height - h) // 2
+    return picture.crop((left, top, left + w, top + h))
+
+
+@torch.no_grad()
+def attention_and_features(vit, x):
+    """x (b, 3, H, W), normalised, with sides that are multiples of the patch -> attention (b,
+    heads, R, C) of the class token to each patch in the last block, after the softmax, and features
+    (b, R, C, D) of the patches after the final norm."""
+    seen, last = {}, vit.blocks[-1]
+    patch_height, patch_width = vit.patch_embed.proj.kernel_size
+    rows, columns = x.shape[2] // patch_height, x.shape[3] // patch_width
+    swapped = {}  # positions for one image size only are resized for this call
+    if not hasattr(vit, "interpolate_pos_embed") and vit.pos_embed.shape[1] != 1 + rows * columns:
+        side = math.isqrt(vit.pos_embed.shape[1] - 1)
+        grid = vit.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
+        swapped["pos_embed"] = torch.cat([vit.pos_embed[:, :1], grid], dim=1)
+    hooks = [
+        last.attn.qkv.register_forward_hook(lambda module, args, out: seen.update(qkv=out.float())),
+        last.register_forward_hook(lambda module, args, out: seen.update(tokens=out)),
+    ]
+    try:
+        functional_call(vit, swapped, (x,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # a block of DINOv2 computes its attention itself, others have a module for it
+    heads = last.heads if hasattr(last, "heads") else last.attn.heads
+    q, k, _ = seen["qkv"].unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, N, .)
+    attention = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
+    features = vit.norm(seen["tokens"]).float()
+    first = features.shape[1] - rows * columns  # the class token, and registers if any, come before
+    attention = attention[:, :, first:].unflatten(-1, (rows, columns))
+    return attention, features[:, first:].unflatten(1, (rows, columns))
+
+
+def mass_mask(attention, mass=0.6):
+    """(..., N) -> bool: the patches with the largest attention that together have the share `mass`
+    of it. As in DINO's visualize_attention.py, the attention of the class token to itself does not
+    count."""
+    share, order = (attention / attention.sum(-1, keepdim=True)).sort(dim=-1)
+    kept = share.cumsum(-1) > 1 - mass
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def principal_components(x, n):
+    """x (N, D) -> (N, n): x - mean, projected on the n directions of largest variance. The sign of
+    a direction is arbitrary; here its entry of largest size is positive."""
+    x = x.double() - x.double().mean(0)
+    _, directions = torch.linalg.eigh(x.T @ x)  # in order of ascending variance
+    directions = directions[:, -n:].flip(1)
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return x @ (directions * largest.sign())
+
+
+def pca_colors(features, threshold=0.0):
+    """features: (R, C, D) of each image -> for each image its foreground (R, C) bool, and its
+    colours (R, C, 3) in [0, 1].
+
+    DINOv2's picture: the first component of the patches of all images tells foreground from
+    background, by the threshold. Three components of the foreground alone, again of all images,
+    become red, green and blue, so that equal colours mean equal parts. The sign is arbitrary; the
+    side that touches the border less is called foreground."""
+    sizes = [f.shape[:2] for f in features]
+    every = torch.cat([f.flatten(0, 1) for f in features])
+    border = [torch.ones(size, dtype=torch.bool) for size in sizes]
+    for edge in border:
+        edge[1:-1, 1:-1] = False
+    first = principal_components(every, 1)[:, 0]
+    first = first / first.std().clamp_min(1e-12)  # the threshold counts standard deviations
+    if first[torch.cat([edge.flatten() for edge in border])].median() > 0:
+        first = -first
+    front = first > threshold
+    colors = torch.zeros(len(every), 3, dtype=torch.float64)
+    if front.any():
+        parts = principal_components(every[front], 3)
+        low, high = parts.amin(0), parts.amax(0)
+        colors[front] = (parts - low) / (high - low).clamp_min(1e-12)
+    counts = [rows * columns for rows, columns in sizes]
+    fronts = [f.view(size) for f, size in zip(front.split(counts), sizes)]
+    return fronts, [c.view(*size, 3) for c, size in zip(colors.split(counts), sizes)]
+
+
+def matches(a, b, weight, k):
+    """a (R, C, D), b (R', C', D), weight (R, C) -> [(row, column, row', column', cosine)]: for each
+    of the k patches of a with the largest weight, the most similar patch of b. This is iBOT's
+    picture, where the weight is the attention of the class token; the official code takes the dot
+    product in place of the cosine."""
+    flat_a, flat_b = F.normalize(a.flatten(0, 1), dim=1), F.normalize(b.flatten(0, 1), dim=1)
+    chosen = weight.flatten().topk(min(k, weight.numel())).indices
+    cosine, found = (flat_a[chosen] @ flat_b.T).max(1)
+    out = []
+    for i, j, c in zip(chosen.tolist(), found.tolist(), cosine.tolist()):
+        out.append((*divmod(i, a.shape[1]), *divmod(j, b.shape[1]), c))
+    return out
+
+
+# -------------------------------------------- drawing --------------------------------------------
+def heat(x):
+    """(R, C) -> Pillow image of R x C pixels, dark to bright from its smallest to its largest
+    value."""
+    x = ((x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)).double().numpy()
+    stops = np.linspace(0, 1, len(INFERNO))
+    channels = [np.interp(x, stops, values) for values in zip(*INFERNO)]
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
+
+
+def rgb(x):
+    """(R, C, 3) in [0, 1] -> Pillow image of R x C pixels."""
+    return Image.fromarray((x * 255).round().to(torch.uint8).numpy())
+
+
+def dim_outside(picture, mask):
+    """The picture with its pixels outside of mask, bool (R, C), at a fifth of their brightness."""
+    mask = Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(
+        picture.size, Image.Resampling.NEAREST
+    )
+    return Image.composite(picture, picture.point(lambda value: value // 5), mask)
+
+
+def page(rows):
+    """rows of cells (Pillow image, text over it) -> one Pillow image. All cells get the width of
+    the widest one, or a multiple of it that is at least 128 pixels. They are enlarged without
+    smoothing, so that a patch stays a square."""
+    margin, line = 4, 14
+    width = max(picture.width for row in rows for picture, _ in row)
+    width = width * math.ceil(128 / width)
+    strips = []  # height of the text, cells
+    for row in rows:
+        cells = []
+        for picture, text in row:
+            size = width, max(1, round(picture.height * width / picture.width))
+            cells.append((picture.resize(size, Image.Resampling.NEAREST), text))
+        strips.append((line * max(text.count("\n") + 1 for _, text in row), cells))
+    height = margin + sum(text + max(p.height for p, _ in cells) + margin for text, cells in strips)
+    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + margin), height), "white")
+    draw, y = ImageDraw.Draw(sheet), margin
+    for text_height, cells in strips:
+        for i, (picture, text) in enumerate(cells):
+            x = margin + i * (width + margin)
+            for n, words in enumerate(text.split("\n")):
+                words = words.encode(
+                    "ascii", "replace"
+                ).decode()  # the letters that Pillow's font has
+                while len(words) > 4 and draw.textlength(words) > width:
+                    words = words[:-4] + "..."
+                draw.text((x, y + n * line), words, fill="black")
+            sheet.paste(picture, (x, y + text_height))
+        y += text_height + max(p.height for p, _ in cells) + margin
+    return sheet
+
+
+def attention_page(samples, mass):
+    """samples: a list of (picture, text, attention (heads, R, C)). Each sample has two rows: the
+    attention of the heads, dark to bright, and the patches that have the share `mass` of it. The
+    mean of the heads comes first."""
+    rows = []
+    for picture, text, attention in samples:
+        maps = torch.cat([attention.mean(0, keepdim=True), attention])
+        names = ["all heads", *(f"head {i + 1}" for i in range(len(attention)))]
+        rows.append([(picture, text), *((heat(x), name) for x, name in zip(maps, names))])
+        masks = mass_mask(maps.flatten(1), mass).view(maps.shape)
+        blank = Image.new("RGB", picture.size, "white")
+        rows.append([(blank, "")])
+        for mask in masks:
+            text = f"{mass:.0%} on {mask.float().mean():.0%}"
+            rows[-1].append((dim_outside(picture, mask), text))
+    return page(rows)
+
+
+def pca_page(samples, threshold):
+    """samples: a list of (picture, text, features (R, C, D)). The three rows are the pictures,
+    their foreground and its first three components as colours."""
+    fronts, colors = pca_colors([features for _, _, features in samples], threshold)
+    given = [(picture, text) for picture, text, _ in samples]
+    kept = []
+    for (picture, _), front in zip(given, fronts):
+        kept.append((dim_outside(picture, front), f"foreground, {front.float().mean():.0%}"))
+    return page([given, kept, [(rgb(color), "components 1 to 3") for color in colors]])
+
+
+def matches_page(first, second, found):
+    """first, second: (picture, text, grid (R, C)); found: what `matches` returned -> both pictures
+    side by side, with a line for every match."""
+    width, gap, top = 384, 32, 16
+    pictures = []
+    for p, _, _ in (first, second):
+        size = width, round(p.height * width / p.width)
+        pictures.append(p.resize(size, Image.Resampling.NEAREST))
+    sheet = Image.new("RGB", (2 * width + gap, top + max(p.height for p in pictures)), "white")
+    draw = ImageDraw.Draw(sheet)
+    sides = []  # left edge, width and height of a patch
+    for left, picture, (_, text, (rows, columns)) in zip(
+        (0, width + gap), pictures, (first, second)
+    ):
+        draw.text((left + 2, 1), text.encode("ascii", "replace").decode(), fill="black")
+        sheet.paste(picture, (left, top))
+        sides.append((left, width / columns, picture.height / rows))
+    for i, (row, column, other_row, other_column, _) in enumerate(found):
+        color, ends = HUES[i % len(HUES)], []
+        for (left, w, h), (r, c) in zip(sides, ((row, column), (other_row, other_column))):
+            x, y = left + c * w, top + r * h
+            draw.rectangle((x, y, x + w - 1, y + h - 1), outline=color, width=2)
+            ends.append((x + w / 2, y + h / 2))
+        draw.line(ends, fill=color, width=2)
+    return sheet
+
+
+def neighbors_page(rows, columns=10):
+    """rows: lists of (picture, text, right), the query first and then its neighbours, `columns` of
+    them on a line. The frame of a neighbour is green where right is True and red where it is
+    False."""
+    lines = []
+    for row in rows:
+        query, *cells = [(framed(picture, right), text) for picture, text, right in row]
+        blank = Image.new("RGB", query[0].size, "white"), ""
+        for i in range(0, len(cells), columns):
+            lines.append([blank if i else query, *cells[i : i + columns]])
+    return page(lines)
+
+
+def framed(picture, right):
+    color = {None: "white", True: (40, 160, 60), False: (210, 50, 40)}[right]
+    return ImageOps.expand(picture, max(1, picture.width // 24), color)
+
+
+# -------------------------------------------- of a network and a dataset --------------------------
+def chosen_samples(dataset, args, one_class=False):
+    """-> [(index, Sample, uint8 (3, H, W))] of the samples that --samples names, or else of
+    --images samples that can be read, the same in every run. one_class: all of the class of the
+    first one, if there are classes."""
+    try:
+        wanted = [int(word) for word in args.samples.split(",")] if args.samples else []
+    except ValueError as error:
+        message = f"--samples {args.samples} must be numbers with commas between them"
+        raise UserError(message) from error
+    if any(not 0 <= i < len(dataset) for i in wanted):
+        has = f"{dataset.name} has those from 0 to {len(dataset) - 1}"
+        raise UserError(f"--samples {args.samples}: {has}")
+    shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for i in wanted or shuffled:
+        try:
+            sample = dataset[i]
+            image = decode(sample.image)
+        except (ValueError, OSError) as error:
+            if wanted:
+                message = f"sample {i} of {dataset.name} cannot be read ({error})"
+                raise UserError(message) from error
+            continue
+        other_class = one_class and found and sample.label != found[0][1].label
+        if wanted or not other_class:
+            found.append((i, sample, image))
+        if len(found) == (len(wanted) or args.images):
+            break
+    return found
+
+
+def title(dataset, i, label):
+    return f"{i}, {dataset.classes[label]}" if dataset.classes and label >= 0 else str(i)
+
+
+def inspected_samples(net, dataset, args, one_class=False):
+    """-> [(picture, title, attention (heads, R, C), features (R, C, D))] of the chosen samples.
+    Raises UserError unless the network is a transformer with timm's names."""
+    if not hasattr(net.encoder, "blocks"):
+        raise UserError("this picture needs a transformer with timm's names, as DINO, SLIP and "
+                        f"MoCo v3 have, not {net.method}'s {net.arch}")  # fmt: skip
+    patch, size = net.encoder.patch_embed.proj.kernel_size[0], args.size or net.view.size
+    if size < patch:
+        raise UserError(f"--size {size} is smaller than a patch, {patch}")
+    out, device = [], next(net.encoder.parameters()).device
+    for i, sample, image in chosen_samples(dataset, args, one_class):
+        picture = fit_image(image, size, patch, net.view.filter)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device)
+        with evaluating(net.encoder):
+            attention, features = attention_and_features(net.encoder, net.view(pixels))
+        text = title(dataset, i, sample.label)
+        out.append((picture, text, attention[0].cpu(), features[0].cpu()))
+    return out
+
+
+# A picture takes the same as a protocol (see protocols.py) and returns a Pillow image.
+def attention_picture(net, train, test, args, options):
+    samples = [(p, t, attention) for p, t, attention, _ in inspected_samples(net, test, args)]
+    return attention_page(samples, args.mass)
+
+
+def pca_picture(net, train, test, args, options):
+    inspected = inspected_samples(net, test, args, one_class=True)
+    return pca_page([(p, t, features) for p, t, _, features in inspected], args.threshold)
+
+
+def matches_picture(net, train, test, args, options):
+    samples = inspected_samples(net, test, args, one_class=True)
+    if len(samples) < 2:
+        raise UserError("matches needs two images, give --samples or a larger --images")
+    (picture, text, attention, a), (other, other_text, _, b) = samples[:2]
+    found = matches(a, b, attention.mean(0), parse_numbers(args.k, int)[0])
+    return matches_page((picture, text, a.shape[:2]), (other, other_text, b.shape[:2]), found)
+
+
+def neighbors_picture(net, train, test, args, options):
+    """Neighbours come from the train split or, where there is none, from the others of the same
+    split."""
+    bank, size = train or test, args.size or net.view.size
+    found_in_bank = extract_features(net.encoder, net.encoder, bank, **options)
+
+    def cell(dataset, i, text, query=None):
+        sample = dataset[i]
+        picture = fit_image(decode(sample.image), size, 1, net.view.filter)
+        right = None if query is None or query.label < 0 else query.label == sample.label
+        return picture, f"{text}{title(dataset, i, sample.label)}", right
+
+    rows = []
+    for i, sample, _ in chosen_samples(test, args):
+        query = extract_features(net.encoder, net.encoder, test, **options, indices=[i]).images
+        cosine = F.normalize(found_in_bank.images, dim=1) @ F.normalize(query, dim=1)[0]
+        candidates = len(cosine)
+        if bank is test:
+            cosine[found_in_bank.index == i] = -2  # an image is no neighbour of itself
+            candidates -= 1
+        nearest = cosine.topk(min(parse_numbers(args.k, int)[0], candidates))
+        row = [cell(test, i, "")]
+        for c, j in zip(*nearest):
+            row.append(cell(bank, int(found_in_bank.index[j]), f"{c:.3f}\n", sample))
+        rows.append(row)
+    return neighbors_page(rows)
+
+
+PICTURES = {"attention": attention_picture, "pca": pca_picture, "matches": matches_picture}
+PICTURES |= {"neighbors": neighbors_picture}

@@ -1,0 +1,230 @@
+"""Linear classifiers on frozen features: heads trained by SGD, and logistic regression solved by
+L-BFGS.
+
+Letters: N samples, D width of a feature, C classes, b rows of a batch.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import LARS, UserError, all_gather, mixed_precision
+from data import Loader, hflip, random_resized_crop
+from evaluation.features import NamedSubset, cached_extract
+from monitor import bar, evaluating, labelled, zeroshot_metrics
+
+LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that --cached tries
+# base learning rates that --grid tries, those of DINOv2's code
+GRID_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
+CHUNK = 2**23  # logits of the logistic regression that are held at a time
+
+
+# -------------------------------------------- batches of features ---------------------------------
+class ProbeView:
+    """The training view of linear probes since MoCo: a crop of 8 to 100% of the area, resized, and
+    a flip."""
+
+    def __init__(self, view):
+        self.size, self.view = view.size, view
+
+    def crop(self, image, rng):
+        return random_resized_crop(image, rng, self.size, (0.08, 1.0), (3 / 4, 4 / 3), "bilinear")
+
+    def sample(self, rng):
+        return {"flip": rng.random() < 0.5}
+
+    def __call__(self, x, params):
+        return self.view(hflip(x, params["flip"]), {})
+
+
+def cached_batches(features, labels, batch_size, args):
+    """Shuffled batches of extracted features: epoch, (b, D), (b,). An incomplete last batch is left
+    out."""
+    generator = torch.Generator().manual_seed(args.seed)
+    for epoch in bar(range(args.epochs), "linear probe, epochs"):
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        whole = len(order) // batch_size * batch_size
+        for rows in order[:whole].split(batch_size):
+            yield epoch, features[rows], labels[rows]
+
+
+def augmented_batches(encoder, loader, view, args):
+    """Features of freshly augmented images: epoch, (B, D), (B,). Every process yields the whole
+    global batch, so that all train the same head."""
+    steps = args.epochs * loader.steps_per_epoch
+    for step, batch in bar(loader.batches(0, steps), "linear probe, steps", steps):
+        images, params = batch["image"]
+        with evaluating(encoder), torch.no_grad(), mixed_precision(args.dtype, images.device)[0]:
+            features = encoder(view(images, params)).float()
+        yield step // loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
+
+
+# -------------------------------------------- heads by SGD ----------------------------------------
+def fit_heads(batches, dim, num_classes, lrs, args, device, columns=None):
+    """Trains one linear classifier per learning rate, all on the same batches -> list of nn.Linear.
+
+    batches yields epoch, features (b, dim), labels (b,). The optimizer is SGD with momentum 0.9 or,
+    with --lars, LARS (SimSiam). The rate follows half a cosine to 0, epoch by epoch (MoCo v3,
+    SLIP), or with --lr-steps falls to a tenth after each of these epochs (MoCo). columns: for each
+    head the range of features that it sees (default: all). All heads start from the same random
+    weights."""
+    columns = columns or [(0, dim)] * len(lrs)
+    start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(args.seed))
+    heads = [nn.utils.skip_init(nn.Linear, b - a, num_classes, device=device) for a, b in columns]
+    for head, (a, b) in zip(heads, columns):
+        head.weight.data.copy_(start[:, a:b] * (0.0 if args.zero_init else 0.01))
+        head.bias.data.zero_()
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, lrs)]
+    if args.lars:
+        optimizer = LARS(groups, momentum=0.9, weight_decay=args.weight_decay)
+    else:
+        options = {"nesterov": args.nesterov, "weight_decay": args.weight_decay}
+        optimizer = torch.optim.SGD(groups, momentum=0.9, **options)
+    steps = [int(word) for word in args.lr_steps.split(",")] if args.lr_steps else []
+    for epoch, x, y in batches:
+        if steps:
+            share = 0.1 ** sum(epoch >= step for step in steps)
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+        for group, lr in zip(optimizer.param_groups, lrs):
+            group["lr"] = lr * share
+        optimizer.zero_grad()
+        losses = []
+        for head, (a, b) in zip(heads, columns):
+            losses.append(F.cross_entropy(head(x[:, a:b]), y, ignore_index=-1))
+        sum(
+            losses
+        ).backward()  # the heads share no parameter: each gets the gradient of its own loss
+        optimizer.step()
+    return heads
+
+
+def grid(n, dim, lrs):
+    """DINOv2's heads on the features of LastBlocks(vit, n, average=True) -> [(lr, range of
+    columns)]. Each rate is tried on the last class token and on those of all n blocks, without and
+    with the mean of the patches."""
+    width = dim // (n + 1)
+    columns = [(first, end) for first in ((n - 1) * width, 0) for end in (n * width, dim)]
+    return [(lr, part) for part in columns for lr in lrs]
+
+
+def split_off_tenth(n, seed):
+    """n samples -> indices of a random tenth, on which a setting may be chosen, and of the
+    others."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[: n // 10], order[n // 10 :]
+
+
+def linear_probe(encoder, train_set, test_set, view, device, args, **options):
+    """Collective. A linear classifier on frozen features -> (test scores, head, base_lr).
+
+    As in MoCo v3 and SLIP, it is trained on crops and flips with lr = base_lr * batch / 256. With
+    args.cached it is trained on features of the evaluation view that are extracted once.
+
+    args.cached chooses among LRS, args.grid among GRID_LRS and kinds of features, by the scores on
+    a held-out tenth of the train split. Afterwards cached trains on all of the train split, and
+    grid takes the head as it is. The head counts as it is after the last epoch: nothing is ever
+    chosen on the test split.
+
+    args: the flags of evaluate.py; for SimCLR's probe nesterov, weight_decay 1e-6, zero_init and
+    batch 4096, for MoCo's lr_steps, for SimSiam's lars. options: those of cached_extract."""
+
+    def features_of(dataset):
+        extracted = cached_extract(encoder, dataset, view, device, **options)
+        return [x.to(device) for x in labelled(dataset, *extracted)]
+
+    def loader_of(dataset):
+        return Loader(dataset, {"image": probe_view}, {}, batch, args.seed, args.workers, device)
+
+    test_x, test_y = features_of(test_set)
+    dim, num_classes = test_x.shape[1], len(train_set.classes)
+    probe_view, batch = ProbeView(view), args.train_batch
+
+    base_lrs, columns = [args.base_lr], [(0, dim)]
+    if args.grid:
+        base_lrs, columns = zip(*grid(args.blocks, dim, GRID_LRS))
+    elif args.cached:
+        base_lrs, columns = LRS, [(0, dim)] * len(LRS)
+
+    if args.cached:
+        x, y = features_of(train_set)
+        if len(y) < 10:
+            few = f"{train_set.name} has only {len(y)} labels"
+            raise UserError(f"{few}, too few to choose a learning rate")
+        held_out, rest = split_off_tenth(len(y), args.seed)
+        batch = min(batch, len(rest))
+        batches = cached_batches(x[rest], y[rest], batch, args)
+        held_x, held_y = x[held_out], y[held_out]
+    elif args.grid:
+        held_out, rest = split_off_tenth(len(train_set), args.seed)
+        loader = loader_of(NamedSubset(train_set, rest.tolist()))
+        batches = augmented_batches(encoder, loader, probe_view, args)
+        held_x, held_y = features_of(NamedSubset(train_set, held_out.tolist()))
+    else:
+        batches = augmented_batches(encoder, loader_of(train_set), probe_view, args)
+
+    lrs = [base_lr * batch / 256 for base_lr in base_lrs]
+    heads = fit_heads(batches, dim, num_classes, lrs, args, device, columns)
+    best = 0
+    if len(heads) > 1:
+        scores = []
+        for head, (a, b) in zip(heads, columns):
+            scores.append(zeroshot_metrics(head(held_x[:, a:b]).detach(), held_y)["top1"])
+        best = scores.index(max(scores))
+    head, (a, b) = heads[best], columns[best]
+    if args.cached and not args.grid:
+        batches = cached_batches(x, y, batch, args)
+        (head,) = fit_heads(batches, dim, num_classes, [lrs[best]], args, device)
+    return zeroshot_metrics(head(test_x[:, a:b]).detach(), test_y), head, base_lrs[best]
+
+
+# -------------------------------------------- logistic regression ---------------------------------
+def logistic_regression(x, y, C, num_classes, max_iter=1000):
+    """x (N, D) float64, y (N,) -> function from (M, D) to logits (M, num_classes).
+
+    L-BFGS finds the minimum of C sum_i CE(w x_i + b, y_i) + |w|^2 / 2, as scikit-learn's
+    LogisticRegression(C=C) does. It starts from 0 and holds CHUNK logits at a time. A class without
+    a sample is never predicted, as in scikit-learn: its offset b, which has no penalty, would go to
+    minus infinity."""
+    present, y = y.unique(return_inverse=True)
+    if len(present) == 2:
+        C = C / 2  # for two classes scikit-learn has one w, the difference of our two
+    w = torch.zeros(len(present), x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    b = torch.zeros(len(present), dtype=x.dtype, device=x.device, requires_grad=True)
+    size = max(1, CHUNK // len(present))
+    options = {"max_iter": max_iter, "max_eval": 2 * max_iter, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([w, b], tolerance_grad=1e-9, tolerance_change=0.0, **options)
+
+    def objective():  # divided by C N, so that the tolerance means the same for all C
+        optimizer.zero_grad()
+        total = w.square().sum() / (2 * C * len(x))
+        total.backward()
+        for rows, labels in zip(x.split(size), y.split(size)):
+            loss = F.cross_entropy(rows @ w.T + b, labels, reduction="sum") / len(x)
+            loss.backward()
+            total = total + loss
+        return total.detach()
+
+    optimizer.step(objective)
+    w, b = w.detach(), b.detach()
+
+    def logits(features):
+        out = features.new_full((len(features), num_classes), -math.inf)
+        out[:, present] = features @ w.T + b
+        return out
+
+    return logits
+
+
+def best_exponent(score):
+    """CLIP's search for C = 10^exponent (App. A.3) between -6 and 6 in steps of 1/8: first seven
+    values, then four times the two neighbours of the best one, at half the distance each time.
+    score(exponent) -> accuracy. Of equal scores the smaller exponent is taken, which is the
+    stronger penalty."""
+    scores = {e: score(e) for e in (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)}
+    for step in (1.0, 0.5, 0.25, 0.125):
+        best = min(scores, key=lambda e: (-scores[e], e))
+        scores |= {e: score(e) for e in (best - step, best + step) if -6 <= e <= 6}
+    return min(scores, key=lambda e: (-scores[e], e))

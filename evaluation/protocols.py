@@ -1,0 +1,166 @@
+"""The protocols of evaluate.py: one function each, which says whose protocol it follows.
+
+A protocol takes the opened network, the train split (None where it needs none), the split that is
+reported on, the flags of evaluate.py and the options of monitor.extract. It returns its scores in
+percent, the headline first."""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from common import UserError
+from evaluation import finetune
+from evaluation.features import LastBlocks, NamedSubset, cached_extract
+from evaluation.probes import best_exponent, linear_probe, logistic_regression, split_off_tenth
+from monitor import TEMPLATES, extract, knn_sweep, labelled, language_scores, zeroshot_metrics
+
+# The score that is quoted for a dataset where that is not top1 (SLIP eval_zeroshot.py)
+METRIC = dict.fromkeys(["aircraft", "pets", "caltech101", "flowers"], "mean_per_class")
+METRIC |= {"kinetics700": "mean_top1_top5", "hateful_memes": "roc_auc"}
+
+
+# -------------------------------------------- flags --------------------------------------------
+def read_lines(path, flag) -> list[str]:
+    """The lines of a text file that are not empty. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path} cannot be read as text ({error})") from error
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise UserError(f"{flag} {path} is empty")
+    return found
+
+
+def parse_numbers(text, kind=float) -> list:
+    """ "10,20" -> [10, 20]. Raises UserError unless all are above 0."""
+    try:
+        found = [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        message = f"--k and --temperature are numbers with commas between them, not {text}"
+        raise UserError(message) from error
+    if not all(0 < x < math.inf for x in found):
+        raise UserError(f"--k and --temperature must be above 0 and finite, not {text}")
+    return found
+
+
+def headline_first(metrics, dataset):
+    """zeroshot_metrics with the score first that is quoted for this dataset."""
+    headline = METRIC.get(dataset, "top1")
+    if headline not in metrics:
+        headline = "top1"
+    metrics = {headline: metrics[headline], **metrics}
+    if headline != "mean_top1_top5":
+        metrics.pop("mean_top1_top5", None)
+    return metrics
+
+
+# -------------------------------------------- language and image ----------------------------------
+def zeroshot(net, train, test, args, options):
+    """CLIP Sec. 3.1: the class whose prompts are most similar to the image."""
+    templates, names = TEMPLATES.get(args.templates), test.classes
+    if args.templates and not templates:
+        templates = read_lines(args.templates, "--templates")
+    if not all("{}" in template for template in templates or []):
+        stands = "needs {} in every line, it stands for the class"
+        raise UserError(f"--templates {args.templates} {stands}")
+    if args.classnames:
+        lines = read_lines(args.classnames, "--classnames")
+        names = [re.split(r"\s*\|\s*", line) for line in lines]  # synonyms of each class
+    elif all(re.fullmatch(r"n\d{8}", name) for name in names):
+        raise UserError(
+            f"the classes of {args.data} are WordNet ids, give names with --classnames FILE"
+        )
+    if len(names) != len(test.classes):
+        counts = f"has {len(names)} lines, not {len(test.classes)}"
+        raise UserError(f"--classnames {args.classnames} {counts}")
+    options = {**options, "classnames": names, "templates": templates}
+    metrics, _, _ = language_scores(net.model, net.tokenizer, test, **options)
+    metrics = headline_first(metrics, test.name)
+    chance = 50.0 if next(iter(metrics)) == "roc_auc" else 100 / len(names)
+    return {**metrics, "chance": chance}
+
+
+def retrieval(net, train, test, args, options):
+    """Images by captions and captions by images, as on Flickr30k and COCO (monitor.recall)."""
+    _, metrics, n = language_scores(net.model, net.tokenizer, test, captions=True, **options)
+    return {"mean_recall": metrics.pop("mean_recall"), **metrics, "chance@1": 100 / n}
+
+
+# -------------------------------------------- frozen features -------------------------------------
+def knn(net, train, test, args, options):
+    """DINO's vote of the nearest neighbours (monitor.knn_sweep). One k and one temperature give
+    top1 and top5; several give the top1 of each pair, and none of them is chosen."""
+    inputs = []
+    for dataset in (train, test):
+        inputs += labelled(dataset, *cached_extract(net.encoder, dataset, **options))
+    inputs = [x.to(options["device"]) for x in inputs]
+    ks, temperatures = parse_numbers(args.k, int), parse_numbers(args.temperature)
+    found = knn_sweep(*inputs, ks, temperatures, len(train.classes))
+    if len(found) == 1:
+        (top1, top5), *_ = found.values()
+        metrics = {"top1": top1, "top5": top5}
+    else:
+        metrics = {f"top1_k{k}_T{t:g}": top1 for (k, t), (top1, _) in found.items()}
+    return {**metrics, "chance": 100 / len(train.classes)}
+
+
+def linear(net, train, test, args, options):
+    """A linear classifier trained by SGD (probes.linear_probe)."""
+    encoder = net.encoder
+    if args.grid or args.blocks > 1 or args.average:
+        if len(getattr(encoder, "blocks", ())) < args.blocks:
+            raise UserError("--grid, --blocks and --average need a transformer with "
+                            f"{args.blocks} blocks and timm's names, not {net.method}'s "
+                            f"{net.arch}")  # fmt: skip
+        encoder = LastBlocks(encoder, args.blocks, args.average or args.grid)
+    metrics, _, base_lr = linear_probe(encoder, train, test, args=args, **options)
+    metrics = headline_first(metrics, test.name)
+    return {**metrics, "chance": 100 / len(test.classes), "base_lr": base_lr}
+
+
+def logreg(net, train, test, args, options):
+    """CLIP's logistic regression (App. A.3). Unless --C sets it, C is chosen on a held-out tenth of
+    the train split. The last fit is on all of the train split."""
+    device, num_classes = options["device"], len(train.classes)
+    double = torch.float32 if device.type == "mps" else torch.float64
+    inputs = []
+    for dataset in (train, test):
+        features, labels = labelled(dataset, *cached_extract(net.encoder, dataset, **options))
+        inputs += [features.to(device, double), labels.to(device)]
+    x, y, test_x, test_y = inputs
+    C = args.C
+    if not C:
+        if len(y) < 10:
+            raise UserError(f"{train.name} has only {len(y)} labels, too few to choose --C")
+        held_out, rest = (part.to(device) for part in split_off_tenth(len(y), args.seed))
+
+        def score(exponent):
+            predict = logistic_regression(x[rest], y[rest], 10**exponent, num_classes)
+            return zeroshot_metrics(predict(x[held_out]), y[held_out])["top1"]
+
+        C = 10 ** best_exponent(score)
+    predict = logistic_regression(x, y, C, num_classes)
+    metrics = headline_first(zeroshot_metrics(predict(test_x), test_y), test.name)
+    return {**metrics, "chance": 100 / num_classes, "C": C}
+
+
+# -------------------------------------------- the whole network -----------------------------------
+def fine_tuned(net, train, test, args, options):
+    """Trains the whole network, with all labels or with the share --labels of them, and scores it
+    as it is after the last epoch. loss: its mean over that epoch. The trained network is kept as
+    net.tuned."""
+    if args.labels:
+        indices = finetune.labelled_part(train, args.labels, args.seed).nonzero().flatten().tolist()
+        train = NamedSubset(train, indices, f"{100 * args.labels:g}% of {train.name}")
+    num_classes, device = len(train.classes), options["device"]
+    net.tuned, rows = finetune.fine_tune(net.encoder, train, net.view, num_classes, args, device)
+    metrics = zeroshot_metrics(*labelled(test, *extract(net.tuned, test, **options)))
+    rest = {"loss": rows[-1]["loss"], "chance": 100 / len(test.classes), "images": len(train)}
+    return {**headline_first(metrics, test.name), **rest}
+
+
+PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn, "linear": linear}
+PROTOCOLS |= {"logreg": logreg, "finetune": fine_tuned, "semi": fine_tuned}

@@ -1,0 +1,435 @@
+"""Accuracy while training: features of a dataset, kNN, zero-shot classification and retrieval.
+
+The training loops and evaluate.py share these functions, so that both report the same number for
+the same network. Scores are in percent. Every function that is marked "Collective" is called by all
+processes at once and returns the same on each of them, whatever their number.
+
+Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch or chunk, S image
+size.
+"""
+
+import contextlib
+import math
+import random
+import re
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from common import UserError, mixed_precision, rank, world_size
+from data import CLIP_MEAN, CLIP_STD, decode, ignore_signals, normalize, open_dataset, to_float
+
+# Prompts for zero-shot classification, {} stands for the class; other datasets take "default"
+TEMPLATES = {
+    "default": ["a photo of a {}.", "a picture of a {}.", "an image that shows a {}."],
+    "imagenet": ["a photo of a {}.", "a close photo of a {}.", "a dark photo of a {}.",
+                 "a drawing of a {}.", "a {} seen from far away.", "a toy {}.",
+                 "a photo of many {}."],
+    "cifar10": ["a photo of a {}.", "a tiny photo of a {}.", "a blurry photo of a {}.",
+                "a coarse {}."],
+    "shapes": ["a {}", "a picture of a {}", "a {} on a plain background"],
+}  # fmt: skip
+TEMPLATES["cifar100"] = TEMPLATES["stl10"] = TEMPLATES["cifar10"]
+CHUNK = 2**23  # the largest number of elements of a similarity matrix that is held at a time
+
+
+# -------------------------------------------- features --------------------------------------------
+class EvalView:
+    """Resizes the shorter side, crops the centre and normalises, bit for bit as CLIP does with PIL
+    images."""
+
+    def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
+        self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
+        self.filter = Image.Resampling[interpolation.upper()]
+
+    def crop(self, image, rng=None):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, S, S)."""
+        h, w = image.shape[1:]
+        long = 20 * min(h, w)  # resized in full, a line of 1 x 60,000 pixels would take gigabytes
+        if max(h, w) > long:
+            image = image[:, max(0, (h - long) // 2) :, max(0, (w - long) // 2) :][:, :long, :long]
+            h, w = image.shape[1:]
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        if min(h, w) != self.resize:
+            shape = self.resize * w // min(h, w), self.resize * h // min(h, w)
+            picture = picture.resize(shape, self.filter)
+        left, top = (round((side - self.size) / 2) for side in picture.size)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def sample(self, rng=None):
+        """Nothing about this view is random."""
+        return {}
+
+    def __call__(self, x, params=None):
+        """On the device: uint8 (b, 3, S, S) -> normalised float."""
+        return normalize(to_float(x), self.mean, self.std)
+
+
+@contextlib.contextmanager
+def evaluating(module):
+    """`module` in eval mode; afterwards every submodule has its own mode back, frozen ones too."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def bar(iterable, title, total=None):
+    """A progress bar, shown on a terminal and by the first process only."""
+    return tqdm(iterable, title, total, leave=False, disable=rank() > 0 or not sys.stderr.isatty())
+
+
+class Batches(torch.utils.data.Dataset):
+    """A dataset of batches: a list of indices -> ((b,) indices, (b,) labels, uint8 (b, 3, S, S), b
+    lists of captions), or () if no image can be read, and a description of each error."""
+
+    def __init__(self, dataset, view):
+        self.dataset, self.view = dataset, view
+
+    def __getitem__(self, indices):
+        good, errors = [], []
+        for i in indices:
+            try:
+                sample = self.dataset[i]
+                image = self.view.crop(decode(sample.image), random.Random(i))
+                good.append((i, sample.label, image, sample.captions))
+            except (ValueError, OSError) as error:
+                errors.append(f"sample {i} ({error})")
+        if not good:
+            return (), errors
+        index, labels, images, captions = zip(*good)
+        return (torch.tensor(index), torch.tensor(labels), torch.stack(images), captions), errors
+
+
+class Features(NamedTuple):
+    """What extract_features returns, on the CPU and in the order of the samples' indices."""
+
+    images: torch.Tensor  # (N, D)
+    labels: torch.Tensor  # (N,), -1 without a label
+    texts: torch.Tensor  # (T, E), empty without a tokenizer
+    image_of_text: torch.Tensor  # (T,), the row of `images` that each text belongs to
+    index: torch.Tensor  # (N,), indices in the dataset
+
+
+@torch.no_grad()
+def extract_features(module, encode, dataset, view, device, tokenizer=None, dtype="fp32",
+                     batch_size=256, workers=0, indices=None) -> Features:  # fmt: skip
+    """Collective. Features encode(images) of a dataset and, with a tokenizer,
+    module.encode_text(captions).
+
+    Processes share out whole batches. Each batch, and with it every rounding error, is thereby the
+    same for any number of processes, and no sample is repeated to fill up. `module` is put into
+    eval mode meanwhile."""
+    indices = list(range(len(dataset)) if indices is None else indices)
+    starts = range(0, len(indices), batch_size)[rank() :: world_size()]
+    batches = [indices[i : i + batch_size] for i in starts]
+    loader = torch.utils.data.DataLoader(
+        Batches(dataset, view),
+        sampler=batches,
+        batch_size=None,
+        collate_fn=tuple,
+        num_workers=min(workers, len(batches)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # of its own: the global one must not move
+    )
+    images_seen, texts_seen, errors = [], [], []
+    with evaluating(module), mixed_precision(dtype, device)[0]:
+        for batch, batch_errors in bar(loader, f"{dataset.name} features"):
+            errors += batch_errors
+            if not batch:
+                continue
+            index, labels, images, captions = batch
+            features = encode(view(images.to(device, non_blocking=True), {})).float().cpu()
+            images_seen.append((index, labels, features))
+            pairs = []  # (index of the image, caption)
+            if tokenizer:
+                for i, several in zip(index.tolist(), captions):
+                    pairs += [(i, caption) for caption in several if caption.strip()]
+            for j in range(0, len(pairs), batch_size):
+                owners, texts = zip(*pairs[j : j + batch_size])
+                features = module.encode_text(tokenize(tokenizer, texts, device)).float().cpu()
+                texts_seen.append((torch.tensor(owners), features))
+
+    every = [(images_seen, texts_seen, errors)] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(every, (images_seen, texts_seen, errors))
+    images_seen, texts_seen, errors = (sum(lists, []) for lists in zip(*every))
+    if not images_seen:
+        reason = errors[0] if errors else "there are none"
+        raise UserError(f"none of {len(indices)} samples of {dataset.name} can be read: {reason}")
+    if errors and rank() == 0:
+        left_out = f"{dataset.name}: left out {len(errors)} of {len(indices)} samples"
+        print(f"{left_out}, {errors[0]}", file=sys.stderr)
+
+    index, labels, images = map(torch.cat, zip(*images_seen))
+    owners, texts = index[:0], images[:0]
+    if texts_seen:
+        owners, texts = map(torch.cat, zip(*texts_seen))
+    if not (images.isfinite().all() and texts.isfinite().all()):
+        raise UserError("some features are not finite: the network has diverged, or --dtype fp16 "
+                        "overflows")  # fmt: skip
+    index, order = index.sort()
+    owners, text_order = owners.sort(stable=True)
+    image_of_text = torch.searchsorted(index, owners)
+    return Features(images[order], labels[order], texts[text_order], image_of_text, index)
+
+
+def extract(encoder, dataset, view, device, **options):
+    """Collective. -> features (n, D) float32 and labels (n,), in the order of the index, on the
+    CPU.
+
+    encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay
+    as they were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). Samples that
+    cannot be read are left out and counted on stderr. Raises UserError when none can be read or a
+    feature is not finite."""
+    return extract_features(encoder, encoder, dataset, view, device, **options)[:2]
+
+
+def subset_indices(dataset, most):
+    """At most `most` indices (0: all), the same in every run. They are drawn at random, because
+    neighbours in a dataset often share a class."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return order[: most or None].sort().values.tolist()
+
+
+def labelled(dataset, features, labels):
+    """The features and labels of the samples that have a label. Raises UserError if none has
+    one."""
+    if not (labels >= 0).any():
+        raise UserError(f"{dataset.name} has no labels")
+    return features[labels >= 0], labels[labels >= 0]
+
+
+# -------------------------------------------- scores --------------------------------------------
+def chunks(width, *tensors):
+    """Walks through the rows of `tensors` together, so many at a time that rows * width stays below
+    CHUNK."""
+    return zip(*(t.split(max(1, CHUNK // width)) for t in tensors))
+
+
+def hit_rank(scores, right):
+    """scores (b, C), right (b, C) bool -> (b,) on the CPU: how many columns rank before the best
+    right one, so that a rank below k is a hit among the first k. Of equal scores, the one with the
+    smaller index comes first."""
+    best, best_column = scores.masked_fill(~right, -math.inf).max(1, keepdim=True)
+    column = torch.arange(scores.shape[1], device=scores.device)
+    greater_or_nan = ~(scores <= best)  # comparisons with NaN are false: NaN is never a hit
+    tied_before = (scores == best) & (column < best_column)
+    return (greater_or_nan | tied_before).sum(1).cpu()
+
+
+def percent(hits):
+    """Share of True in a boolean tensor."""
+    return 100 * hits.sum().item() / hits.numel()
+
+
+def nearest(queries, bank, k):
+    """(b, D) and (N, D), unit vectors -> cosines (b, k) in float64 and rows of the bank (b, k), on
+    the CPU, the most similar first; of equal ones the smaller row first."""
+    cosine = queries @ bank.T  # (b, N)
+    kth = cosine.topk(k).values[:, -1:]
+    above, equal = cosine > kth, cosine == kth
+    # topk does not say which of equal ones it takes; here the first of them fill up the k
+    missing = k - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
+    rows = chosen.nonzero()[:, 1].view(-1, k)
+    cosine, rows = cosine.gather(1, rows).cpu().double(), rows.cpu()
+    cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+    return cosine, rows.gather(1, order)
+
+
+@torch.no_grad()
+def knn_sweep(bank, bank_labels, queries, query_labels, ks, temperatures, num_classes=None):
+    """Weighted k-nearest-neighbour vote (DINO eval_knn.py; arXiv 1805.01978) for several k and
+    temperatures, with one search for neighbours -> {(k, temperature): (top1, top5)} in percent.
+
+    (N, D), (N,), (M, D), (M,) on one device. The k rows of the bank with the largest cosine vote
+    for their class with weight exp(cosine / temperature). As in DINO, top5 counts the first min(5,
+    k) classes, also those without a vote. Equal cosines and equal votes rank in the order of their
+    index."""
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
+    num_classes = num_classes or int(max(bank_labels.max(), query_labels.max())) + 1
+    most = min(max(ks), len(bank))
+    ranks = {(k, temperature): [] for k in ks for temperature in temperatures}
+    for query, label in chunks(max(len(bank), num_classes), queries, query_labels):
+        cosine, rows = nearest(query, bank, most)
+        classes = bank_labels[rows]  # (b, most)
+        right = label[:, None] == torch.arange(num_classes)
+        for k, temperature in ranks:
+            # relative to the largest cosine, so that no weight is infinite
+            weight = ((cosine[:, :k] - cosine[:, :1]) / temperature).exp()
+            votes = weight.new_zeros(len(query), num_classes)
+            votes.scatter_add_(1, classes[:, :k], weight)
+            # sums in float64, rounded to float32: equal votes stay equal in any order of addition
+            ranks[k, temperature].append(hit_rank(votes.float(), right))
+    out = {}
+    for (k, temperature), parts in ranks.items():
+        found_at, few = torch.cat(parts), min(5, k, len(bank))
+        out[k, temperature] = percent(found_at < 1), percent(found_at < few)
+    return out
+
+
+def knn(bank, bank_labels, queries, query_labels, k=20, temperature=0.07, num_classes=None):
+    """knn_sweep for one k and one temperature -> (top1, top5) in percent."""
+    found = knn_sweep(bank, bank_labels, queries, query_labels, [k], [temperature], num_classes)
+    return found[k, temperature]
+
+
+def tokenize(tokenizer, texts, device):
+    """T strings -> int64 (T, L), where L is the longest text's length rounded up to a multiple of
+    8, as in training; shorter texts are padded with 0."""
+    ids = tokenizer.batch(texts)
+    longest = int(ids.ne(0).any(0).nonzero().max()) + 1
+    return ids[:, : 8 * math.ceil(longest / 8)].to(device)
+
+
+@torch.no_grad()
+def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu", batch_size=256):
+    """One unit vector per class, (C, E): the embedding of every prompt is normalised, and so is
+    their mean (CLIP Sec. 3.1.4: the ensemble is formed in embedding space). A class is a str or a
+    list of synonyms; each synonym fills the {} of each template, and all are averaged (SLIP).
+    encode_text: token ids (b, L) -> (b, E)."""
+    names = [[c.replace("_", " ")] if isinstance(c, str) else c for c in classnames]
+    prompts = [t.replace("{}", name) for synonyms in names for name in synonyms for t in templates]
+    parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    embedded = torch.cat([encode_text(tokenize(tokenizer, part, device)).float() for part in parts])
+    sizes = [len(synonyms) * len(templates) for synonyms in names]
+    per_class = F.normalize(embedded, dim=1).split(sizes)
+    return F.normalize(torch.stack([e.mean(0) for e in per_class]), dim=1)
+
+
+def zeroshot_metrics(logits, labels):
+    """logits (N, C), labels (N,) -> dict in percent. top1; from five classes on top5 and
+    mean_top1_top5 (Kinetics); mean_per_class, the mean recall of the classes that occur in `labels`
+    (as CLIP_benchmark; SLIP's is NaN when an absent class is predicted); with two classes roc_auc
+    of logit 1 - logit 0."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    ranks = [hit_rank(x, y[:, None] == classes) for x, y in chunks(len(classes), logits, labels)]
+    ranks, labels = torch.cat(ranks), labels.cpu()
+    out = {"top1": percent(ranks < 1)}
+    if len(classes) >= 5:
+        out["top5"] = percent(ranks < 5)
+        out["mean_top1_top5"] = (out["top1"] + out["top5"]) / 2
+    count = torch.bincount(labels, minlength=len(classes)).double()
+    hits = torch.bincount(labels[ranks < 1], minlength=len(classes)).double()
+    out["mean_per_class"] = 100 * (hits / count)[count > 0].mean().item()
+    if len(classes) == 2 and count.min() > 0:
+        out["roc_auc"] = roc_auc((logits[:, 1] - logits[:, 0]).cpu(), labels == 1)
+    return out
+
+
+def roc_auc(scores, positive):
+    """(N,), (N,) bool -> percent of the pairs of a positive and a negative in which the positive
+    has the larger score; ties count half."""
+    _, place, same = scores.unique(return_inverse=True, return_counts=True)
+    # ranks are counted from 1, and equal scores share the mean of theirs
+    mean_rank = (same.cumsum(0) - (same - 1) / 2).double()[place]
+    n = positive.sum().double()
+    wins = mean_rank[positive].sum() - n * (n + 1) / 2  # Mann-Whitney U
+    return 100 * (wins / (n * (len(scores) - n))).item()
+
+
+@torch.no_grad()
+def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
+    """Retrieval among N images and T captions, as on Flickr30k and COCO (CLIP_benchmark) -> dict in
+    percent.
+
+    (N, D), (T, D) and image_of_text (T,), the image of each caption; an image may have any number
+    of captions. text_to_image_recall@k: share of captions whose image is among the k most similar
+    images. image_to_text_recall@k: share of images with at least one of their captions among the k
+    most similar captions; an image without a caption is only a candidate. mean_recall: mean of all
+    of these. Only a part of the (T, N) similarities is held at a time."""
+    images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
+    index = torch.arange(len(images), device=images.device)
+    to_text, to_image = [], []
+    for image, i in chunks(len(texts), images, index):
+        to_text.append(hit_rank(image @ texts.T, i[:, None] == image_of_text))
+    for text, i in chunks(len(images), texts, image_of_text):
+        to_image.append(hit_rank(text @ images.T, i[:, None] == index))
+    captioned = image_of_text.cpu().unique()
+    to_text, to_image = torch.cat(to_text)[captioned], torch.cat(to_image)
+    out = {f"image_to_text_recall@{k}": percent(to_text < k) for k in ks}
+    out |= {f"text_to_image_recall@{k}": percent(to_image < k) for k in ks}
+    return out | {"mean_recall": sum(out.values()) / len(out)}
+
+
+# -------------------------------------------- in the training loop --------------------------------
+def evaluation_set(args, split="val"):
+    """The dataset that is evaluated on while training, or None, with a sentence that says why."""
+    try:
+        return open_dataset(args.eval_data or args.data, args.data_dir, split)
+    except UserError as error:
+        if rank() == 0:
+            print(f"no evaluation while training: {error}", file=sys.stderr, flush=True)
+
+
+def captions(dataset, most=20000):
+    """At most `most` captions, evenly spread over a dataset: what a tokenizer is trained on."""
+    for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
+        with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
+            yield from dataset[index].captions
+
+
+def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07,
+             max_train=5000, max_val=1000, **options):  # fmt: skip
+    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"}, or {} without classes. It is quick
+    because it takes fixed subsets of both splits (0: all). options: those of `extract`."""
+    if not (train_set and val_set and train_set.classes and val_set.classes):
+        return {}
+    inputs = []
+    for dataset, most in ((train_set, max_train), (val_set, max_val)):
+        indices = subset_indices(dataset, most)
+        features, labels = extract(encoder, dataset, view, device, indices=indices, **options)
+        inputs += [x.to(device) for x in labelled(dataset, features, labels)]
+    top1, top5 = knn(*inputs, k, temperature, len(train_set.classes))
+    return {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
+
+
+def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None,
+                    captions=False, **options):  # fmt: skip
+    """Collective. -> (zeroshot_metrics or {} without classnames, recall or {} without captions,
+    number of images), from one pass over the dataset. classnames, templates: as in
+    zeroshot_weights; options: those of `extract`."""
+    options["tokenizer"] = tokenizer if captions else None
+    extracted = extract_features(model, model.encode_image, dataset, view, device, **options)
+    images, labels, texts, image_of_text, _ = (x.to(device) for x in extracted)
+    metrics = {}
+    if classnames:
+        templates = templates or TEMPLATES.get(dataset.name, TEMPLATES["default"])
+        with evaluating(model), mixed_precision(options.get("dtype", "fp32"), device)[0]:
+            weights = zeroshot_weights(model.encode_text, tokenizer, classnames, templates, device)
+        features, labels = labelled(dataset, images, labels)
+        metrics = zeroshot_metrics(F.normalize(features, dim=1) @ weights.T, labels)
+    retrieval = recall(images, texts, image_of_text) if len(texts) else {}
+    return metrics, retrieval, len(images)
+
+
+def language_eval(model, tokenizer, dataset, view, device, max_images=1000, **options):
+    """Collective. -> with classes {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1"
+    (mean of both directions), "recall_chance"}. It is quick because it takes a fixed subset of the
+    dataset (0: all). model: has encode_image and encode_text. options: those of `extract`."""
+    names = dataset.classes
+    if names and all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
+        names = None  # WordNet ids are no words
+    options |= {"classnames": names, "captions": dataset.captioned}
+    options["indices"] = subset_indices(dataset, max_images)
+    zeroshot, retrieval, n = language_scores(model, tokenizer, dataset, view, device, **options)
+    out = {}
+    if zeroshot:
+        out = {"zeroshot_top1": zeroshot["top1"], "zeroshot_chance": 100 / len(dataset.classes)}
+    if retrieval:
+        both = retrieval["image_to_text_recall@1"] + retrieval["text_to_image_recall@1"]
+        out |= {"recall@1": both / 2, "recall_chance": 100 / n}
+    return out
