@@ -1,4 +1,4 @@
-"""evaluate.py against the official numbers, against references written out in float64, and on two processes."""
+"""monitor.py and evaluate.py against the official numbers, against references written out in float64, and on two processes."""
 
 import itertools
 import json
@@ -17,17 +17,18 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import dino
-import evaluate
-import pictures
-import probes
+import monitor
+import run as paper_trail
 import runs
 import test_golden
+from command import Args, main
 from common import LARS, UserError, init_distributed, rank, user_errors
-from data import Sample, Tokenizer
-from evaluate import EvalView
-from evaluate import Args, extract, fit_heads, knn, knn_eval, language_eval, linear_probe, recall
-from evaluate import zeroshot_metrics, zeroshot_weights
-from probes import best_exponent, logistic_regression
+from data import Sample, Tokenizer, decode
+from evaluation import pictures, probes
+from evaluation.features import LastBlocks, block_features, cached_extract
+from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
+from evaluation.weights import open_network
+from monitor import EvalView, extract, knn, knn_eval, language_eval, recall, zeroshot_metrics, zeroshot_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -78,14 +79,14 @@ def test_knn_reference(k, n_test, ties, monkeypatch):
     inputs = (train, train_labels, test, test_labels, k, 0.07, 9)
     assert knn(*inputs) == pytest.approx(knn_reference(*inputs))
     whole = knn(*inputs)
-    monkeypatch.setattr(evaluate, "CHUNK", 200)  # two rows at a time
+    monkeypatch.setattr(monitor, "CHUNK", 200)  # two rows at a time
     assert knn(*inputs) == whole
 
 
 def test_knn_sweep_is_every_single_one():
     g = torch.Generator().manual_seed(0)
     inputs = signs(90, 1), torch.randint(0, 9, (90,), generator=g), signs(61, 2), torch.randint(0, 9, (61,), generator=g)
-    found = evaluate.knn_sweep(*inputs, [1, 5, 20, 500], [0.07, 0.5], 9)
+    found = monitor.knn_sweep(*inputs, [1, 5, 20, 500], [0.07, 0.5], 9)
     assert found == {(k, t): knn(*inputs, k, t, 9) for k in (1, 5, 20, 500) for t in (0.07, 0.5)} and len(found) == 8
 
 
@@ -163,7 +164,7 @@ def test_metrics_reference(classes, monkeypatch):
         pairs = [(p > n) + 0.5 * (p == n) for p in score[labels == 1].tolist() for n in score[labels == 0].tolist()]
         assert out["roc_auc"] == pytest.approx(100 * np.mean(pairs))
         assert "roc_auc" not in zeroshot_metrics(logits, labels * 0)
-    monkeypatch.setattr(evaluate, "CHUNK", 7 * classes)
+    monkeypatch.setattr(monitor, "CHUNK", 7 * classes)
     assert zeroshot_metrics(logits, labels) == out
 
 
@@ -208,7 +209,7 @@ def test_recall_reference(n, t, ties, monkeypatch):
     owner = torch.randint(0, n, (t,), generator=g).clamp(max=max(0, n - 3))  # any order; the last images have none
     whole = recall(images, texts, owner)
     assert whole == pytest.approx(recall_reference(images, texts, owner, (1, 5, 10)))
-    monkeypatch.setattr(evaluate, "CHUNK", 100)
+    monkeypatch.setattr(monitor, "CHUNK", 100)
     assert recall(images, texts, owner) == whole
 
 
@@ -272,7 +273,7 @@ def test_extract_leaves_everything_as_it_was():
     assert features.dtype == torch.float32 and not features.requires_grad
     net.eval()
     with torch.no_grad():
-        one_by_one = [net(VIEW(VIEW.crop(evaluate.decode(Toy(23)[i].image), None)[None], {})) for i in range(23)]
+        one_by_one = [net(VIEW(VIEW.crop(decode(Toy(23)[i].image), None)[None], {})) for i in range(23)]
     torch.testing.assert_close(features, torch.cat(one_by_one))
     assert labels.tolist() == [i % 3 for i in range(23)]
     some = extract(net, Toy(23), VIEW, CPU, indices=[1, 4, 22])
@@ -317,11 +318,11 @@ def test_captions_stay_with_their_images():
     net, data = Net().eval(), Toy(31, broken=True)
     kept = [i for i in range(31) if i % 5 != 3]
     owners, captions = zip(*[(row, c) for row, i in enumerate(kept) for c in data[i].captions if c.strip()])
-    images = [VIEW(VIEW.crop(evaluate.decode(data[i].image), None)[None], {}) for i in kept]
+    images = [VIEW(VIEW.crop(decode(data[i].image), None)[None], {}) for i in kept]
     with torch.no_grad():
         images, texts = torch.cat([net(x) for x in images]), net.encode_text(Letters().batch(captions))
     want = recall(images, texts, torch.tensor(owners))
-    zeroshot, found, n = evaluate.language_scores(
+    zeroshot, found, n = monitor.language_scores(
         net, Letters(), data, VIEW, CPU, Toy.classes, ["a {}"], captions=True, batch_size=4
     )
     assert found == pytest.approx(want) and n == len(kept)
@@ -340,26 +341,26 @@ def test_features_are_kept(tmp_path, capsys, monkeypatch):
             return super().__getitem__(i)
 
     opened, data, options = [], Longer(50), {"batch_size": 7, "cache": str(tmp_path)}
-    first = extract(Net(), data, VIEW, CPU, **options)
-    again = extract(Net(), data, VIEW, CPU, **options)
+    first = cached_extract(Net(), data, VIEW, CPU, **options)
+    again = cached_extract(Net(), data, VIEW, CPU, **options)
     assert len(opened) == 1 and all(torch.equal(a, b) for a, b in zip(first, again))
-    assert torch.equal(first[0], extract(Net(), Toy(50), VIEW, CPU, batch_size=7)[0])
+    assert torch.equal(first[0], cached_extract(Net(), Toy(50), VIEW, CPU, batch_size=7)[0])
     trained = Net()
     trained.image[1].bias.data += 1
     narrow = Longer(50)
     narrow.classes = ["red", "green", "else"]
     for changed in ((trained, data, VIEW), (Net(), Longer(49), VIEW), (Net(), Longer(50, first=1), VIEW), (Net(), narrow, VIEW),
                     (Net(), data, EvalView(8, 10))):  # fmt: skip
-        extract(*changed, CPU, **options)
-    extract(Net(), data, VIEW, CPU, **{**options, "batch_size": 8})
-    extract(Net(), data, VIEW, CPU, **options, dtype="bf16")
-    extract(Net(), data, VIEW, CPU, **options, indices=[40, 41])
+        cached_extract(*changed, CPU, **options)
+    cached_extract(Net(), data, VIEW, CPU, **{**options, "batch_size": 8})
+    cached_extract(Net(), data, VIEW, CPU, **options, dtype="bf16")
+    cached_extract(Net(), data, VIEW, CPU, **options, indices=[40, 41])
     assert len(opened) == 9 and len(list(tmp_path.iterdir())) == 9
     for file in tmp_path.iterdir():
         file.write_bytes(b"damaged")
-    assert torch.equal(first[0], extract(Net(), data, VIEW, CPU, **options)[0])
+    assert torch.equal(first[0], cached_extract(Net(), data, VIEW, CPU, **options)[0])
     options["cache"] = str(tmp_path / "nowhere")
-    extract(Net(), data, VIEW, CPU, **options)
+    cached_extract(Net(), data, VIEW, CPU, **options)
     assert "features are not kept" in capsys.readouterr().err
 
 
@@ -451,15 +452,15 @@ def test_lars_and_steps():
 def test_features_of_blocks_official():
     g = golden("eval_linear_features_dino")
     tokens, out = g["inputs"]["intermediate_n2"], g["outputs"]
-    torch.testing.assert_close(probes.block_features(tokens, 16, False), out["n2_noavgpool"])
-    interleaved = probes.block_features(tokens[-1:], 16, True).unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+    torch.testing.assert_close(block_features(tokens, 16, False), out["n2_noavgpool"])
+    interleaved = block_features(tokens[-1:], 16, True).unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
     torch.testing.assert_close(interleaved, out["n1_avgpool"])
     g = golden("eval_linear_features_dinov2")
     tokens = [torch.cat([cls[:, None], patches], 1) for patches, cls in g["inputs"]["tokens"]]
-    every = probes.block_features(tokens, 5, True)
+    every = block_features(tokens, 5, True)
     heads = [every[:, a:b] for _, (a, b) in probes.grid(4, every.shape[1], [0.1])]
-    for features, name in zip(heads, ("n1_avgFalse", "n1_avgTrue", "n4_avgFalse", "n4_avgTrue"), strict=True):
-        torch.testing.assert_close(features, g["outputs"][name])
+    for found, name in zip(heads, ("n1_avgFalse", "n1_avgTrue", "n4_avgFalse", "n4_avgTrue"), strict=True):
+        torch.testing.assert_close(found, g["outputs"][name])
 
 
 def test_blocks_of_a_network_official():
@@ -467,10 +468,10 @@ def test_blocks_of_a_network_official():
     vit = dino.VisionTransformer(32, 8, 48, 2, 3).eval()
     vit.load_state_dict(test_golden.golden("dino_vit_tiny_weights")[0]["state_dict"])
     with torch.no_grad():
-        features = probes.LastBlocks(vit, 2, True)(x["x24x40"])
+        features = LastBlocks(vit, 2, True)(x["x24x40"])
         test_golden.close(features[:, :48], y["x24x40"]["intermediate_n2"][0][:, 0], atol=1e-5)
         test_golden.close(features[:, 48:96], y["x24x40"]["cls"], atol=1e-5)
-        test_golden.close(features[:, 96:], pictures.patches(vit, x["x24x40"])[1].mean((1, 2)), atol=1e-5)
+        test_golden.close(features[:, 96:], pictures.attention_and_features(vit, x["x24x40"])[1].mean((1, 2)), atol=1e-5)
     assert not vit.blocks[0]._forward_hooks
 
 
@@ -486,7 +487,7 @@ class Blocks(nn.Module):
 def test_grid_chooses_kind_and_rate(cached):
     args = Args(grid=True, cached=cached, blocks=2, train_batch=32, epochs=5, workers=0)
     out, head, base_lr = linear_probe(Blocks(), Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
-    assert out["top1"] == 100 and head.in_features in (6, 9) and base_lr in evaluate.GRID_LRS
+    assert out["top1"] == 100 and head.in_features in (6, 9) and base_lr in probes.GRID_LRS
     again, same, _ = linear_probe(Blocks(), Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
     assert torch.equal(head.weight, same.weight) and again == out
 
@@ -499,7 +500,7 @@ def test_linear_probe_separates(cached):
     assert out["top1"] == 100 and net.training
     again, same, _ = linear_probe(net, Toy(130), Toy(61, first=900), VIEW, CPU, args, batch_size=16)
     assert torch.equal(head.weight, same.weight) and again == out
-    assert base_lr in evaluate.LRS or not cached
+    assert base_lr in probes.LRS or not cached
 
 
 def test_nothing_is_chosen_on_the_test_split():
@@ -517,7 +518,7 @@ def test_nothing_is_chosen_on_the_test_split():
     args, train = Args(cached=True, train_batch=32, epochs=2), Toy(130)
     right = linear_probe(Faint(), train, Toy(60, first=900), VIEW, CPU, args)
     wrong = linear_probe(Faint(), train, Mixed(60, first=900), VIEW, CPU, args)
-    assert wrong[2] == right[2] > evaluate.LRS[0] and torch.equal(wrong[1].weight, right[1].weight)
+    assert wrong[2] == right[2] > probes.LRS[0] and torch.equal(wrong[1].weight, right[1].weight)
     assert right[0]["top1"] == 100 and wrong[0]["top1"] == 0
 
 
@@ -563,7 +564,7 @@ def run(folder, protocol, *words, data="classes"):
     first = [i for i, word in enumerate(words) if word.startswith("-")][:1] or [len(words)]
     paths, flags = [str(folder / w) for w in words[: first[0]]], words[first[0] :]
     before = {p: len(results(p)) for p in paths}
-    evaluate.main([protocol, *paths, "--data", str(folder / data), *FLAGS, *flags])
+    main([protocol, *paths, "--data", str(folder / data), *FLAGS, *flags])
     return [line for p in paths for line in results(p)[before[p] :]]
 
 
@@ -604,7 +605,7 @@ def test_commands(folder, capsys):
     assert len(list((folder / "simclr").glob("features_*.pt"))) == 4  # taken from there
     assert run(folder, "logreg", "clip", "--C", "0.316")[0]["metrics"]["C"] == 0.316
     cached, plain = run(folder, "linear", "simclr", "--cached", *LINEAR), run(folder, "linear", "simclr", *LINEAR)
-    assert cached[0]["metrics"]["base_lr"] in evaluate.LRS and plain[0]["metrics"]["base_lr"] == 0.1
+    assert cached[0]["metrics"]["base_lr"] in probes.LRS and plain[0]["metrics"]["base_lr"] == 0.1
     deeper = run(folder, "knn", "simclr", "--head-layer", "1")
     assert deeper[0]["metrics"].keys() == {"top1", "top5", "chance"}
 
@@ -612,7 +613,7 @@ def test_commands(folder, capsys):
 def test_weights_are_loaded_or_random(folder):
     saved = torch.load(folder / "simclr/checkpoint.pt", weights_only=True)["model"]
     loaded, drawn, again = (
-        evaluate.open_network(folder / "simclr", CPU, 0, r).model.state_dict() for r in (False, True, True)
+        open_network(folder / "simclr", CPU, 0, r).model.state_dict() for r in (False, True, True)
     )
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert all(torch.equal(drawn[name], again[name]) for name in saved)
@@ -658,7 +659,7 @@ def test_mistakes_are_sentences(folder, words, sentence):
     argv = [str(folder / w) if w in where else w for w in words.split()]
     data = [] if "--data" in argv else ["--data", str(folder / "classes")]
     with pytest.raises(UserError, match=re.escape(sentence)) as error:
-        evaluate.main([*argv, *data, "--device", "cpu", "--workers", "0"])
+        main([*argv, *data, "--device", "cpu", "--workers", "0"])
     assert "\n" not in str(error.value)
 
 
@@ -708,7 +709,7 @@ def test_views_of_different_sizes_in_one_picture(tmp_path):
 
     red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
     images = {"small": red.expand(9, 3, 32, 32), "large": red.expand(9, 3, 150, 150)}
-    evaluate.save_views(tmp_path, images, dict.fromkeys(images, Halved()))
+    paper_trail.save_views(tmp_path, images, dict.fromkeys(images, Halved()))
     page = np.asarray(Image.open(tmp_path / "views.png"))
     assert page.shape == (2 * 14 + 132 + 154, 8 * 152 + 2, 3)  # 32 px are enlarged four times, borders of 2
     assert (page[14 + 66, 66] == (255, 0, 0)).all() and (page[-77, -77] == (255, 0, 0)).all()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import evaluate
 import runs
+from command import main
 from common import UserError
 from data import Tokenizer
+from evaluation.weights import open_network
 from test_golden import close
 
 CPU = torch.device("cpu")
@@ -43,10 +44,10 @@ def checkpoint(folder, name):
 def exported(folder, name, to, capsys):
     """-> the network here, the namespace in which the printed lines ran, those lines."""
     path = checkpoint(folder, name)
-    evaluate.main(["export", str(path), "--to", to])
+    main(["export", str(path), "--to", to])
     printed, space = capsys.readouterr().out, {"images": torch.rand(2, 3, 32, 32)}
     exec(printed, space)
-    return evaluate.open_network(path, CPU), space, printed
+    return open_network(path, CPU), space, printed
 
 
 RESNETS, VITS = ["simclr", "simclr_cifar", "moco", "byol", "simsiam"], ["dino", "ibot", "mocov3", "slip"]
@@ -105,7 +106,7 @@ def test_safetensors(folder, name, capsys):
     net, space, _ = exported(folder, name, "safetensors", capsys)
     want = (net.model if name in ("clip", "slip") else net.encoder).state_dict()
     assert space["state"].keys() == want.keys() and all(torch.equal(space["state"][k], want[k]) for k in want)
-    again = evaluate.open_network(folder / name / "export_safetensors/model.safetensors", CPU, text=False)
+    again = open_network(folder / name / "export_safetensors/model.safetensors", CPU, text=False)
     if name != "dino":  # whose small one has a number of heads of its own
         with torch.no_grad():
             close(again.encoder.eval()(space["images"]), net.encoder.eval()(space["images"]))
@@ -127,7 +128,7 @@ def test_mistakes_are_sentences(folder, words, sentence):
     paths = words.split("--")[0].split()
     paths = [str(folder / p if p == "nowhere" else checkpoint(folder, p)) for p in paths]
     with pytest.raises(UserError, match=sentence) as error:
-        evaluate.main(["export", *paths, *words.split()[len(paths) :]])
+        main(["export", *paths, *words.split()[len(paths) :]])
     assert "\n" not in str(error.value)
 
 
@@ -137,9 +138,9 @@ def test_width_that_nobody_has(folder, tmp_path):
     saved = {"method": "simclr", "args": vars(args), "model": simclr.build_model(args).state_dict()}
     torch.save(saved, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="usual depth and width"):
-        evaluate.main(["export", str(tmp_path), "--to", "torchvision"])
-    evaluate.main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "there")])
+        main(["export", str(tmp_path), "--to", "torchvision"])
+    main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "there")])
     assert (tmp_path / "there/model.safetensors").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="use another --out"):
-        evaluate.main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "file")])
+        main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "file")])

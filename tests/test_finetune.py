@@ -20,12 +20,13 @@ from torchvision.transforms import v2
 import clip
 import dino
 import dinov2
-import evaluate
-import finetune
 import runs
 import slip
+from command import Args, main
 from common import UserError, init_distributed, rank, user_errors
-from evaluate import Args, EvalView, extract
+from data import decode
+from evaluation import finetune
+from monitor import EvalView, extract
 from test_evaluate import Toy
 
 CPU = torch.device("cpu")
@@ -49,9 +50,9 @@ def test_mixed_targets_are_the_shares_of_the_pixels(mixup, cutmix):
     x = values.view(6, 1, 1, 1).expand(6, 3, 8, 10)
     labels = torch.tensor([0, 1, 2, 3, 4, 4])
     targets = finetune.smooth_targets(labels, 5, 0.1)
-    operation, seen = finetune.mixing(mixup, cutmix), set()
+    seen = set()
     for seed in range(20):
-        mixed, soft = finetune.mix(x, targets, operation, seed)
+        mixed, soft = finetune.mix(x, targets, mixup, cutmix, seed)
         torch.testing.assert_close(soft.sum(1), torch.ones(6))
         for i in range(6):
             own, other = values[i], values[i ^ 1]
@@ -61,7 +62,7 @@ def test_mixed_targets_are_the_shares_of_the_pixels(mixup, cutmix):
         constant = all(len(image.unique()) == 1 for image in mixed)
         assert constant if not cutmix else True
     assert len(seen) > 10
-    again, _ = finetune.mix(x, targets, operation, 19)
+    again, _ = finetune.mix(x, targets, mixup, cutmix, 19)
     assert torch.equal(mixed, again)
 
 
@@ -69,23 +70,24 @@ def test_mixing_keeps_to_pairs_and_to_the_global_generator():
     """Two halves of a batch, each by itself, are the whole batch: it does not matter which process has them."""
     g = torch.Generator().manual_seed(0)
     x, targets = torch.rand(8, 3, 6, 6, generator=g), torch.rand(8, 4, generator=g)
-    operation, state = finetune.mixing(0.8, 1.0), torch.get_rng_state()
+    state = torch.get_rng_state()
     for seed in range(8):
-        whole = finetune.mix(x, targets, operation, seed)
-        halves = [finetune.mix(x[i : i + 4], targets[i : i + 4], operation, seed) for i in (0, 4)]
+        whole = finetune.mix(x, targets, 0.8, 1.0, seed)
+        halves = [finetune.mix(x[i : i + 4], targets[i : i + 4], 0.8, 1.0, seed) for i in (0, 4)]
         for a, b in zip(whole, zip(*halves)):
             torch.testing.assert_close(a, torch.cat(b))
     assert torch.equal(torch.get_rng_state(), state)
-    assert finetune.mixing(0, 0) is None
+    assert finetune.mix(x, targets, 0, 0, 1) == (x, targets)
 
 
 def test_mixup_is_torchvisions():
     x, targets = torch.rand(2, 3, 5, 5), F.one_hot(torch.tensor([2, 0]), 3).float()
-    for operation in (v2.MixUp(alpha=0.8, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)):
-        with finetune.seeded(5):
-            want = operation(x, torch.tensor([2, 0]))
-        two = type(operation)(alpha=operation.alpha, num_classes=2)
-        torch.testing.assert_close(finetune.mix(x, targets, two, 5), want)
+    mixup, cutmix = v2.MixUp(alpha=0.8, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)
+    for operation, ours in ((mixup, (0.8, 0)), (cutmix, (0, 1.0)), (v2.RandomChoice([mixup, cutmix]), (0.8, 1.0))):
+        for seed in range(5):
+            with finetune.seeded(seed):
+                want = operation(x, torch.tensor([2, 0]))
+            torch.testing.assert_close(finetune.mix(x, targets, *ours, seed), want)
 
 
 def test_smoothed_targets():
@@ -99,12 +101,12 @@ def test_smoothed_targets():
 
 # ------------------------------------------------ augmentation ------------------------------------------------
 def test_view_is_a_function_of_the_sample():
-    view, image = finetune.FineTuneView(VIEW, randaugment=9, erase=0.5), evaluate.decode(Toy(1)[0].image)
+    view, image = finetune.FineTuneView(VIEW, randaugment=9, erase=0.5), decode(Toy(1)[0].image)
     state, crops = torch.get_rng_state(), []
     for _ in range(2):
         for seed in range(6):
             rng = random.Random(seed)
-            crop, draw = view.crop(image, rng), view.draw(rng)
+            crop, draw = view.crop(image, rng), view.sample(rng)
             assert crop.shape == (3, 16, 16) and crop.dtype == torch.uint8
             crops.append(view(crop[None], {k: torch.tensor([v]) for k, v in draw.items()}))
             torch.randn(3)
@@ -125,7 +127,7 @@ def test_erasing_is_of_single_samples_and_rectangles():
         box = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         assert box.float().mean() > 0.99 and 0.01 < changed.float().mean() < 0.4
         assert out[i][:, changed].unique().numel() > 10  # noise, not one colour
-    assert [finetune.FineTuneView(VIEW).draw(random.Random(i))["erase"] for i in range(9)] == [0] * 9
+    assert [finetune.FineTuneView(VIEW).sample(random.Random(i))["erase"] for i in range(9)] == [0] * 9
 
 
 # ------------------------------------------------ layers ------------------------------------------------
@@ -226,7 +228,7 @@ def test_drop_path(network):
         drop = finetune.DropPath(blocks, 0.6)
         assert drop.rates.tolist() == pytest.approx([0, 0, 0.3, 0.3, 0.6, 0.6])
         torch.testing.assert_close(encoder.eval()(x), want)  # nothing happens in evaluation
-        drop.draw(4000, 1, CPU)
+        drop.sample(4000, 1, CPU)
         share = (drop.factors == 0).float().mean(0)
         torch.testing.assert_close(share, drop.rates, atol=0.03, rtol=0)
         torch.testing.assert_close(drop.factors.mean(0), torch.ones(6), atol=0.06, rtol=0)  # scaled up
@@ -369,7 +371,7 @@ def run(folder, *words):
     """main() in this process -> the last line of the first checkpoint's results.jsonl."""
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     paths = [str(folder / word) for word in words[1:first]]
-    evaluate.main([words[0], *paths, "--data", str(folder / "classes"), *COMMON, *words[first:]])
+    main([words[0], *paths, "--data", str(folder / "classes"), *COMMON, *words[first:]])
     if rank() > 0:  # the first process has written it
         return None
     return json.loads((Path(paths[0]) / "results.jsonl").read_text().splitlines()[-1])

@@ -11,10 +11,10 @@ import torchvision
 import transformers
 
 import clip
-import evaluate
 import simclr
 import slip
 from common import UserError
+from evaluation.weights import load_released
 
 
 def close(a, b, atol=1e-5):
@@ -80,7 +80,7 @@ def test_released_archive(name, tmp_path):
             return x
 
     torch.jit.script(Archive()).save(tmp_path / "released.pt")
-    module, mine = evaluate.load_released(tmp_path / "released.pt")
+    module, mine = load_released(tmp_path / "released.pt")
     assert module is clip
     model.load_state_dict({k: v.half().float() if v.ndim > 1 else v for k, v in model.state_dict().items()})
     image, ids = torch.randn(1, 3, 224, 224), open_clip.tokenize(["a photo of a cat"])
@@ -119,14 +119,14 @@ def test_slip_released_checkpoint(tmp_path):
     content = {"epoch": 25, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
                "args": argparse.Namespace(model="SLIP_VITS16", lr=3e-3), "best_acc1": 38.3}  # fmt: skip
     torch.save(content, tmp_path / "released.pt")
-    module, loaded = evaluate.load_released(tmp_path / "released.pt")
+    module, loaded = load_released(tmp_path / "released.pt")
     assert module is slip and loaded.visual.blocks[0].attn.heads == 12
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         close(loaded.eval().encode_image(image), model.encode_image(image))
     torch.save({"state_dict": {k: v for k, v in content["state_dict"].items() if "ln_final" not in k}}, tmp_path / "cut.pt")
     with pytest.raises(UserError, match="does not hold"):
-        evaluate.load_released(tmp_path / "cut.pt")
+        load_released(tmp_path / "cut.pt")
 
 
 def test_timm_vit():

@@ -12,12 +12,13 @@ from sklearn.decomposition import PCA
 
 import dino
 import dinov2
-import evaluate
 import mocov3
-import pictures
 import runs
 import slip
+from command import Args, main
 from common import UserError, init_distributed, user_errors
+from data import open_dataset
+from evaluation import pictures
 from test_golden import close, golden
 
 CPU = torch.device("cpu")
@@ -37,11 +38,11 @@ def test_attention_and_features_official(size):
     x, y, _ = golden("dino_vit_tiny")
     vit = dino.VisionTransformer(32, 8, 48, 2, 3).eval()
     vit.load_state_dict(golden("dino_vit_tiny_weights")[0]["state_dict"])
-    attention, features = pictures.patches(vit, x[size])
+    attention, features = pictures.attention_and_features(vit, x[size])
     close(attention.flatten(2), y[size]["last_selfattention"][:, :, 0, 1:])
     assert attention.shape[2:] == features.shape[1:3] == tuple(side // 8 for side in x[size].shape[2:])
     vit.blocks = vit.blocks[:1]  # the numbers are of the first of two blocks
-    close(pictures.patches(vit, x[size])[1].flatten(1, 2), y[size]["intermediate_n2"][0][:, 1:], atol=1e-5)
+    close(pictures.attention_and_features(vit, x[size])[1].flatten(1, 2), y[size]["intermediate_n2"][0][:, 1:], atol=1e-5)
 
 
 @pytest.mark.parametrize("module", [slip, mocov3])
@@ -52,9 +53,9 @@ def test_networks_of_one_size(module):
     before, x = vit.pos_embed.clone(), torch.randn(2, 3, 32, 32)
     flexible = dino.VisionTransformer(32, 8, 48, 2, 3).eval()
     flexible.load_state_dict(vit.state_dict())
-    for ours, other in zip(pictures.patches(vit, x), pictures.patches(flexible, x)):
+    for ours, other in zip(pictures.attention_and_features(vit, x), pictures.attention_and_features(flexible, x)):
         close(ours, other)
-    attention, features = pictures.patches(vit, torch.randn(1, 3, 24, 56))
+    attention, features = pictures.attention_and_features(vit, torch.randn(1, 3, 24, 56))
     assert attention.shape == (1, 3, 3, 7) and features.shape == (1, 3, 7, 48)
     assert torch.equal(vit.pos_embed, before) and not vit.blocks[-1]._forward_hooks
 
@@ -63,7 +64,7 @@ def test_registers_are_no_patches():
     """DINOv2's, whose blocks attend themselves."""
     vit, x, seen = dinov2.VisionTransformer(32, 8, 48, 2, 3, 0.0, 4, False, 0.5).eval(), torch.randn(1, 3, 32, 32), []
     vit.blocks[-1].norm1.register_forward_hook(lambda module, args, out: seen.append(out))
-    attention, features = pictures.patches(vit, x)
+    attention, features = pictures.attention_and_features(vit, x)
     close(features.flatten(1, 2), vit.tokens(x)[:, 1:].detach())
     q, k, _ = (t.unflatten(-1, (3, 16)).transpose(1, 2) for t in vit.blocks[-1].attn["qkv"](seen[0]).chunk(3, dim=-1))
     close(attention.flatten(2), (q @ k.transpose(2, 3) / 4).softmax(-1)[:, :, 0, 5:].detach())
@@ -208,7 +209,7 @@ def folder(tmp_path_factory):
 
 def run(folder, protocol, checkpoint, *flags, data="classes"):
     flags = ["--device", "cpu", "--workers", "0", "--out", str(folder / "out"), *flags]
-    evaluate.main([protocol, str(folder / checkpoint), "--data", str(folder / data), *flags])
+    main([protocol, str(folder / checkpoint), "--data", str(folder / data), *flags])
     return folder / "out" / f"{protocol}_{data}.png"
 
 
@@ -233,19 +234,19 @@ def test_published_weights_give_the_same_picture(folder):
 
 
 def test_random_weights_and_default_folder(folder):
-    evaluate.main(["pca", str(folder / "dino"), "--data", str(folder / "classes"), "--random", "--device", "cpu"])
+    main(["pca", str(folder / "dino"), "--data", str(folder / "classes"), "--random", "--device", "cpu"])
     drawn, random = ((folder / "dino" / f"pca_classes{end}.png").read_bytes() for end in ("", "_random"))
     assert drawn != random and not (folder / "dino/results.jsonl").exists()
 
 
 def test_samples_are_chosen(folder):
-    val = evaluate.open_dataset(str(folder / "classes"), split="val")
-    args = evaluate.Args(images=3)
-    assert len({s.label for _, s, _ in evaluate.picked(val, args, one_kind=True)}) == 1
-    assert [i for i, *_ in evaluate.picked(val, args)] == [i for i, *_ in evaluate.picked(val, args)]
-    assert [i for i, *_ in evaluate.picked(val, evaluate.Args(samples="5,0,5"))] == [5, 0, 5]
-    photos = evaluate.open_dataset(str(folder / "photos"))
-    assert len(evaluate.picked(photos, evaluate.Args(images=99), one_kind=True)) == 6  # without the broken one
+    val = open_dataset(str(folder / "classes"), split="val")
+    args = Args(images=3)
+    assert len({s.label for _, s, _ in pictures.chosen_samples(val, args, one_class=True)}) == 1
+    assert [i for i, *_ in pictures.chosen_samples(val, args)] == [i for i, *_ in pictures.chosen_samples(val, args)]
+    assert [i for i, *_ in pictures.chosen_samples(val, Args(samples="5,0,5"))] == [5, 0, 5]
+    photos = open_dataset(str(folder / "photos"))
+    assert len(pictures.chosen_samples(photos, Args(images=99), one_class=True)) == 6  # without the broken one
     run(folder, "matches", "dino", "--samples", "0,1", data="photos")  # a folder without splits or classes
 
 

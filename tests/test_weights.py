@@ -15,13 +15,13 @@ import torchvision
 import clip
 import dino
 import dinov2
-import evaluate
 import mocov3
 import runs
 import slip
+from command import main
 from common import UserError
+from evaluation.weights import FAMILIES, family, open_network
 from test_golden import close
-from weights import FAMILIES, family, open_network
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "golden"
@@ -228,6 +228,6 @@ def test_published_weights_on_the_command_line(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sample.image).save(path)
     path = saved(tmp_path / "vit.pth", dino.VisionTransformer(32, 8, 192, 2, 3).state_dict())
-    evaluate.main(["knn", str(path), "--data", str(tmp_path / "data"), "--device", "cpu", "--workers", "0", "--random"])
+    main(["knn", str(path), "--data", str(tmp_path / "data"), "--device", "cpu", "--workers", "0", "--random"])
     line = json.loads((tmp_path / "results.jsonl").read_text())
     assert line["method"] == "a ViT with timm's names" and line["step"] is None and "random weights" in line
