@@ -4,8 +4,7 @@ The training loops and evaluate.py share these functions, so that both report th
 the same network. Scores are in percent. Every function that is marked "Collective" is called by all
 processes at once and returns the same on each of them, whatever their number.
 
-Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch or chunk, S image
-size.
+Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch, S image size.
 """
 
 import contextlib
@@ -124,8 +123,7 @@ class Features(NamedTuple):
 @torch.no_grad()
 def extract_features(module, encode, dataset, view, device, tokenizer=None, dtype="fp32",
                      batch_size=256, workers=0, indices=None) -> Features:  # fmt: skip
-    """Collective. Features encode(images) of a dataset and, with a tokenizer,
-    module.encode_text(captions).
+    """Collective. encode(images) and, with a tokenizer, module.encode_text(captions) of a dataset.
 
     Processes share out whole batches. Each batch, and with it every rounding error, is thereby the
     same for any number of processes, and no sample is repeated to fill up. `module` is put into
@@ -133,16 +131,11 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
+    own_generator = torch.Generator()  # the global one must not move
     loader = torch.utils.data.DataLoader(
-        Batches(dataset, view),
-        sampler=batches,
-        batch_size=None,
-        collate_fn=tuple,
-        num_workers=min(workers, len(batches)),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # of its own: the global one must not move
-    )
+        Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=tuple,
+        num_workers=min(workers, len(batches)), pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals, generator=own_generator)  # fmt: skip
     images_seen, texts_seen, errors = [], [], []
     with evaluating(module), mixed_precision(dtype, device)[0]:
         for batch, batch_errors in bar(loader, f"{dataset.name} features"):
@@ -177,8 +170,7 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     if texts_seen:
         owners, texts = map(torch.cat, zip(*texts_seen))
     if not (images.isfinite().all() and texts.isfinite().all()):
-        raise UserError("some features are not finite: the network has diverged, or --dtype fp16 "
-                        "overflows")  # fmt: skip
+        raise UserError("features are not finite: the network diverged, or --dtype fp16 overflows")
     index, order = index.sort()
     owners, text_order = owners.sort(stable=True)
     image_of_text = torch.searchsorted(index, owners)
@@ -186,8 +178,7 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
 
 
 def extract(encoder, dataset, view, device, **options):
-    """Collective. -> features (n, D) float32 and labels (n,), in the order of the index, on the
-    CPU.
+    """Collective. -> features (n, D) float32 and labels (n,), on the CPU, in order of the index.
 
     encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay
     as they were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). Samples that
@@ -204,8 +195,7 @@ def subset_indices(dataset, most):
 
 
 def labelled(dataset, features, labels):
-    """The features and labels of the samples that have a label. Raises UserError if none has
-    one."""
+    """Features and labels of the samples that have a label. Raises UserError if none has one."""
     if not (labels >= 0).any():
         raise UserError(f"{dataset.name} has no labels")
     return features[labels >= 0], labels[labels >= 0]
@@ -213,8 +203,7 @@ def labelled(dataset, features, labels):
 
 # -------------------------------------------- scores --------------------------------------------
 def chunks(width, *tensors):
-    """Walks through the rows of `tensors` together, so many at a time that rows * width stays below
-    CHUNK."""
+    """Walks through the rows of `tensors` together, at most CHUNK / width rows at a time."""
     return zip(*(t.split(max(1, CHUNK // width)) for t in tensors))
 
 
@@ -343,14 +332,13 @@ def roc_auc(scores, positive):
 
 @torch.no_grad()
 def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
-    """Retrieval among N images and T captions, as on Flickr30k and COCO (CLIP_benchmark) -> dict in
-    percent.
+    """Retrieval among N images and T captions, as on Flickr30k and COCO -> dict in percent.
 
     (N, D), (T, D) and image_of_text (T,), the image of each caption; an image may have any number
     of captions. text_to_image_recall@k: share of captions whose image is among the k most similar
     images. image_to_text_recall@k: share of images with at least one of their captions among the k
-    most similar captions; an image without a caption is only a candidate. mean_recall: mean of all
-    of these. Only a part of the (T, N) similarities is held at a time."""
+    most similar captions (CLIP_benchmark); an image without a caption is only a candidate.
+    mean_recall: mean of all of these. Only a part of the (T, N) similarities is held at a time."""
     images, texts = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     index = torch.arange(len(images), device=images.device)
     to_text, to_image = [], []
