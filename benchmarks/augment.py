@@ -89,7 +89,7 @@ def in_worker(view, files, seed):
         image = decode(file)
         for number, pair in enumerate(pairs):
             rng = random.Random(f"{seed} {i} {number}")
-            pair.append((view.crop(image, rng).permute(1, 2, 0), view.draw(rng)))
+            pair.append((view.crop(image, rng).permute(1, 2, 0), view.sample(rng)))
     batches = []
     for pair in pairs:
         crops, draws = zip(*pair)

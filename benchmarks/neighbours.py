@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import load_checkpoint, user_errors  # noqa: E402
+from common import user_errors  # noqa: E402
 from data import Loader, decode  # noqa: E402
-from evaluate import evaluating, open_network, some, tokenize  # noqa: E402
+from evaluation.weights import open_network  # noqa: E402
+from monitor import evaluating, subset_indices, tokenize  # noqa: E402
+from run import load_checkpoint  # noqa: E402
 from sources import open_dataset  # noqa: E402
 
 CELL = 150  # pixels of an image; the text beside it is twice as wide
@@ -50,7 +52,7 @@ def main():
     known = torch.tensor(sorted(ids))
     features = saved["queue"]["features"][known]
     val = open_dataset(saved["args"]["data"], flags.data_dir, "val")
-    samples = [val[i] for i in some(val, flags.images)]
+    samples = [val[i] for i in subset_indices(val, flags.images)]
     with evaluating(net.model), torch.no_grad():
         texts = net.model.encode_text(tokenize(net.tokenizer, [s.captions[0] for s in samples], "cpu"))
     cosine, nearest = (F.normalize(texts, dim=-1) @ features.T).max(1)

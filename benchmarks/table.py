@@ -18,20 +18,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (methods|speed|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
-LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
              "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
 SHARED = {
-    "common.py": "arguments, processes, checkpoints, log",
+    "common.py": "processes, gathers, batch norm, precision, schedule, LARS",
     "data.py": "loader, image operations, tokenizer",
     "sources.py": "where samples come from",
-    "evaluate.py": "evaluation",
-    "probes.py": "its linear classifiers",
-    "finetune.py": "its fine-tuning",
-    "pictures.py": "its pictures",
-    "weights.py": "reads checkpoints of ours and of others",
-    "exports.py": "writes them for others",
-    "sharding.py": "models too large for one GPU",
+    "scenes.py": "the drawn data sets",
+    "run.py": "arguments, run directory, log, checkpoints",
+    "monitor.py": "accuracy while training",
+    "evaluate.py": "the evaluation command",
+    "evaluation/protocols.py": "its protocols",
+    "evaluation/features.py": "their features",
+    "evaluation/probes.py": "their linear classifiers",
+    "evaluation/finetune.py": "fine-tuning",
+    "evaluation/pictures.py": "pictures",
+    "evaluation/weights.py": "reads checkpoints of ours and of others",
+    "evaluation/exports.py": "writes them for others",
+    "evaluation/results.py": "table and results.jsonl",
 }
 START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}

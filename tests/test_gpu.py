@@ -19,14 +19,14 @@ import clip
 import common
 import data
 import dino
-import evaluate
-import finetune
 import moco
 import mocov3
 import simclr
 import simsiam
 import slip
 import test_finetune
+from command import Args
+from evaluation import finetune
 from runs import METHODS, environment, make_photos, module_of, rows, train_here
 from test_resume import assert_same_run
 
@@ -357,7 +357,7 @@ def test_fine_tuning(dtype):
     """Mixing, erasing, drop path and averages on the device; the gradient scaler with fp16."""
     flags = {**test_finetune.QUICK, **test_finetune.TRANSFORMER, "dtype": dtype, "epochs": 6, "ema": 0.5}
     encoder, toy, view = test_finetune.vit().to(DEVICE), test_finetune.Toy(160), test_finetune.VIEW
-    model, rows = finetune.fine_tune(encoder, toy, view, 3, evaluate.Args(**flags), torch.device(DEVICE))
+    model, rows = finetune.fine_tune(encoder, toy, view, 3, Args(**flags), torch.device(DEVICE))
     assert rows[-1]["loss"] < 0.85 * rows[0]["loss"] and next(model.parameters()).dtype == torch.float32
 
 

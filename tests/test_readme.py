@@ -16,13 +16,14 @@ import torch.distributed.run as torchrun
 
 import common
 from copies import ROOT, method_files
+from run import parse_args
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import record  # noqa: E402
 import table  # noqa: E402
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in table.pages()}
-OURS = {path.name: path for folder in (".", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+OURS = {path.name: path for folder in (".", "evaluation", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
 COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
 # What the pages name of other projects, and so is nowhere in this tree
 FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad"} | {"--no-index"}  # of open_clip, of git
@@ -72,9 +73,9 @@ def parse(script, words):
         assert first > 1, "no checkpoint"
         if words[0] == "PROTOCOL":  # the synopsis
             return
-        assert common.parse_args(module.Args, {}, words[first:]).data or words[0] == "export"
+        assert parse_args(module.Args, {}, words[first:]).data or words[0] == "export"
     elif "--help" not in words:
-        args = common.parse_args(module.Args, module.RECIPES, words)
+        args = parse_args(module.Args, module.RECIPES, words)
         if args.arch and not hasattr(args, "checkpoint"):  # simclrv2.py takes the rest from that
             with torch.device("meta"):  # names and sizes fit, no memory is touched
                 module.build_model(args)
@@ -146,7 +147,7 @@ def test_python_blocks(page):
     """They are Python, and what they import of our modules is there."""
     for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and f"{node.module}.py" in OURS:
+            if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module.replace('.', '/')}.py").exists():
                 assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
 
 
@@ -247,7 +248,7 @@ def test_record_of_evaluations(run):
 
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         copy = run / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(path.read_text())
