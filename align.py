@@ -14,7 +14,7 @@ Own data      python align.py --data path/to/shards --filter-only --output-dir f
               torchrun align.py --data path/to/shards --keep filtered/kept.jsonl
 
 Google published neither code nor weights. What the paper leaves open follows coyo-align (kakaobrain), whose
-weights load from Hugging Face's AlignModel and go back there (evaluate.align_state). Differences:
+weights load from Hugging Face's AlignModel and go back there (evaluation.weights.align_state). Differences:
  - EfficientNet-B7 and BERT-Base, coyo's pair. The paper's headline is EfficientNet-L2 and BERT-Large.
  - Batch norm is over the global batch. coyo: groups of 16, as on one TPU core each.
  - No dropout in BERT (coyo: 0.1), whose draws would depend on the number of processes. The paper names none.
@@ -40,57 +40,47 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, world_size
+from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
-from evaluate import EvalView, bar, captions, evaluation_set, language_eval, save_curves, save_views
+from monitor import EvalView, bar, captions, evaluation_set, language_eval
+from run import Run, RunArgs, parse_args
 from sources import IMAGE_KEYS
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    filter_only: bool = False  # report what the paper's filters drop from --data, write what stays, and end
+    filter_only: bool = False  # report what the filters drop from --data, write what stays, and end
     keep: str = ""  # the kept.jsonl of --filter-only: train on what is in it alone
-    min_side: int = 200  # pixels: filters drop images whose shorter side is not longer (0: any)
-    common_tokens: int = 100_000_000  # unigrams and bigrams of the data that are not rare, the most frequent
-    arch: str = "efficientnet_b7"  # a key of ARCHS
-    embed_dim: int = 640  # joint embedding E, as wide as B7's features: other networks get a linear layer
-    text_width: int = 768  # width of BERT, 64 per head
+    min_side: int = 200  # filters drop images whose shorter side is not longer than this (0: none)
+    common_tokens: int = 100_000_000  # so many most frequent unigrams and bigrams count as common
+    arch: str = "efficientnet_b7"  # image encoder: a key of ARCHS
+    embed_dim: int = 640  # width of the joint embedding, E, as B7's; others get a linear layer
+    text_width: int = 768  # width of BERT, with heads of 64
     text_layers: int = 12  # blocks of BERT
     context_length: int = 64  # tokens of a caption, start and end included (coyo)
-    tokenizer: str = "google-bert/bert-base-uncased"  # train (on the captions), a tokenizer.json, a hub name
-    vocab_size: int = 30522  # rows of the token table, upper bound for --tokenizer train
-    temperature: float = 1.0  # tau at the start, trained
-    label_smoothing: float = 0.1  # over the global batch
-    drop_connect: float = 0.2  # of the last block's residual branch, linear from 0 (EfficientNet)
-    bn_momentum: float = 0.01  # batch norm: share of the last batch in its statistics; short runs need more
-    image_size: int = 289  # pixels, cropped from 346
-    epochs: int = 11  # 1.2 million steps of 1.8 billion pairs
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 16384  # global: all processes together
+    tokenizer: str = "google-bert/bert-base-uncased"  # train, a tokenizer.json or a hub name
+    vocab_size: int = 30522  # rows of the token table; at most so many with --tokenizer train
+    temperature: float = 1.0  # tau at the start, which is trained
+    label_smoothing: float = 0.1  # label smoothing over the global batch
+    drop_connect: float = 0.2  # how often the last block's branch is dropped, rising from 0
+    bn_momentum: float = 0.01  # share of the last batch in the batch norm's mean; short runs: more
+    image_size: int = 289  # side of an image in pixels, cropped from 346
+    epochs: int = 11  # passes over the data: 1.2 million steps of 1.8 billion pairs
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 16384  # pairs of a step, over all processes
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
     optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB in the paper
-    lr: float = 1e-3  # peak
-    warmup_epochs: float = 0.091  # from 0; 10,000 steps
-    weight_decay: float = 1e-5  # on everything but batch norms
+    lr: float = 1e-3  # peak learning rate
+    warmup_epochs: float = 0.091  # linear warm-up from 0: 10,000 steps
+    weight_decay: float = 1e-5  # weight decay of everything but batch norms
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in coyo)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, crops and captions
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model's forward
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order, crops and choice of captions
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(text_width=128, embed_dim=128, context_length=32, tokenizer="train", arch="efficientnet_micro")
@@ -123,13 +113,13 @@ class AlignView:
         top, left = rng.randint(0, self.full - self.size), rng.randint(0, self.full - self.size)
         return squash(image, self.full)[:, top : top + self.size, left : left + self.size]
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this sample. depth: see DropConnect."""
         return {"flip": rng.random() < 0.5, "depth": torch.tensor([rng.random() for _ in range(64)])}
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
-        return normalize(hflip(to_float(x), draw["flip"]), self.mean, self.std)
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
+        return normalize(hflip(to_float(x), params["flip"]), self.mean, self.std)
 
 
 class AlignEvalView(EvalView):
@@ -431,7 +421,7 @@ def align_loss(image_embed, text_embed, temperature, label_smoothing=0.1):
 
 # -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -462,10 +452,8 @@ def train(args: Args) -> dict:
     warmup, chance = round(args.warmup_epochs * loader.steps_per_epoch), 2 * math.log(args.batch_size)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         image, text = views["image"](*batch["image"]), batch["text"]
-        if step == 0:
-            save_views(run.dir, {"image": image}, views)
         lr = args.lr * min(step / max(1, warmup), (run.total - step) / max(1, run.total - warmup))
         for group in optimizer.param_groups:  # linear from 0, linear to 0
             group["lr"] = lr
@@ -483,15 +471,13 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             model.temperature.clamp_(min=0.01)
 
-        run.log({"loss": (loss, chance)}, temperature=model.temperature.detach(), lr=lr)
+        run.end_step({"loss": (loss, chance)}, temperature=model.temperature.detach(), lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    task, test = "zeroshot" if (val or dataset).classes else "retrieval", args.eval_data or args.data
-    return run.finish(f"python evaluate.py {task} {run.dir} --data {test}{'' if val else ' --split train'}")
+    return run.finish("zeroshot", val)
 
 
 if __name__ == "__main__":

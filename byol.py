@@ -41,52 +41,42 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
-from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
+from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it for the width multiplier w
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
-    hidden_dim: int = 4096  # hidden layer of projector and predictor (Sec. 3.3)
-    out_dim: int = 256  # E, their output (Sec. 3.3)
-    target: Literal["ema", "random"] = "ema"  # random: it stays as drawn (Sec. 3)
-    tau: float = 0.996  # of the target's moving average, in the first step (Sec. 3.3)
-    tau_end: float = 1.0  # after the last one (Sec. 3.3); equal to --tau: constant
-    image_size: int = 224  # pixels
-    blur: bool = True  # App. B; not for CIFAR-10
-    epochs: int = 1000  # Sec. 3.3 (300 in the ablations)
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes together (Sec. 3.3)
+    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it wider (w)
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    hidden_dim: int = 4096  # hidden width of projector and predictor (Sec. 3.3)
+    out_dim: int = 256  # E, output width of projector and predictor (Sec. 3.3)
+    target: Literal["ema", "random"] = "ema"  # random: the target is never updated (Sec. 3)
+    tau: float = 0.996  # the target's EMA momentum in the first step (Sec. 3.3)
+    tau_end: float = 1.0  # the target's EMA momentum after the last step (Sec. 3.3)
+    image_size: int = 224  # side of a view in pixels
+    blur: bool = True  # blur views (App. B); not for CIFAR-10
+    epochs: int = 1000  # passes over the data (Sec. 3.3); 300 in the ablations
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 4096  # images of a step, over all processes (Sec. 3.3)
     accum_steps: int = 1  # more is refused: batch norm needs the whole batch
-    base_lr: float = 0.2  # lr = base_lr * batch / 256 (Sec. 3.3)
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 3.3)
-    optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 3.3
-    momentum: float = 0.9  # of either optimizer
-    weight_decay: float = 1.5e-6  # on everything but biases and batch norm (Sec. 3.3)
+    base_lr: float = 0.2  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.3)
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.3)
+    optimizer: Literal["lars", "sgd"] = "lars"  # LARS in the paper (Sec. 3.3)
+    momentum: float = 0.9  # momentum of either optimizer
+    weight_decay: float = 1.5e-6  # weight decay of everything but biases and batch norm (Sec. 3.3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order and views
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order and views
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SGD = dict(image_size=32, blur=False, hidden_dim=1024, optimizer="sgd", base_lr=0.12, weight_decay=5e-4,
@@ -114,7 +104,7 @@ class BYOLView:
         and view."""
         return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {
             "flip": rng.random() < 0.5,
@@ -126,17 +116,17 @@ class BYOLView:
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
         if self.blur:
             kernel_size = self.size // 20 * 2 + 1  # a tenth of the image, odd
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size)
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
         if self.solarize:
-            x = solarize(x, draw["solarize"])
+            x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)
 
 
@@ -276,7 +266,7 @@ def feature_std(z):
 
 # -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -287,7 +277,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     views = {"view1": BYOLView(args.image_size, 1.0 * args.blur, solarize=0.0),
              "view2": BYOLView(args.image_size, 0.1 * args.blur, solarize=0.2)}  # fmt: skip
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -317,10 +307,8 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4.0
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
-        if step == 0:
-            save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
 
@@ -338,19 +326,17 @@ def train(args: Args) -> dict:
         update_target(model.online, model.target, tau)
 
         terms = {"loss": (loss, chance), "feature_std": (feature_std(z1), None)}
-        run.log(terms, feature_std_chance=spread, lr=lr, tau=tau)
+        run.end_step(terms, feature_std_chance=spread, lr=lr, tau=tau)
         if val and run.due(args.eval_every):
-            metrics = knn_eval(image_encoder(model), memory, val, eval_view(args), device)
+            metrics = knn_eval(image_encoder(model), bank, val, eval_view(args), device)
             if args.target == "random":  # what the online network should surpass
-                teacher = knn_eval(model.target.backbone, memory, val, eval_view(args), device)
+                teacher = knn_eval(model.target.backbone, bank, val, eval_view(args), device)
                 metrics |= {f"target_{name}": value for name, value in teacher.items()}
             run.log_evaluation(metrics)
-        if run.interrupted() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

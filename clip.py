@@ -13,7 +13,7 @@ Laptop        torchrun clip.py
 8 GPUs        torchrun --nproc_per_node=8 clip.py --data yfcc15m
 Own data      torchrun clip.py --data path/to/captions.csv --recipe flickr8k
 
-Models and parameter names are OpenAI's, so its checkpoints load strictly (evaluate.load_released). OpenAI
+Models and parameter names are OpenAI's, so its checkpoints load strictly (evaluation.weights.load_released). OpenAI
 published no training code; what the paper leaves open follows open_clip. Differences:
  - Gathered features carry gradient: every process count trains with the gradient of the global batch
    (open_clip: --local-loss --gather-with-grad). --no-gather-grad lets it flow through the local side of each
@@ -35,52 +35,42 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from common import UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
+from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, normalize, open_dataset
 from data import random_resized_crop, to_float
-from evaluate import EvalView, captions, evaluation_set, language_eval, save_curves, save_views
+from monitor import EvalView, captions, evaluation_set, language_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch32"  # a key of ARCHS, for a ViT with _patchP behind it
-    embed_dim: int = 0  # joint embedding E (0: what the architecture has in Tables 19, 20)
-    text_width: int = 0  # width of the text transformer, 64 per head (0: what the architecture has)
+    arch: str = "vit_base_patch32"  # image encoder: a key of ARCHS, a ViT with _patchP behind it
+    embed_dim: int = 0  # width of the joint embedding, E (0: the architecture's in Tables 19, 20)
+    text_width: int = 0  # width of the text transformer, with heads of 64 (0: the architecture's)
     text_layers: int = 12  # blocks of the text transformer (Sec. 2.4)
-    context_length: int = 77  # tokens of a caption, start and end included (the paper says 76, its code 77)
-    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
-    vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
-    image_size: int = 224  # pixels (288, 384, 448 for resnet50x4, x16, x64)
-    epochs: int = 32  # Table 18
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 32768  # global: all processes and accumulation steps together (Table 18)
-    accum_steps: int = 1  # encode the batch in this many pieces, exactly (ViT only)
-    lr: float = 5e-4  # peak, for ViT-B (Table 20)
-    min_lr: float = 0.0  # end of the cosine (Sec. 2.5)
-    warmup_epochs: float = 0.164  # from 1e-6; 2,000 steps of 32,768 in 400M (Table 18)
-    weight_decay: float = 0.2  # on everything but gains and biases (Table 18)
-    beta2: float = 0.98  # ViT; 0.999 for ResNets (Table 18)
-    eps: float = 1e-6  # ViT; 1e-8 for ResNets (Table 18)
+    context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
+    vocab_size: int = 49408  # rows of the token table; at most so many with --tokenizer train
+    image_size: int = 224  # side of an image in pixels (288, 384, 448 for resnet50x4, x16, x64)
+    epochs: int = 32  # passes over the data (Table 18)
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 32768  # pairs of a step, over all processes and pieces (Table 18)
+    accum_steps: int = 1  # encode a batch in so many pieces, with the exact gradient (ViT only)
+    lr: float = 5e-4  # peak learning rate, here that of ViT-B (Table 20)
+    min_lr: float = 0.0  # learning rate at the end of the cosine (Sec. 2.5)
+    warmup_epochs: float = 0.164  # warm-up from 1e-6: 2,000 steps of 32,768 in 400M (Table 18)
+    weight_decay: float = 0.2  # weight decay of everything but gains and biases (Table 18)
+    beta2: float = 0.98  # AdamW's beta2 for ViTs; 0.999 for ResNets (Table 18)
+    eps: float = 1e-6  # AdamW's epsilon for ViTs; 1e-8 for ResNets (Table 18)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    gather_grad: bool = True  # gradient through gathered features, exact for any number of processes
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, crops and captions
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model's forward
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    gather_grad: bool = True  # gradient through gathered features, exact for any process count
+    seed: int = 0  # random seed of weights, order, crops and choice of captions
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
@@ -106,12 +96,12 @@ class LanguageView:
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {}
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
@@ -405,7 +395,7 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
 
 
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -447,10 +437,8 @@ def train(args: Args) -> dict:
         loss = clip_loss(image_embed, text_embed, model.logit_scale.exp(), args.gather_grad)
         return loss, {"loss": (loss, math.log(args.batch_size))}
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         image, text = views["image"](*batch["image"]), batch["text"]
-        if step == 0:
-            save_views(run.dir, {"image": image}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, True)
 
@@ -469,15 +457,13 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # s <= 100 (Sec. 2.5); s >= 1 as in open_clip
 
-        run.log(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
+        run.end_step(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    task, test = "zeroshot" if (val or dataset).classes else "retrieval", args.eval_data or args.data
-    return run.finish(f"python evaluate.py {task} {run.dir} --data {test}{'' if val else ' --split train'}")
+    return run.finish("zeroshot", val)
 
 
 if __name__ == "__main__":

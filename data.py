@@ -5,8 +5,8 @@ A method file opens a dataset (sources.py says from where), names its views and 
     dataset = open_dataset("yfcc15m")                    # dataset[7] -> Sample(image, captions, label, key)
     loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096)
     for step, batch in loader.batches(0, 10 * loader.steps_per_epoch):
-        pixels, draw = batch["view1"]                    # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
-        x, ids = view(pixels, draw), batch["text"]       # float (b, 3, S, S), int64 (b, L)
+        pixels, params = batch["view1"]                  # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
+        x, ids = view(pixels, params), batch["text"]     # float (b, 3, S, S), int64 (b, L)
 """
 
 import gzip
@@ -67,7 +67,7 @@ class Loader:
     """Batches are a function of (seed, step): the same for any number of workers and after a restart, and
     together the same for any number of processes.
 
-    views: {name: object with crop(image, rng) and draw(rng)}; texts: {name: function(caption, rng) -> ids};
+    views: {name: object with crop(image, rng) and sample(rng)}; texts: {name: function(caption, rng) -> ids};
     batch_size: of all processes together. Each view and text of a sample has a random.Random of its own.
     bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, to be reset."""
 
@@ -85,7 +85,7 @@ class Loader:
 
     def batches(self, start, stop):
         """Yields (step, batch) for steps start to stop - 1. batch, all on the device: "index", "label" (b,);
-        per view uint8 (b, 3, S, S) channels last and {name: stacked draws}; per text int64 (b, L)."""
+        per view uint8 (b, 3, S, S) channels last and {name: stacked parameters}; per text int64 (b, L)."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every forked worker warns about it
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
@@ -153,7 +153,7 @@ class Loader:
         out = {"index": where, "label": sample.label, "skipped": skipped}
         for name, view in self.views.items():
             view_rng = rng(name)
-            out[name] = view.crop(image, view_rng), view.draw(view_rng)
+            out[name] = view.crop(image, view_rng), view.sample(view_rng)
         if self.texts:
             caption = rng("caption").choice(sample.captions)
             out |= {name: text(caption, rng(name)) for name, text in self.texts.items()}
@@ -166,10 +166,10 @@ class Loader:
         batch = {"skipped": [s["skipped"] for s in samples]}
         batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
         for name in self.views:
-            crops, draws = zip(*(s[name] for s in samples))
-            draws = {key: [draw[key] for draw in draws] for key in draws[0]}
-            draws = {k: (torch.stack if torch.is_tensor(v[0]) else torch.tensor)(v) for k, v in draws.items()}
-            batch[name] = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2), draws
+            crops, given = zip(*(s[name] for s in samples))
+            given = {key: [params[key] for params in given] for key in given[0]}
+            given = {k: (torch.stack if torch.is_tensor(v[0]) else torch.tensor)(v) for k, v in given.items()}
+            batch[name] = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2), given
         for name, text in self.texts.items():
             longest = max(len(s[name]) for s in samples)
             length = min(-(-longest // 8) * 8, getattr(text, "context_length", 2**31))  # few lengths

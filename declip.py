@@ -15,7 +15,7 @@ B global batch, b = B / processes, D a width, E of embeddings, K length of the q
 Laptop, 1 GPU   torchrun declip.py    torchrun declip.py --data flickr8k
 8 GPUs          torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
 
-Official checkpoints load strictly (evaluate.load_released). --released does what the official code does:
+Official checkpoints load strictly (evaluation.weights.load_released). --released does what the official code does:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
  - L_NNS from image to text alone, and over N' too; the queue takes T' as well. The paper enqueues T.
  - One masked text serves L_TSS and T, and a random token in it may end it. Here T sees it unmasked.
@@ -30,7 +30,9 @@ import copy
 import functools
 import json
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -39,57 +41,47 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset
-from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop, to_float
-from evaluate import EvalView, captions, evaluation_set, language_eval, save_curves, save_views
-from sources import open_synonyms
+from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, color_jitter, draw_jitter
+from data import gaussian_blur, grayscale, hflip, normalize, open_dataset, random_resized_crop
+from data import to_float
+from monitor import EvalView, captions, evaluation_set, language_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch32"  # a key of ARCHS, for a ViT with _patchP behind it
-    embed_dim: int = 0  # joint embedding E (0: what the architecture has; 3072 in the released 88M ViT)
-    text_width: int = 512  # width of the text transformer, 64 per head (official code)
+    arch: str = "vit_base_patch32"  # image encoder: a key of ARCHS, a ViT with _patchP behind it
+    embed_dim: int = 0  # width of the joint embedding (0: the architecture's; 3072 in the 88M ViT)
+    text_width: int = 512  # width of the text transformer, with heads of 64 (official code)
     text_layers: int = 12  # blocks of the text transformer (official code)
-    context_length: int = 77  # tokens of a caption, start and end included (the paper says 76, its code 77)
-    ssl_dim: int = 1024  # width of projector and predictor, whose hidden layer has half (official code)
-    ssl_weight: float = 0.2  # alpha, of L_ISS and of L_TSS
-    mvs_weight: float = 0.2  # beta (with --released 0.2 has only C's share, the 88M ViT has 0)
-    nns_weight: float = 0.2  # gamma
-    queue_size: int = 65536  # K
-    released: bool = False  # the released code's objective and behaviour, see the top of this file
+    context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
+    ssl_dim: int = 1024  # width of projector and predictor, their hidden layer has half (official)
+    ssl_weight: float = 0.2  # alpha, weight of L_ISS and of L_TSS
+    mvs_weight: float = 0.2  # beta, weight of L_MVS (--released: 0.2 is C's share, the 88M ViT 0)
+    nns_weight: float = 0.2  # gamma, weight of L_NNS
+    queue_size: int = 65536  # K, embeddings in the queue of texts
+    released: bool = False  # objective and behaviour of the released code, see the top of this file
     synonyms: str = ""  # file of lines "word, synonym, ..." (default: WordNet, if it is installed)
-    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
-    vocab_size: int = 49409  # V, CLIP's and a mask; upper bound for --tokenizer train
-    image_size: int = 224  # pixels
-    epochs: int = 32  # Sec. 4.1; 128,000 steps in the official YFCC15M configuration, whose values follow
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes together
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
+    vocab_size: int = 49409  # V, CLIP's tokens and a mask; for --tokenizer train the most tokens
+    image_size: int = 224  # side of an image in pixels
+    epochs: int = 32  # passes over the data (Sec. 4.1); officially 128,000 steps of YFCC15M
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 4096  # pairs of a step, over all processes (official)
     accum_steps: int = 1  # more is refused: batch norm, negatives and queue need the whole batch
-    lr: float = 1e-3  # peak
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 0.665  # from lr / 10; 2,500 steps
-    weight_decay: float = 0.1  # on everything but gains and biases
+    lr: float = 1e-3  # peak learning rate (official)
+    min_lr: float = 0.0  # learning rate at the end of the cosine (official)
+    warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official)
+    weight_decay: float = 0.1  # of everything but gains and biases (official)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, crops, captions and masks
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model's forward
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order, crops, choice of captions and masks
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
@@ -112,18 +104,60 @@ class SSLView:
     def crop(self, image, rng):
         return random_resized_crop(image, rng, self.size, scale=(0.2, 1.0), interpolation="bilinear")
 
-    def draw(self, rng):
+    def sample(self, rng):
         return {"flip": rng.random() < 0.5, "jitter": rng.random() < 0.8, "gray": rng.random() < 0.2,
                 "blur": rng.random() < 0.5, "sigma": rng.uniform(0.1, 2.0),  # pixels
                 **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)}  # fmt: skip
 
-    def __call__(self, x, draw):
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
-        x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+    def __call__(self, x, params):
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
+        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
+
+
+# Words that WordNet knows as something else ("in": inch)
+STOP_WORDS = """a an the in on at by to of off up out over is are was be am as it its he his she who have
+has no not so or and but for from with do does can will more most some than then"""
+
+
+def open_synonyms(path=""):
+    """-> function from a word in lower case to a list of its synonyms (or None): those of a file with a line
+    "word, synonym, ..." for each, else WordNet's; None where nltk or its WordNet is not there. UserError."""
+    if path:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--synonyms {path} cannot be read as text ({error})") from error
+        rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
+        return {row[0]: row[1:] for row in rows if row}.get
+    try:
+        return wordnet().get
+    except (ImportError, LookupError, OSError):
+        return None
+
+
+def wordnet(debian=Path("/usr/share/wordnet")):
+    """-> {word: its synonyms} of WordNet, without inflected forms: Debian's wordnet-base, else nltk's."""
+    parts = [debian / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
+    if not parts[0].exists():
+        import nltk  # only to find the files: its reader would share open ones with forked workers
+
+        parts = [nltk.data.find(f"corpora/wordnet/{part.name}") for part in parts]
+    table, stop_words = {}, set(STOP_WORDS.split())
+    for part in parts:
+        with part.open("rb") if isinstance(part, Path) else part.open() as file:
+            lines = file.read().decode().splitlines()
+        for line in lines:
+            if not line.startswith(" "):  # not the licence
+                fields = line.split()  # offset, file, kind, count, then word, id for each
+                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
+                for word in words - stop_words:
+                    table.setdefault(word, set()).update(words - {word})
+    return {word: sorted(synonyms) for word, synonyms in table.items()}
 
 
 def augmented_text(tokenizer, synonyms, caption, rng):
@@ -404,7 +438,7 @@ def mlm_loss(logits, labels):
 
 # -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -449,11 +483,9 @@ def train(args: Args) -> dict:
     clip_chance, tss_chance = math.log(args.batch_size), math.log(args.vocab_size)
     chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance + args.ssl_weight * tss_chance
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
         text, text_aug, masked = (batch[name][:, : args.context_length] for name in texts)
-        if step == 0:
-            save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, total, warmup, args.lr, args.lr / 10, args.min_lr)
 
@@ -483,16 +515,14 @@ def train(args: Args) -> dict:
         terms = {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "mvs_loss": (mvs, 3 * clip_chance)}
         terms |= {"nns_loss": (nns, clip_chance), "iss_loss": (iss, 0.0), "tss_loss": (tss, tss_chance)}
         terms["nn_cosine"] = F.cosine_similarity(known[0].float(), nearest[0]).mean(), None
-        run.log(terms, feature_std=feature_std, feature_std_chance=args.ssl_dim**-0.5,
-                logit_scale=model.logit_scale.detach().exp(), lr=lr)  # fmt: skip
+        run.end_step(terms, feature_std=feature_std, feature_std_chance=args.ssl_dim**-0.5,
+                     logit_scale=model.logit_scale.detach().exp(), lr=lr)  # fmt: skip
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    task, test = "zeroshot" if (val or dataset).classes else "retrieval", args.eval_data or args.data
-    return run.finish(f"python evaluate.py {task} {run.dir} --data {test}{'' if val else ' --split train'}")
+    return run.finish("zeroshot", val)
 
 
 if __name__ == "__main__":

@@ -39,65 +39,55 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
-from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
+from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # a key of ARCHS with _patchP behind it, or resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # a ResNet's; cifar: 3x3, no pooling; auto: to 32 px
-    drop_path: float = 0.1  # stochastic depth of the student's last block, a ViT's (official code)
-    head_layers: int = 3  # linear layers before the bottleneck's normalisation (App. C)
-    hidden_dim: int = 2048  # between them (App. C); the bottleneck after them has 256
+    arch: str = "vit_small_patch16"  # a key of ARCHS and _patchP, or resnet{18,34,50,101,152}
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    drop_path: float = 0.1  # stochastic depth of the student's last block, in a ViT (official code)
+    head_layers: int = 3  # linear layers of the head before its bottleneck's normalisation (App. C)
+    hidden_dim: int = 2048  # width between them (App. C); the bottleneck after them has 256
     head_bn: bool = False  # batch norm in the head (App. C: without)
-    out_dim: int = 65536  # K (App. C)
-    norm_last_layer: bool = False  # prototypes keep length 1; on for ViT-B, whose training it steadies
-    freeze_last_layer: float = 1.0  # epochs in which the prototypes stay (0: none; official code)
-    image_size: int = 224  # of the two global crops, pixels
-    local_size: int = 96  # of the local ones (Sec. 3.1)
-    local_crops: int = 10  # L (0: global ones alone, then --crop-split 0.14)
-    crop_split: float = 0.25  # s: global crops cover (s, 1) of the area, local ones (0.05, s) (App. E)
-    blur: bool = True  # as BYOL; not for CIFAR-10
-    temperature: float = 0.1  # tau_s (Sec. 3.2)
-    teacher_temp: float = 0.07  # tau_t after its warm-up (Sec. 3.2)
-    warmup_teacher_temp: float = 0.04  # tau_t at first (Sec. 3.2)
-    warmup_teacher_temp_epochs: int = 30  # from one to the other, linear (0: no warm-up; Sec. 3.2)
-    teacher_momentum: float = 0.996  # l in the first step (Sec. 3.1); 0.9995 for batches of 256
-    teacher_momentum_end: float = 1.0  # after the last one (Sec. 3.1)
-    center_momentum: float = 0.9  # m (App. D)
-    epochs: int = 800  # Table 2 (100 and 300 in the ablations)
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 1024  # global: all processes and accumulation steps together (Sec. 3.2)
-    accum_steps: int = 1  # encode the batch in this many pieces, exactly; refused with batch norm
-    base_lr: float = 5e-4  # lr = base_lr * batch / 256 (Sec. 3.2)
-    min_lr: float = 1e-5  # end of the cosine, not scaled (official arguments of that run)
-    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 3.2)
-    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"  # Sec. 3.2
-    momentum: float = 0.9  # of lars and sgd
-    weight_decay: float = 0.04  # at first, on everything but biases and norms (Sec. 3.2)
-    weight_decay_end: float = 0.4  # after the last step, on a cosine (Sec. 3.2)
+    out_dim: int = 65536  # K, number of prototypes (App. C)
+    norm_last_layer: bool = False  # prototypes keep length 1; used for ViT-B, which is steadier so
+    freeze_last_layer: float = 1.0  # epochs in which the prototypes stay fixed (0: none; official)
+    image_size: int = 224  # side of the two global crops in pixels
+    local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
+    local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
+    crop_split: float = 0.25  # s: area of global crops is (s, 1), of local ones (0.05, s) (App. E)
+    blur: bool = True  # blur views as BYOL does; not for CIFAR-10
+    temperature: float = 0.1  # tau_s, the student's temperature (Sec. 3.2)
+    teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up (Sec. 3.2)
+    warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up (Sec. 3.2)
+    warmup_teacher_temp_epochs: int = 30  # length of tau_t's linear warm-up (0: none; Sec. 3.2)
+    teacher_momentum: float = 0.996  # l, first EMA momentum (Sec. 3.1); 0.9995 for batch 256
+    teacher_momentum_end: float = 1.0  # EMA momentum after the last step (Sec. 3.1)
+    center_momentum: float = 0.9  # m, momentum of the center (App. D)
+    epochs: int = 800  # passes over the data (Table 2); 100 and 300 in the ablations
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 1024  # images of a step, over all processes and pieces (Sec. 3.2)
+    accum_steps: int = 1  # encode a batch in so many pieces, exactly; refused with batch norm
+    base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
+    min_lr: float = 1e-5  # learning rate at the end, not scaled (official arguments of that run)
+    warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.2)
+    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"  # AdamW in the paper (Sec. 3.2)
+    momentum: float = 0.9  # momentum of lars and sgd
+    weight_decay: float = 0.04  # at the start, of everything but biases and norms (Sec. 3.2)
+    weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine (Sec. 3.2)
     clip_grad: float = 0.0  # largest gradient norm of each parameter by itself (0: off)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, views and stochastic depth
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order, views and stochastic depth
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
@@ -142,7 +132,7 @@ class DINOView:
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {
             "flip": rng.random() < 0.5,
@@ -156,16 +146,16 @@ class DINOView:
             "drop_path": [[rng.random(), rng.random()] for _ in range(self.depth)],
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
         if self.solarize:
-            x = solarize(x, draw["solarize"])
+            x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)
 
 
@@ -398,14 +388,14 @@ def update_center(center, teacher, momentum=0.9):
 
 # -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     model = build_model(args)
     depth = len(getattr(model.student.backbone, "blocks", ())) if args.drop_path else 0
     views = {"global1": DINOView(args.image_size, (args.crop_split, 1.0), 1.0 * args.blur, 0.0, depth),
@@ -445,11 +435,9 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]
         drop_path = [batch[name][1]["drop_path"] for name in views] if depth else []
-        if step == 0:
-            save_views(run.dir, dict(zip(views, crops)), views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         weight_decay = warmup_cosine(step, run.total, 0, args.weight_decay, end=args.weight_decay_end)
@@ -478,16 +466,14 @@ def train(args: Args) -> dict:
         update_teacher(model.student, model.teacher, momentum)
 
         terms = {"loss": (sums[0], chance), "teacher_entropy": (sums[1], None), "kl": (sums[2], None)}
-        run.log(terms, teacher_entropy_chance=chance, teacher_temp=teacher_temp, teacher_momentum=momentum,
-                weight_decay=weight_decay, lr=lr)  # fmt: skip
+        run.end_step(terms, teacher_entropy_chance=chance, teacher_temp=teacher_temp,
+                     teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

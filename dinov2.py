@@ -32,71 +32,64 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, user_errors, warmup_cosine
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
-from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
-from sharding import checkpointed, parallel, whole
+from common import UserError, all_gather, init_distributed, mixed_precision, user_errors
+from common import warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
+from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_large_patch16"  # a key of ARCHS with _patchP behind it
     ffn: Literal["mlp", "swiglu"] = "mlp"  # feed-forward layer of the blocks (swiglu: ViT-g)
-    registers: int = 0  # R, tokens without a place or a loss (0: none; arXiv 2309.16588: 4)
-    layer_scale: float = 1e-5  # what each branch is scaled with at first (official code)
-    drop_path: float = 0.3  # stochastic depth of all of the student's blocks (official code)
-    hidden_dim: int = 2048  # of the heads; the bottleneck after it has 256
-    out_dim: int = 65536  # K (official code)
+    registers: int = 0  # R, tokens without a place or a loss (0: none; 4 in arXiv 2309.16588)
+    layer_scale: float = 1e-5  # factor of each residual branch at the start (official code)
+    drop_path: float = 0.3  # stochastic depth of every block of the student (official code)
+    hidden_dim: int = 2048  # hidden width of the heads; the bottleneck after it has 256
+    out_dim: int = 65536  # K, number of prototypes (official code)
     shared_head: bool = True  # one head for class token and patches; off ("untied") for large data
-    freeze_last_layer: float = 2.0  # epochs in which the prototypes stay (0: none; official code)
-    image_size: int = 224  # of the two global crops, pixels
-    local_size: int = 96  # of the local ones
-    local_crops: int = 8  # L (0: global ones alone)
+    freeze_last_layer: float = 2.0  # epochs in which the prototypes stay fixed (0: none; official)
+    image_size: int = 224  # side of the two global crops in pixels
+    local_size: int = 96  # side of the local crops in pixels
+    local_crops: int = 8  # L, number of local crops (0: global crops alone)
     crop_split: float = 0.32  # s: global crops cover (s, 1) of the area, local ones (0.05, s)
-    blur: bool = True  # not for CIFAR-10
-    mask_prob: float = 0.5  # p: share of the global crops that are masked at all
-    mask_ratio: float = 0.3  # share of their patches that is masked
-    mask_ratio_var: float = 0.2  # it is uniform within ratio +- this
+    blur: bool = True  # blur views; not for CIFAR-10
+    mask_prob: float = 0.5  # p, share of the global crops that are masked at all
+    mask_ratio: float = 0.3  # mean share of masked patches in a masked crop
+    mask_ratio_var: float = 0.2  # that share is uniform within ratio +- this
     centering: Literal["center", "sinkhorn"] = "center"  # sinkhorn for large data
-    teacher_temp: float = 0.07  # tau_t after its warm-up
-    warmup_teacher_temp: float = 0.04  # tau_t at first
-    warmup_teacher_temp_epochs: float = 60.0  # from one to the other, linear by step (0: no warm-up)
-    teacher_momentum: float = 0.992  # l in the first step, on a cosine to 1
-    patch_weight: float = 1.0  # lambda1
-    koleo_weight: float = 0.1  # lambda2 (0: without)
-    koleo_group: int = 0  # neighbours among so many samples of it (0: the global batch)
-    epochs: int = 200  # official: 100 of 1,250 steps
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 2048  # global: all processes together
-    base_lr: float = 4e-3  # lr = base_lr * sqrt(batch / 1024)
-    min_lr: float = 1e-6  # end of the cosine, not scaled
-    warmup_epochs: float = 20.0  # linear, from 0
-    layer_decay: float = 0.9  # each layer's learning rate, of that above it
-    patch_embed_lr: float = 0.2  # times this for the patch embedding
-    weight_decay: float = 0.04  # at first, on everything but biases, norms and scales
-    weight_decay_end: float = 0.4  # after the last step, on a cosine
+    teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up
+    warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up
+    warmup_teacher_temp_epochs: float = 60.0  # length of tau_t's linear warm-up (0: no warm-up)
+    teacher_momentum: float = 0.992  # l, EMA momentum in the first step, on a cosine to 1
+    patch_weight: float = 1.0  # lambda1, weight of the patches' loss
+    koleo_weight: float = 0.1  # lambda2, weight of the KoLeo loss (0: without)
+    koleo_group: int = 0  # samples among which KoLeo looks for neighbours (0: the global batch)
+    epochs: int = 200  # passes over the data; official: 100 of 1,250 steps
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 2048  # images of a step, over all processes
+    base_lr: float = 4e-3  # peak learning rate: lr = base_lr * sqrt(batch / 1024)
+    min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled
+    warmup_epochs: float = 20.0  # linear warm-up from 0
+    layer_decay: float = 0.9  # learning rate of a layer, as a share of that of the layer above
+    patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate, beside that decay
+    weight_decay: float = 0.04  # at the start, of everything but biases, norms and scales
+    weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine
     clip_grad: float = 3.0  # largest gradient norm of backbone and of each head (0: off)
     fsdp: bool = False  # shard parameters, gradients and optimizer over the processes
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, views, masks and stochastic depth
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order, views, masks and stochastic depth
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
@@ -145,7 +138,7 @@ class DINOv2View:
     def crop(self, image, rng):
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
-    def draw(self, rng):
+    def sample(self, rng):
         chances = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": self.blur, "solarize": self.solarize}
         return {
             **{name: rng.random() < chance for name, chance in chances.items()},
@@ -155,16 +148,16 @@ class DINOv2View:
             **({"mask": draw_mask(rng, **self.mask)} if self.mask else {}),
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=9)
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=9)
         if self.solarize:
-            x = solarize(x, draw["solarize"])
+            x = solarize(x, params["solarize"])
         return normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -404,15 +397,64 @@ def multipliers(name, depth, layer_decay, patch_embed_lr):
     return {"lr_factor": lr, "decay_factor": 0.0 if re.search("bias$|norm|gamma", name) else 1.0}
 
 
+# Models that do not fit one GPU: --fsdp shards them with torch's own fully_shard
+def parallel(model, blocks, fsdp=False):
+    """What to call in place of the model, to be made before its optimizer. fsdp: parameters, gradients and
+    optimizer are sharded over the processes, each of `blocks` whole only while it is computed; otherwise
+    DistributedDataParallel, if there are several processes. Both average gradients over them."""
+    if not fsdp:
+        return DistributedDataParallel(model) if world_size() > 1 else model
+    if not torch.distributed.is_initialized():
+        raise UserError("--fsdp shards a model over several processes, start them with torchrun")
+    for module in (*blocks, model):
+        fully_shard(module)
+    return model
+
+
+class Gathered:
+    """State of a sharded model, or of its optimizer, as a checkpoint holds it: whole tensors, on the CPU of
+    the first process. All processes are to ask for it together."""
+
+    def __init__(self, kind, *items):
+        self.kind, self.items = kind, items
+
+    def state_dict(self):
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return getattr(dcp, f"get_{self.kind}_state_dict")(*self.items, options=options)
+
+    def load_state_dict(self, state):
+        options = dcp.StateDictOptions(full_state_dict=True)
+        getattr(dcp, f"set_{self.kind}_state_dict")(*self.items, state, options=options)
+
+
+def checkpointed(model, optimizer, fsdp=False) -> dict:
+    """A run's state: name -> object with state_dict and load_state_dict."""
+    if not fsdp:
+        return {"model": model, "optimizer": optimizer}
+    return {"model": Gathered("model", model), "optimizer": Gathered("optimizer", model, optimizer)}
+
+
+def whole(module, build):
+    """The module itself or, of a sharded one, a copy with whole parameters; build() makes one like it."""
+    state = module.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return module
+    with torch.device("meta"):  # neither memory nor random numbers
+        copy = build()
+    state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
+    copy.load_state_dict(state, assign=True)
+    return copy
+
+
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     model = build_model(args).to(device)
     depth = len(model.student.backbone.blocks) if args.drop_path else 0
     mask = dict(side=args.image_size // int(args.arch.partition("_patch")[2]), prob=args.mask_prob,
@@ -442,12 +484,10 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     temp_warmup = round(args.warmup_teacher_temp_epochs * loader.steps_per_epoch)
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]
         drop_path = [batch[name][1]["drop_path"] for name in views] if depth else []
         mask = torch.cat([batch[name][1]["mask"] for name in ("global1", "global2")]).flatten(1)  # (2b, N)
-        if step == 0:
-            save_views(run.dir, dict(zip(views, crops)), views)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         weight_decay = warmup_cosine(step, run.total, 0, args.weight_decay, end=args.weight_decay_end)
         frozen = step < args.freeze_last_layer * loader.steps_per_epoch  # moments accumulate (official code)
@@ -482,17 +522,15 @@ def train(args: Args) -> dict:
         terms = {"loss": (loss, cls_chance * (1 + args.patch_weight * args.mask_prob)),  # on average
                  "cls_loss": (cls, cls_chance), "patch_loss": (patch, cls_chance * args.mask_prob),
                  "koleo": (koleo, None), "teacher_entropy": (entropy, None), "kl": (kl, None)}
-        run.log(terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
-                teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
+        run.end_step(terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
+                     teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
         if val and run.due(args.eval_every):
             encoder = whole(image_encoder(model), lambda: build_network(args).backbone)
-            run.log_evaluation(knn_eval(encoder, memory, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+            run.log_evaluation(knn_eval(encoder, bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

@@ -38,54 +38,44 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
-from common import parse_args, rank, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
-from data import hflip, normalize, open_dataset, random_resized_crop, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+from common import UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision, rank
+from common import user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
+from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    version: Literal["1", "2"] = "2"  # 2: MLP head, stronger augmentation, cosine (arXiv 2003.04297)
+    version: Literal["1", "2"] = "2"  # 2: MLP head, more augmentation, cosine (arXiv 2003.04297)
     arch: str = "resnet50"  # resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
-    head_dim: int = 128  # output of the head (Sec. 3.3)
-    queue_size: int = 65536  # K, a multiple of the batch (Sec. 4.1)
-    key_momentum: float = 0.999  # m of Eq. 2 (Sec. 3.2)
-    symmetric: bool = False  # also the second view's queries, both views' keys enter the queue
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    head_dim: int = 128  # output width of the head (Sec. 3.3)
+    queue_size: int = 65536  # K, keys in the queue, a multiple of the batch (Sec. 4.1)
+    key_momentum: float = 0.999  # m, momentum of the key encoder (Eq. 2, Sec. 3.2)
+    symmetric: bool = False  # take queries from both views, put keys of both into the queue
     bn_group: int = 32  # samples that batch norm sees together; the papers' batch per GPU
-    image_size: int = 224  # pixels
-    min_area: float = 0.2  # of a crop, as a share of the image (official code)
-    blur: bool = True  # in version 2 (its Sec. 3)
+    image_size: int = 224  # side of a view in pixels
+    min_area: float = 0.2  # smallest area of a crop, as a share of the image (official code)
+    blur: bool = True  # blur views, in version 2 (its Sec. 3)
     temperature: float | None = None  # tau (default: 0.07 in version 1, 0.2 in version 2)
-    epochs: int = 200  # Sec. 3.3; 800 for version 2's best
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 256  # global: all processes together (Sec. 3.3)
+    epochs: int = 200  # passes over the data (Sec. 3.3); 800 for version 2's best
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 256  # images of a step, over all processes (Sec. 3.3)
     accum_steps: int = 1  # more is refused: the queue makes small batches enough
-    lr: float = 0.03  # at the start, for batch 256 (Sec. 3.3); not scaled here
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 0.0  # linear, from 0; none in the papers
-    momentum: float = 0.9  # of SGD (Sec. 3.3)
-    weight_decay: float = 1e-4  # on every parameter (Sec. 3.3)
+    lr: float = 0.03  # learning rate at the start, for batch 256 (Sec. 3.3); it is not scaled here
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup_epochs: float = 0.0  # linear warm-up from 0; none in the papers
+    momentum: float = 0.9  # momentum of SGD (Sec. 3.3)
+    weight_decay: float = 1e-4  # weight decay of every parameter (Sec. 3.3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order and views
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order and views
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(arch="resnet18", image_size=32, min_area=0.08, blur=False, temperature=0.1, symmetric=True,
@@ -113,7 +103,7 @@ class MoCoView:
         and view."""
         return random_resized_crop(image, rng, self.size, scale=(self.min_area, 1.0))
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         hue = 0.4 if self.version == "1" else 0.1
         return {
@@ -125,17 +115,17 @@ class MoCoView:
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=hue),
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
-        x = hflip(to_float(x), draw["flip"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
+        x = hflip(to_float(x), params["flip"])
         if self.version == "1":  # before the jitter, whose hue and saturation leave grey alone
-            x = grayscale(x, draw["gray"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
+            x = grayscale(x, params["gray"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
         if self.version == "2":
-            x = grayscale(x, draw["gray"])
+            x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 
@@ -297,7 +287,7 @@ def learning_rate(args, epoch):
 
 
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -310,7 +300,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     view = MoCoView(args.image_size, args.version, args.min_area, args.blur)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -331,10 +321,8 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
-        if step == 0:
-            save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(args, step / run.epoch_steps)
 
@@ -361,15 +349,13 @@ def train(args: Args) -> dict:
 
         feature_std = k[0].std(dim=0).mean()  # 1 / sqrt(E) when spread over the sphere, 0 when collapsed
         terms = {"loss": (loss, chance), "top1": (top1, None), "feature_std": (feature_std, None)}
-        run.log(terms, feature_std_chance=args.head_dim**-0.5, lr=lr)
+        run.end_step(terms, feature_std_chance=args.head_dim**-0.5, lr=lr)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

@@ -35,53 +35,43 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
-from data import hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
+from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{micro,small,base}_patchP or resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # of ResNets; cifar: 3x3, no pool; auto: up to 32 px
-    mlp_dim: int = 4096  # width of projector and predictor (Sec. 4.1)
-    head_dim: int = 256  # their output
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 4.1)
+    head_dim: int = 256  # output width of projector and predictor (Sec. 4.1)
     key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
-    freeze_patch_embed: bool = True  # of a transformer: stays as initialised (Sec. 4)
-    image_size: int = 224  # pixels
-    min_area: float = 0.08  # of a crop, as a share of the image; 0.2 for ResNets (official code)
-    blur: bool = True  # of view 1 always, of view 2 with probability 0.1
+    freeze_patch_embed: bool = True  # a transformer's patch embedding stays as initialised (Sec. 4)
+    image_size: int = 224  # side of a view in pixels
+    min_area: float = 0.08  # smallest area of a crop, of the image's; ResNets: 0.2 (official)
+    blur: bool = True  # blur view 1 always and view 2 with probability 0.1
     temperature: float = 0.2  # tau; 1.0 for ResNets (official code)
-    epochs: int = 300  # Table 4
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes together (Sec. 4.1)
+    epochs: int = 300  # passes over the data (Table 4)
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 4096  # images of a step, over all processes (Sec. 4.1)
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
-    base_lr: float = 1.5e-4  # lr = base_lr * batch / 256 (Sec. 4.1)
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 40.0  # linear, from 0 (Sec. 4.1)
+    base_lr: float = 1.5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 4.1)
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup_epochs: float = 40.0  # linear warm-up from 0 (Sec. 4.1)
     optimizer: Literal["adamw", "lars"] = "adamw"  # lars for ResNets
-    trust: float = 1e-3  # of LARS
-    weight_decay: float = 0.1  # AdamW: on all parameters; LARS: not on biases and norms
+    trust: float = 1e-3  # trust coefficient of LARS
+    weight_decay: float = 0.1  # AdamW: of all parameters; LARS: not of biases and norms
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order and views
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order and views
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 RESNET = dict(min_area=0.2, temperature=1.0, optimizer="lars", warmup_epochs=10.0, weight_decay=1e-6)
@@ -113,7 +103,7 @@ class MoCoV3View:
         and view."""
         return random_resized_crop(image, rng, self.size, scale=(self.min_area, 1.0))
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {
             "flip": rng.random() < 0.5,
@@ -125,15 +115,15 @@ class MoCoV3View:
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
-        return normalize(solarize(x, draw["solarize"]), self.mean, self.std)
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
+        return normalize(solarize(x, params["solarize"]), self.mean, self.std)
 
 
 # Copied from moco.py: eval_view
@@ -328,7 +318,7 @@ def key_momentum(step, total, start):
 
 
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -337,7 +327,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     kinds = {"view1": True, "view2": False}
     views = {k: MoCoV3View(args.image_size, first, args.min_area, args.blur) for k, first in kinds.items()}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -362,10 +352,8 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4 * args.temperature * math.log(args.batch_size)
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
-        if step == 0:
-            save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
 
@@ -385,15 +373,13 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
 
         terms = {"loss": (loss, chance), "feature_std": (feature_std(k1), None)}
-        run.log(terms, feature_std_chance=args.head_dim**-0.5, lr=lr, key_momentum=m)
+        run.end_step(terms, feature_std_chance=args.head_dim**-0.5, lr=lr, key_momentum=m)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

@@ -37,52 +37,42 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import LARS, Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip
-from data import open_dataset, random_resized_crop, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
+from data import Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, open_dataset
+from data import random_resized_crop, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it for the width multiplier w
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
-    head_layers: int = 2  # of the projection head; 3 in version 2 (its Sec. 2)
-    head_dim: int = 128  # its output (Sec. 2.3)
-    image_size: int = 224  # pixels
-    jitter_strength: float = 1.0  # s of App. A; 0.5 for CIFAR-10 (App. B.9)
-    blur: bool = True  # App. A; not for CIFAR-10 (App. B.9)
+    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it wider (w)
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    head_layers: int = 2  # layers of the projection head; 3 in version 2 (its Sec. 2)
+    head_dim: int = 128  # output width of the projection head (Sec. 2.3)
+    image_size: int = 224  # side of a view in pixels
+    jitter_strength: float = 1.0  # strength s of the jitter (App. A); 0.5 for CIFAR-10 (App. B.9)
+    blur: bool = True  # blur views (App. A); not for CIFAR-10 (App. B.9)
     temperature: float = 0.1  # tau (Table 5); 0.5 for CIFAR-10 (App. B.9)
-    epochs: int = 1000  # Sec. 6 (100 in the ablations)
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes together (Sec. 2.3)
+    epochs: int = 1000  # passes over the data (Sec. 6); 100 in the ablations
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 4096  # images of a step, over all processes (Sec. 2.3)
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
-    base_lr: float = 0.3  # lr = base_lr * batch / 256 (Sec. 2.3)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: base_lr * sqrt(batch) (App. B.1)
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 10.0  # linear, from 0 (Sec. 2.3)
-    optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 2.2
-    momentum: float = 0.9  # of either optimizer
-    weight_decay: float = 1e-6  # on everything but biases and batch norm (Sec. 2.3); 1e-4 in version 2
+    base_lr: float = 0.3  # peak learning rate: lr = base_lr * batch / 256 (Sec. 2.3)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # sqrt: lr = base_lr * sqrt(batch) (App. B.1)
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 2.3)
+    optimizer: Literal["lars", "sgd"] = "lars"  # LARS in the paper (Sec. 2.2)
+    momentum: float = 0.9  # momentum of either optimizer
+    weight_decay: float = 1e-6  # on all but biases and batch norm (Sec. 2.3); 1e-4 in version 2
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order and views
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order and views
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(image_size=32, jitter_strength=0.5, blur=False, temperature=0.5)  # App. B.9
@@ -110,7 +100,7 @@ class SimCLRView:
         and view."""
         return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         s = self.strength
         return {
@@ -122,15 +112,15 @@ class SimCLRView:
             **draw_jitter(rng, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s),
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float in [0, 1]."""
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float in [0, 1]."""
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
         if self.blur:
             kernel_size = self.size // 20 * 2 + 1  # a tenth of the image, odd
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size)
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
         return x
 
 
@@ -256,7 +246,7 @@ def nt_xent_loss(z1, z2, temperature):
 
 # -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -265,7 +255,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     view = SimCLRView(args.image_size, args.jitter_strength, args.blur)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -292,10 +282,8 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(2 * args.batch_size - 1)
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
-        if step == 0:
-            save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
 
@@ -310,15 +298,13 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        run.log({"loss": (loss, chance)}, lr=lr)
+        run.end_step({"loss": (loss, chance)}, lr=lr)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -41,52 +42,42 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import LARS, Run, UserError, all_gather, init_distributed, load_checkpoint, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
+from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
 from data import Loader, hflip, open_dataset, random_resized_crop, to_float
-from evaluate import EvalView, evaluation_set, extract, labelled, save_curves, save_views, zeroshot_metrics
+from monitor import EvalView, evaluation_set, extract, labelled, zeroshot_metrics
+from run import Run, RunArgs, load_checkpoint, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    stage: Literal["finetune", "distill"] = "finetune"  # set by --recipe NAME-distill
+    stage: Literal["finetune", "distill"] = "finetune"  # distill is set by --recipe NAME-distill
     checkpoint: str = ""  # run of simclr.py to start from (distill: default is a new network)
     teacher: str = ""  # distill: run of this file to learn from
-    label_fraction: float = 0.01  # finetune: class-balanced part of the labels; distill: the teacher's
-    head_layer: int = 1  # of the projection head's, kept (0: none, for all labels and for students; Sec. 3.1)
-    temperature: float = 1.0  # distill: tau; 1.0 for a smaller student, 0.1 for an equal one (Sec. 3.1)
+    label_fraction: float = 0.01  # class-balanced part of the labels (distill: that of the teacher)
+    head_layer: int = 1  # layers of the head to keep (0: none, all labels, students; Sec. 3.1)
+    temperature: float = 1.0  # distill: tau; 0.1 for a student as large as its teacher (Sec. 3.1)
     alpha: float = 1.0  # distill: weight of the teacher in Eq. 3; 1 needs no labels
-    arch: str = ""  # resnet{18,34,50,101,152}, may end in x2, x3, x4 (default: checkpoint's or teacher's)
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: the checkpoint's or teacher's
-    image_size: int | None = None  # pixels (default: the checkpoint's or teacher's)
-    epochs: int = 60  # Sec. 3.1; 30 with 10% or all labels, 400 to distill
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 1024  # global: all processes together (Sec. 3.1)
+    arch: str = ""  # resnet{18,34,50,101,152}, maybe x2, x3, x4 (default: that of the start)
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: that of the checkpoint or teacher
+    image_size: int | None = None  # side of a view in pixels (default: that of the start)
+    epochs: int = 60  # passes over the data (Sec. 3.1); 30 with 10% or all labels, 400 to distill
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 1024  # images of a step, over all processes (Sec. 3.1)
     accum_steps: int = 1  # more is refused: batch norm needs the whole batch
-    base_lr: float = 0.005  # lr = base_lr * sqrt(batch) (Sec. 3.1); 0.002 for wide networks, 0.1 to distill
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 0.0  # linear, from 0 (Sec. 3.1)
-    optimizer: Literal["lars", "sgd"] = "lars"  # Sec. 3.1
-    momentum: float = 0.9  # of either optimizer
-    weight_decay: float = 0.0  # on everything but biases and batch norm (Sec. 3.1); 1e-4 to distill
+    base_lr: float = 0.005  # lr = base_lr * sqrt(batch) (Sec. 3.1); wide: 0.002, distill: 0.1
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup_epochs: float = 0.0  # linear warm-up from 0 (Sec. 3.1)
+    optimizer: Literal["lars", "sgd"] = "lars"  # LARS in the paper (Sec. 3.1)
+    momentum: float = 0.9  # momentum of either optimizer
+    weight_decay: float = 0.0  # on all but biases and batch norm (Sec. 3.1); 1e-4 to distill
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, views and the choice of labels
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order, views and the choice of labels
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 DISTILL = dict(stage="distill", head_layer=0, epochs=400, batch_size=4096, base_lr=0.1, weight_decay=1e-4,
@@ -117,13 +108,13 @@ class CropFlipView:
         sample."""
         return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {"flip": rng.random() < 0.5}
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float in [0, 1]."""
-        return hflip(to_float(x), draw["flip"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float in [0, 1]."""
+        return hflip(to_float(x), params["flip"])
 
 
 # Copied from simclr.py: eval_view
@@ -285,7 +276,7 @@ def accuracy(model, val, view, device, workers):
 
 
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -351,10 +342,8 @@ def train(args: Args) -> dict:
     chance = math.log(len(classes))
     update_scale = args.temperature**2 if taught else 1.0  # official notebook, see the top of this file
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         x, labels = view(*batch["view"]), batch["label"]
-        if step == 0:
-            save_views(run.dir, {"view": x}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
 
@@ -381,15 +370,15 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        run.log({"loss": (loss, chance), **parts}, lr=lr)
+        run.end_step({"loss": (loss, chance), **parts}, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
-        if run.interrupted() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
     recipe = f"{args.data if args.data in RECIPES else 'imagenet'}-distill"
-    return run.finish(f"torchrun simclrv2.py --data {args.data} --recipe {recipe} --teacher {run.dir}")
+    words = ["torchrun", "simclrv2.py", "--data", args.data, "--recipe", recipe, "--teacher", run.dir]
+    return run.finish(hint=shlex.join(map(str, words)))
 
 
 if __name__ == "__main__":

@@ -36,52 +36,42 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur, grayscale
-from data import hflip, normalize, open_dataset, random_resized_crop, to_float
-from evaluate import EvalView, evaluation_set, knn_eval, save_curves, save_views
+from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
+from common import user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
+from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, to_float
+from monitor import EvalView, evaluation_set, knn_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "resnet50"  # resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pooling; auto: up to 32 px
-    projector_layers: int = 3  # Sec. 3; 2 for CIFAR-10 (App. D)
-    hidden_dim: int = 0  # of the projector's other layers (0: D, as the official code)
-    out_dim: int = 2048  # E, output of projector and predictor (Sec. 3)
-    predictor_dim: int = 512  # hidden layer of the predictor: a bottleneck (Sec. 3)
-    stop_gradient: Literal["on", "off"] = "on"  # off: collapses (Sec. 4.1)
-    image_size: int = 224  # pixels
-    blur: bool = True  # App. A; not for CIFAR-10 (App. D)
-    epochs: int = 100  # Sec. 3 (up to 800 in Table 4)
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 512  # global: all processes together (Sec. 3)
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    projector_layers: int = 3  # layers of the projector (Sec. 3); 2 for CIFAR-10 (App. D)
+    hidden_dim: int = 0  # width of the projector's other layers (0: D, as in the official code)
+    out_dim: int = 2048  # E, output width of projector and predictor (Sec. 3)
+    predictor_dim: int = 512  # hidden width of the predictor, a bottleneck (Sec. 3)
+    stop_gradient: Literal["on", "off"] = "on"  # off: the network collapses (Sec. 4.1)
+    image_size: int = 224  # side of a view in pixels
+    blur: bool = True  # blur views (App. A); not for CIFAR-10 (App. D)
+    epochs: int = 100  # passes over the data (Sec. 3); up to 800 in Table 4
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 512  # images of a step, over all processes (Sec. 3)
     accum_steps: int = 1  # more is refused: batch norm needs the whole batch
-    base_lr: float = 0.05  # lr = base_lr * batch / 256 (Sec. 3)
-    fix_pred_lr: bool = True  # the predictor's stays there (Sec. 4.2, official code)
-    min_lr: float = 0.0  # end of the cosine
-    warmup_epochs: float = 0.0  # linear, from 0; 10 for batches from 1024 (Sec. 4.3)
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 1e-4  # on everything, batch norm too (Sec. 3)
+    base_lr: float = 0.05  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3)
+    fix_pred_lr: bool = True  # the predictor's learning rate stays at the peak (Sec. 4.2, official)
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup_epochs: float = 0.0  # linear warm-up from 0; 10 for batches from 1024 (Sec. 4.3)
+    momentum: float = 0.9  # momentum of SGD
+    weight_decay: float = 1e-4  # weight decay of every parameter, batch norm too (Sec. 3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order and views
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    seed: int = 0  # random seed of weights, order and views
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(image_size=32, blur=False, arch="resnet18", projector_layers=2, hidden_dim=2048,
@@ -107,7 +97,7 @@ class SimSiamView:
         and view."""
         return random_resized_crop(image, rng, self.size, scale=(0.2, 1.0), interpolation="bilinear")
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {
             "flip": rng.random() < 0.5,
@@ -118,14 +108,14 @@ class SimSiamView:
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
         }
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> float, normalised."""
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 
@@ -226,7 +216,7 @@ def feature_std(z):
 
 # -------------------------------------------- training --------------------------------------------
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -235,7 +225,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    memory, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = evaluation_set(args, "train"), evaluation_set(args)
     view = SimSiamView(args.image_size, args.blur)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -258,10 +248,8 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
-        if step == 0:
-            save_views(run.dir, {"view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
         if args.fix_pred_lr:
@@ -279,15 +267,13 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
 
         terms = {"loss": (loss, 0.0), "feature_std": (feature_std(z1), None)}
-        run.log(terms, feature_std_chance=spread, lr=lr)
+        run.end_step(terms, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), memory, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    hint = f"python evaluate.py knn {run.dir} --data {args.eval_data or args.data}"
-    return run.finish(hint if val and val.classes else "data with classes, see docs/evaluation.md")
+    return run.finish("knn", val, bank)
 
 
 if __name__ == "__main__":

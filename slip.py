@@ -15,7 +15,7 @@ Laptop        torchrun slip.py
 8 GPUs        torchrun --nproc_per_node=8 slip.py --data yfcc15m
 Own data      torchrun slip.py --data path/to/captions.csv --recipe flickr8k
 
-Parameter names are the official code's, so its checkpoints load strictly (evaluate.load_released).
+Parameter names are the official code's, so its checkpoints load strictly (evaluation.weights.load_released).
 Differences from that code:
  - Features gathered for L_clip carry gradient, as those for L_ssl always did: any number of processes trains
    with the gradient of the global batch. Official: constants, with more than one process each feature then
@@ -38,56 +38,46 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import Run, UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
-from common import parse_args, sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset
-from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop, to_float
-from evaluate import EvalView, captions, evaluation_set, language_eval, save_curves, save_views
+from common import UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
+from common import sync_batchnorm, user_errors, warmup_cosine, world_size
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
+from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
+from monitor import EvalView, captions, evaluation_set, language_eval
+from run import Run, RunArgs, parse_args
 
 
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
-    data_dir: str = ""  # where named datasets are (default: $DATA_DIR, then ./data)
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch16"  # a key of ARCHS with _patchP behind it (official code)
-    embed_dim: int = 512  # joint embedding E (official code)
-    text_width: int = 512  # width of the text transformer, 64 per head (official code)
+    arch: str = "vit_base_patch16"  # image encoder: a key of ARCHS and _patchP (official code)
+    embed_dim: int = 512  # width of the joint embedding, E (official code)
+    text_width: int = 512  # width of the text transformer, with heads of 64 (official code)
     text_layers: int = 12  # blocks of the text transformer (official code)
     context_length: int = 77  # tokens of a caption, start and end included
-    ssl_mlp_dim: int = 4096  # width of the self-supervised projector (official code)
-    ssl_emb_dim: int = 256  # output width of that projector
-    ssl_scale: float = 1.0  # c (official code)
-    temperature: float = 0.1  # tau of L_ssl
-    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, a merges .gz, a hub name
-    vocab_size: int = 49408  # rows of the token table, upper bound for --tokenizer train
-    image_size: int = 224  # pixels
-    epochs: int = 25  # official code (50 and 100 in longer runs)
-    max_steps: int = 0  # stop after this many steps of that schedule (0: all)
-    batch_size: int = 4096  # global: all processes and accumulation steps together
-    accum_steps: int = 1  # encode the batch in this many pieces, exactly
-    lr: float = 3e-3  # peak (official code)
-    min_lr: float = 1e-5  # end of the cosine (official code)
-    warmup_epochs: float = 1.0  # from 1e-6 (official code; 2 in the 100-epoch runs)
-    weight_decay: float = 0.1  # on everything but gains and biases (official code)
-    beta2: float = 0.98  # of AdamW (official code)
-    eps: float = 1e-8  # of AdamW (official code)
+    ssl_mlp_dim: int = 4096  # hidden width of the self-supervised projector (official code)
+    ssl_emb_dim: int = 256  # output width of that projector (official code)
+    ssl_scale: float = 1.0  # weight c of L_ssl (official code)
+    temperature: float = 0.1  # tau of L_ssl (official code)
+    tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
+    vocab_size: int = 49408  # rows of the token table; at most so many with --tokenizer train
+    image_size: int = 224  # side of an image in pixels
+    epochs: int = 25  # passes over the data; 50 and 100 in longer runs (official code)
+    max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
+    batch_size: int = 4096  # pairs of a step, over all processes and pieces (official code)
+    accum_steps: int = 1  # encode a batch in so many pieces, with the exact gradient
+    lr: float = 3e-3  # peak learning rate (official code)
+    min_lr: float = 1e-5  # learning rate at the end of the cosine (official code)
+    warmup_epochs: float = 1.0  # linear warm-up from 1e-6; 2 for 100 epochs (official code)
+    weight_decay: float = 0.1  # weight decay of everything but gains and biases (official code)
+    beta2: float = 0.98  # AdamW's beta2 (official code)
+    eps: float = 1e-8  # AdamW's epsilon (official code)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
-    gather_grad: bool = True  # gradient through features gathered for L_clip (--no-gather-grad: official)
-    workers: int = 8  # loader processes per training process
-    seed: int = 0  # of weights, order, crops and captions
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: a new one in runs/)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on a GPU, else fp32
-    compile: bool = False  # torch.compile the model's forward
-    device: str = ""  # cuda, mps or cpu (default: the first there is)
-    eval_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps (default: one epoch; 0: only at the end)
-    log_every: int = 10  # steps (0: first and last only)
-    tensorboard: bool = False  # also log there
-    wandb: bool = False  # also log to Weights & Biases
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    gather_grad: bool = True  # gradient through features gathered for L_clip (official: without)
+    seed: int = 0  # random seed of weights, order, crops and choice of captions
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
 SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
@@ -114,12 +104,12 @@ class LanguageView:
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
 
-    def draw(self, rng):
+    def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {}
 
-    def __call__(self, x, draw):
-        """On the device: uint8 (b, 3, size, size) and the stacked draws -> normalised float."""
+    def __call__(self, x, params):
+        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
@@ -132,7 +122,7 @@ class SSLView:
     def crop(self, image, rng):
         return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bilinear")
 
-    def draw(self, rng):
+    def sample(self, rng):
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -142,12 +132,12 @@ class SSLView:
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
         }
 
-    def __call__(self, x, draw):
-        x = hflip(to_float(x), draw["flip"])
-        factors = (draw[name] for name in ("brightness", "contrast", "saturation", "hue"))
-        x = color_jitter(x, *factors, draw["order"], draw["jitter"])
-        x = grayscale(x, draw["gray"])
-        x = gaussian_blur(x, draw["sigma"], draw["blur"], kernel_size=13)  # 3 sigma on either side
+    def __call__(self, x, params):
+        x = hflip(to_float(x), params["flip"])
+        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, params["order"], params["jitter"])
+        x = grayscale(x, params["gray"])
+        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 
@@ -408,7 +398,7 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
 
 
 def train(args: Args) -> dict:
-    """Trains and returns the last evaluation. Raises UserError for whatever the user can mend."""
+    """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
@@ -459,11 +449,9 @@ def train(args: Args) -> dict:
         chance = clip_chance + args.ssl_scale * ssl_chance
         return loss, {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
 
-    for step, batch in loader.batches(run.step, run.last):
+    for step, batch in run.batches():
         image, view1, view2 = (views[name](*batch[name]) for name in views)
         text = batch["text"]
-        if step == 0:
-            save_views(run.dir, {"image": image, "view1": view1, "view2": view2}, views)
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, True)
 
@@ -482,15 +470,13 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # 1 <= s <= 100 (official code)
 
-        run.log(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
+        run.end_step(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
-        if run.interrupted() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    save_curves(run.dir)
-    task, test = "zeroshot" if (val or dataset).classes else "retrieval", args.eval_data or args.data
-    return run.finish(f"python evaluate.py {task} {run.dir} --data {test}{'' if val else ' --split train'}")
+    return run.finish("zeroshot", val)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,6 @@
-r"""Where samples come from: finds out how a dataset is stored, and indexes it. data.py does the rest.
+"""Where samples come from: finds out how a dataset is stored, and indexes it. data.py does the rest.
 
-Only the index is held in memory; pictures and captions are read when a sample is asked for. One row:
-
-    open_dataset("yfcc15m", data_dir="/data")[7] == Sample(
-        image=b"\xff\xd8\xff\xe0...",           # an image file, or a uint8 array (H, W, 3), or a PIL image
-        captions=["Our dog", "First time at the sea"],           # one of them is drawn per epoch
-        label=-1,                               # -1: none, else the position in dataset.classes
-        key="00012.tar:000120034.jpg")          # names the sample in messages
-
+Only the index is held in memory; pictures and captions are read when a sample is asked for.
 Layouts, told apart by looking at the files (docs/data.md: how to make each):
 
     shapes                            drawn here, needs no files
@@ -29,10 +22,8 @@ import functools
 import io
 import itertools
 import json
-import math
 import os
 import pickle
-import random
 import re
 import struct
 import tarfile
@@ -45,18 +36,15 @@ from typing import NamedTuple
 import numpy as np
 import torchvision
 from common import UserError, rank, world_size
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101"}
-NAMES = ["shapes", *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()]
+DRAWN = ["shapes"]  # by scenes.py
+NAMES = [*DRAWN, *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()]
 SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["test", "val", "validation"]}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MEMBERS = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}  # of a sample in a tar
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
-# Words that WordNet knows as something else ("in": inch)
-STOP_WORDS = """a an the in on at by to of off up out over is are was be am as it its he his she who have has
-no not so or and but for from with do does can will more most some than then"""
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip
@@ -77,56 +65,23 @@ def open_dataset(name, data_dir=None, split="train"):
         raise UserError(f"unknown split {split}, choose one of {', '.join(SPLITS)}")
     base = Path(data_dir or os.environ.get("DATA_DIR") or "data").expanduser()
     root = Path(name).expanduser() if name not in NAMES else base if base.name == name else base / name
-    if not name or not (root.exists() or name in ("shapes", *TORCHVISION)):
+    if not name or not (root.exists() or name in (*DRAWN, *TORCHVISION)):
         near = [] if name in NAMES else difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "see docs/data.md for how to get it there"
         raise UserError(f"there is no data at {root.absolute() if name else repr(name)}, {hint}")
     _handle.cache_clear()  # files may have been replaced since they were opened
     try:
-        dataset = Shapes(split) if name == "shapes" else _open(root, split)
+        if name in DRAWN:
+            import scenes  # only here: most runs read files
+            dataset = scenes.SETS[name](split, Sample)
+        else:
+            dataset = _open(root, split)
     except UNREADABLE as error:
         raise UserError(f"{root} cannot be read: {error}") from error
     if not len(dataset):
         raise UserError(f"{root} holds no pictures for {split}, see docs/data.md for what is expected there")
     dataset.name = name if name in NAMES else root.resolve().name
     return dataset
-
-
-def open_synonyms(path=""):
-    """-> function from a word in lower case to a list of its synonyms (or None): those of a file with a line
-    "word, synonym, ..." for each, else WordNet's; None where nltk or its WordNet is not there. UserError."""
-    if path:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--synonyms {path} cannot be read as text ({error})") from error
-        rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
-        return {row[0]: row[1:] for row in rows if row}.get
-    try:
-        return _wordnet().get
-    except (ImportError, LookupError, OSError):
-        return None
-
-
-def _wordnet(debian=Path("/usr/share/wordnet")):
-    """-> {word: its synonyms} of WordNet, without inflected forms: Debian's wordnet-base, else nltk's."""
-    parts = [debian / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
-    if not parts[0].exists():
-        import nltk  # only to find the files: its reader would share open ones with forked workers
-
-        parts = [nltk.data.find(f"corpora/wordnet/{part.name}") for part in parts]
-    table, stop_words = {}, set(STOP_WORDS.split())
-    for part in parts:
-        with part.open("rb") if isinstance(part, Path) else part.open() as file:
-            lines = file.read().decode().splitlines()
-        for line in lines:
-            if not line.startswith(" "):  # not the licence
-                fields = line.split()  # offset, file, kind, count, then word, id for each
-                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-                words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
-                for word in words - stop_words:
-                    table.setdefault(word, set()).update(words - {word})
-    return {word: sorted(synonyms) for word, synonyms in table.items()}
 
 
 def _open(root, split):
@@ -470,101 +425,3 @@ def _read_zip(path, name):
             return archive.read(name)
     except UNREADABLE as error:
         raise ValueError(f"{path} is damaged or does not hold {name}: {error}") from error
-
-
-# -------------------------------------------- shapes --------------------------------------------
-COLOURS = {"red": (214, 40, 40), "orange": (247, 140, 30), "yellow": (250, 220, 60), "green": (50, 160, 70),
-           "cyan": (70, 205, 215), "blue": (40, 80, 210), "purple": (125, 60, 175), "pink": (245, 135, 185),
-           "brown": (120, 75, 40), "white": (245, 245, 245)}  # fmt: skip
-SHAPES = "circle square triangle star heart cross ring diamond hexagon crescent".split()
-
-
-@functools.cache
-def _outlines():
-    """Corners of SHAPES, each about as large as the unit circle; complex: real = right, imaginary = down."""
-    t = np.linspace(0, 2 * math.pi, 48)
-    polygon = lambda n: -1j * np.exp(2j * math.pi * np.arange(n) / n)  # noqa: E731
-    arc = lambda a: np.exp(1j * math.pi * np.linspace(a, 2 - a, 36))  # noqa: E731
-    disc, arm = polygon(48), np.array([1.1 - 0.36j, 1.1 + 0.36j, 0.36 + 0.36j])
-    down = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return {
-        "circle": disc,
-        "square": 1.15 * np.exp(0.25j * math.pi) * polygon(4),
-        "triangle": 1.25 * polygon(3) + 0.2j,
-        "star": polygon(10) * np.where(np.arange(10) % 2, 0.5, 1.2),
-        "heart": (16 * np.sin(t) ** 3 - 1j * down) / 15,
-        "cross": np.concatenate([arm, 1j * arm, -arm, -1j * arm]),
-        "ring": np.concatenate([disc, disc[:1], 0.58 * disc[:1], 0.58 * disc[::-1]]),
-        "diamond": np.array([-1.3j, 0.75, 1.3j, -0.75]),
-        "hexagon": polygon(6),
-        "crescent": 1.15 * np.concatenate([arc(0.25), 0.86 * arc(0.32)[::-1] + 0.22]),
-    }
-
-
-class Shapes:
-    """Captioned scenes, 64 x 64, functions of the index: an object, up to two small ones, a background."""
-
-    classes, captioned = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES], True
-
-    def __init__(self, split):
-        self.indices = range(20000) if split == "train" else range(20000, 22000)
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        index = self.indices[i]
-        rng = random.Random(f"shapes {index}")
-        colour, shape = self.classes[index % 100].split()
-        ground = rng.choice([c for c in COLOURS if c not in (colour, "white")])
-        texture = rng.choice(["plain", "plain", "striped", "spotted", "shaded"])
-        radius = rng.uniform(17, 27)  # pixels
-        x, y = rng.uniform(radius + 1, 63 - radius), rng.uniform(radius + 1, 63 - radius)
-        objects = [(colour, shape, radius, x, y)]
-        for _ in range(rng.choice([0, 1, 1, 2, 2])):  # small objects, where one of eight places is free
-            small = rng.uniform(0.28, 0.42) * radius
-            places = [(rng.uniform(small, 64 - small), rng.uniform(small, 64 - small)) for _ in range(8)]
-            free = [p for p in places if all(math.dist(p, o[3:]) > 1.1 * o[2] + small for o in objects)]
-            other_colour = rng.choice([c for c in COLOURS if c != ground])
-            other_shape = rng.choice([s for s in SHAPES if s != shape])
-            objects += [(other_colour, other_shape, small, *place) for place in free[:1]]
-        image = self.background(rng, ground, texture)
-        for name, kind, size, *place in objects:
-            fill = tuple(min(255, v + rng.randint(-16, 16)) for v in COLOURS[name])
-            corners = 4 * (_outlines()[kind] * size * np.exp(1j * rng.uniform(-0.3, 0.3)) + complex(*place))
-            ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=fill)
-        captions = self.describe(rng, objects, ground, texture)
-        return Sample(np.array(image.reduce(4)), captions, index % 100, f"shapes {index}")
-
-    @staticmethod
-    def background(rng, ground, texture):
-        """Four times as large as the sample, so that what is drawn on it gets smooth edges."""
-        down, right = np.mgrid[0:64, 0:64]
-        angle, pitch = rng.uniform(0, math.pi), rng.uniform(0.5, 0.9)
-        u = pitch * (right * math.cos(angle) + down * math.sin(angle))
-        v = pitch * (down * math.cos(angle) - right * math.sin(angle))
-        dark = {
-            "plain": np.zeros_like(u),
-            "striped": 0.5 + 2 * np.sin(u),
-            "spotted": 4 * np.sin(u) * np.sin(v) - 1,
-            "shaded": (u - u.min()) / np.ptp(u),
-        }[texture]
-        pixels = np.multiply.outer(0.35 - 0.12 * dark.clip(0, 1), COLOURS[ground]).astype(np.uint8)
-        return Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST)
-
-    @staticmethod
-    def describe(rng, objects, ground, texture):
-        """Three captions; all of them name colour and shape of the main object."""
-        a = lambda words: ("an " if words[0] in "aeiou" else "a ") + words  # noqa: E731
-        (colour, shape, radius, x, _), *others = objects
-        size = "small " if radius < 19.5 else "large " if radius > 24.5 else ""
-        where = "on the left" if x < 28 else "on the right" if x > 36 else "in the middle"
-        ground = f"{texture} dark {ground} background"
-        scene = "on " + a(ground.removeprefix("plain "))
-        beside = "with " + " and ".join(a(f"{c} {s}") for c, s, *_ in others) if others else scene
-        what = f"{size}{colour} {shape}"
-        wordings = {
-            a(what), f"{a(what)} {scene}", f"{what}, {ground}", f"{a(what)} {where}",
-            f"{a(what)} {beside}", f"{what} {where}, {beside}", f"there is {a(what)} {where}",
-            f"a picture of {a(f'{colour} {shape}')}", f"{a(size + shape)} in {colour}"}  # fmt: skip
-        return rng.sample(sorted(wordings), 3)

@@ -1,0 +1,445 @@
+"""The paper trail of a training run: its command line, directory, log, checkpoint and pictures.
+
+Nothing here changes a number, and nothing here knows a method. Method files show how it is used."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from common import UserError, all_reduce_mean, rank, world_size
+
+
+# -------------------------------------------- arguments --------------------------------------------
+@dataclasses.dataclass
+class RunArgs:
+    """Flags that change no number. Every method file's Args inherits them and adds its own."""
+    data_dir: str = ""  # folder of the named datasets (default: $DATA_DIR, then ./data)
+    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: new, in runs/)
+    workers: int = 8  # loader processes per training process
+    device: str = ""  # cuda, mps or cpu (default: the first of them that this machine has)
+    compile: bool = False  # compile the model with torch.compile
+    eval_every: int | None = None  # steps between evaluations (default: one epoch; 0: only at the end)
+    save_every: int | None = None  # steps between checkpoints (default: one epoch; 0: only at the end)
+    log_every: int = 10  # steps between rows of the log (0: the first and the last step only)
+    tensorboard: bool = False  # write the log for TensorBoard too
+    wandb: bool = False  # send the log to Weights & Biases too
+    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.ArgumentParser:
+    """A parser of the fields of Args, in two groups. Beside each default its --help shows what the
+    recipe puts in its place."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
+    groups = [parser, parser]
+    if issubclass(Args, RunArgs):
+        titles = "flags of the method, which may change numbers", "flags of the run, which do not"
+        groups = [parser.add_argument_group(title) for title in titles]
+    for name, kind in typing.get_type_hints(Args).items():
+        default, notes = getattr(Args, name), []
+        if default:
+            notes.append(f"default: {default}")
+        if values.get(name, default) != default:
+            notes.append(f"{recipe}: {values[name]}")
+        text = comments.get(name, "") + (f" ({'; '.join(notes)})" if notes else "")
+        options = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"), dest=name)
+        if kind is bool:
+            options.update(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is typing.Literal:
+            options.update(choices=typing.get_args(kind))
+        else:
+            kind = (*typing.get_args(kind), kind)[0]  # `int | None` is read as int
+            options.update(type=kind, metavar=kind.__name__.upper())
+        groups[hasattr(RunArgs, name)].add_argument("--" + name.replace("_", "-"), **options)
+    return parser
+
+
+def parse_args(Args, recipes: dict, argv: list[str] | None = None):
+    """Command line -> Args. A field's trailing comment is its --help text; `--batch_size` works too.
+    A flag wins over recipes[--recipe or --data], which wins over the field's default. Raises
+    UserError for an unknown flag (naming the nearest) or recipe and a value of the wrong kind."""
+
+    def refuse(message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help depends on the recipe
+    first.error = refuse
+    first.add_argument("--data", default=Args.data)
+    first.add_argument("--recipe", default="")
+    chosen = first.parse_known_args(argv)[0]
+    if chosen.recipe and hasattr(Args, "recipe") and chosen.recipe not in recipes:
+        refuse(f"unknown recipe {chosen.recipe}, choose one of {', '.join(recipes)}")
+    recipe = chosen.recipe or chosen.data
+    values = recipes.get(recipe, {})
+    source = "".join(map(inspect.getsource, reversed(Args.__mro__[:-1])))  # of Args and its bases
+    comments = dict(re.findall(r"^ +(\w+):.*?  # (.*)$", source, re.M))
+    parser = build_parser(Args, comments, recipe, values)
+    parser.error = refuse
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word, flags = unknown[0].split("=")[0], list(parser._option_string_actions)
+        near = [flag for flag in flags if flag.startswith(word) and len(word) > 3]
+        near = near or difflib.get_close_matches(word, flags, n=1)
+        refuse(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    args = Args(**(values | vars(given)))
+    for name, value in vars(args).items():
+        default = getattr(Args, name)
+        takes_zero = name == "workers" or "(0:" in comments.get(name, "")  # it says what 0 does
+        least = int(type(default) is int and default > 0 and not takes_zero)
+        if isinstance(value, int | float) and not least <= value < 2**63:
+            bound = "above" if least else "at least"
+            refuse(f"--{name.replace('_', '-')} {value} must be {bound} 0 and finite")
+    return args
+
+
+# -------------------------------------------- a run --------------------------------------------
+def load_checkpoint(path: str | Path) -> dict:
+    """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling any objects."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint, is damaged or holds code, which is never run") from error
+
+
+class Run:
+    """The directory of one run: args.json, env.json, metrics.jsonl, checkpoint.pt, pictures.
+
+    `state` is what a checkpoint restores: name -> object with state_dict and load_state_dict; `extra`
+    is text that it carries along. A directory that holds a checkpoint is continued from `self.step`,
+    and its log is cut back to that step, so that a killed run leaves the log of one that was not.
+    Raises UserError if the directory belongs to other arguments, a running process or no run."""
+
+    MAY_CHANGE = {"max_steps", *(field.name for field in dataclasses.fields(RunArgs))}  # in a restart
+
+    def __init__(self, method: str, args, loader, state: dict, extra: dict | None = None):
+        self.method, self.args, self.loader, self.state, self.extra = method, args, loader, state, extra or {}
+        self.epoch_steps = loader.steps_per_epoch
+        self.total = args.epochs * self.epoch_steps  # steps of the schedule
+        self.last = min(self.total, args.max_steps or self.total)  # steps of this run
+        self.step, self.signal, self.stop, self.profiler = 0, 0, 0, None
+        self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.time()
+        for name in filter(vars(args).get, ("tensorboard", "wandb")):
+            importlib.import_module(name)  # a missing one ends all processes, before anything is written
+        self._open_together()
+        quiet = rank() > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
+        self.writers = self._writers() if rank() == 0 else []
+        size, n, at = args.batch_size, len(loader.dataset), f", continued at {self.step}" if self.step else ""
+        self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
+        self.say(f"{method}: {n:,} samples, batch {size} = {world_size()} x {size // world_size()}, "
+                 f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
+        if args.profile and rank() == 0:
+            self.profiler = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
+                on_trace_ready=lambda profile: profile.export_chrome_trace(str(self.dir / "trace.json")))
+            self.profiler.start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        self._restart_clock()
+
+    def _open_together(self):
+        """The first process opens the directory; all load its checkpoint or raise its error."""
+        opened = ["", "", False]  # directory, error, whether it has a checkpoint
+        if rank() == 0:
+            try:
+                opened[0] = str(self._open())
+                opened[2] = Path(opened[0], "checkpoint.pt").exists()
+            except UserError as error:
+                opened[1] = str(error)
+            except (OSError, ValueError) as error:
+                opened[1] = f"{self.args.output_dir or 'runs/'} can hold no run ({error}), use another"
+        if dist.is_initialized():
+            dist.broadcast_object_list(opened)
+        if opened[1]:
+            raise UserError(opened[1])
+        self.dir = Path(opened[0])
+        if opened[2]:
+            saved = load_checkpoint(self.dir)
+            try:
+                for name, item in self.state.items():
+                    item.load_state_dict(saved[name])
+                self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"{self.dir}/checkpoint.pt does not fit, use another --output-dir") from error
+            torch.set_rng_state(rng[0])
+            if len(rng) > 1 and torch.cuda.is_available():
+                torch.cuda.set_rng_state(rng[1])
+
+    def _open(self) -> Path:
+        if self.args.batch_size < 2:
+            raise UserError("--batch-size 1 leaves no other sample to compare with: use at least 2")
+        args = {"method": self.method, **vars(self.args)}
+        name = "_".join([self.method, Path(args["data"]).stem, args["arch"], f"s{args['seed']}"])
+        path = Path(args["output_dir"] or f"runs/{name}_{time.strftime('%Y%m%d-%H%M%S')}")
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / "args.json").exists():
+            before = json.loads((path / "args.json").read_text())
+            changed = [k for k in args if k not in self.MAY_CHANGE and before.get(k) != args[k]]
+            if changed:
+                was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)
+                raise UserError(f"{path} holds a run with {was}: use those values or another --output-dir")
+        elif any(path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
+        self.lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by a running process: choose another --output-dir") from None
+        (path / "args.json").write_text(json.dumps(args, indent=1))
+        return path
+
+    def _writers(self) -> list:
+        """Writes env.json, cuts the log back; -> functions that write a row: to metrics.jsonl, ..."""
+        env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
+               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+               "torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
+        with contextlib.suppress(OSError):  # git is not installed
+            git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+            env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        (self.dir / "env.json").write_text(json.dumps(env, indent=1))
+        for name, text in self.extra.items():  # the tokenizer, for example
+            (self.dir / f"{name}.json").write_text(text)
+        path = self.dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one off
+        if self.step < self.last:  # what was written only because the run ended there goes too
+            rows = [row for row in rows if "end" not in row]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step))
+        file = open(path, "a", buffering=1)
+        writers = [lambda row: file.write(json.dumps(row) + "\n")]
+        if self.args.tensorboard:
+            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir)
+            writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
+        if self.args.wandb:
+            wandb = importlib.import_module("wandb")
+            wandb.init(project=self.method, config=vars(self.args), id=self.dir.name, resume="allow")
+            writers.append(lambda row: wandb.log(row, step=row["step"]))
+        return writers
+
+    def batches(self):
+        """Yields (step, batch) from the step at which the run stands to its last. Wrong augmentations
+        are found by looking at them, so it writes views.png before the first step of all."""
+        for step, batch in self.loader.batches(self.step, self.last):
+            if step == 0 and rank() == 0:
+                images = {}
+                for name, view in self.loader.views.items():
+                    pixels, params = batch[name]
+                    images[name] = view(pixels[:8], {key: value[:8] for key, value in params.items()})
+                save_views(self.dir, images, self.loader.views)
+            yield step, batch
+
+    def end_step(self, terms: dict, **numbers):
+        """Counts one optimizer step; every --log-every steps it writes terms and numbers to the log.
+        terms: name -> (0-dim tensor, chance level or None), averaged over the processes, must be finite."""
+        self.step += 1
+        self.pending.append((list(terms), torch.stack([term.detach().float() for term, _ in terms.values()])))
+        self.bar.update()
+        if self.profiler:
+            self.profiler.step()
+        scheduled = self.step == 1 or self.due(self.args.log_every, at_end=False)
+        if not scheduled and self.step < self.last:
+            return
+        self.loader.check_bad()
+        row, texts = {"epoch": self.step / self.epoch_steps}, []
+        warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.1 * self.total)
+        for (name, (_, chance)), value in zip(terms.items(), self._means()):
+            row[name] = value
+            texts.append(f"{name} {value:.3f}" + (f" (chance {chance:.3f})" if chance is not None else ""))
+            if chance is not None:
+                row["chance" if name == "loss" else name.replace("loss", "chance")] = chance
+                if warm and abs(value - chance) < 0.01 * abs(chance) and name not in self.warned:
+                    self.warned.add(name)
+                    self.say(f"warning: after {self.step} steps {name} is still at chance level {chance:.3f}")
+        seconds, steps = time.time() - self.clock, self.step - self.clock_step
+        speed, wait = self.args.batch_size * steps / seconds, self.loader.wait / seconds
+        row |= {name: torch.as_tensor(number).item() for name, number in numbers.items()}
+        self._write({**row, "images_per_sec": speed, "data_wait": wait}, scheduled)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.last - self.step) * self.args.batch_size / speed))
+        text = ", ".join([*texts, f"{speed:.0f} images/s"])
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            self.say(f"step {self.step}/{self.last} {text}, data wait {wait:.0%}, left {left}")
+        self._restart_clock()
+
+    def _means(self) -> list[float]:
+        """The latest terms, averaged over the processes. UserError if one was not finite at any step."""
+        names, rows = zip(*self.pending)
+        values = all_reduce_mean(torch.stack(rows)).cpu()  # (steps since the last call, terms)
+        bad = (~torch.isfinite(values)).any(1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            step, terms = self.step - len(values) + 1 + first, zip(names[0], values[first].tolist())
+            found = " and ".join(f"{name} is {value}" for name, value in terms if not math.isfinite(value))
+            path = self.dir / "checkpoint.pt"
+            kept = f"{path} holds the last good state" if path.exists() else "nothing was saved yet"
+            raise UserError(f"{found} at step {step}, try a lower lr; {kept}")
+        self.pending = []
+        return values[-1].tolist()
+
+    def _write(self, row: dict, scheduled: bool):
+        end = {} if scheduled else {"end": True}  # only the end asked for it: dropped when continued
+        for writer in self.writers:
+            writer({"step": self.step, **row, **end})
+
+    def _restart_clock(self):
+        self.clock, self.clock_step, self.loader.wait = time.time(), self.step, 0.0
+
+    def say(self, text: str):
+        if rank() == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def due(self, every: int | None, at_end=True) -> bool:
+        """True at every `every`-th step (None: once an epoch; 0: never) and at the last step."""
+        if at_end and self.step == self.last:
+            return True
+        every = self.epoch_steps if every is None else every
+        return every > 0 and self.step % every == 0
+
+    def log_evaluation(self, metrics: dict):
+        if not metrics:
+            return
+        self._write(metrics, self.due(self.args.eval_every, at_end=False))
+        self.evaluation = {"step": self.step, **metrics}
+        self.say(f"step {self.step}, percent: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        self._restart_clock()  # evaluation is not training time
+
+    def _on_signal(self, number, frame):
+        self.signal = number
+        os.write(2, b"\nsaving after this step; a second Ctrl-C ends without saving\n")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it; launchers repeat SIGTERM
+
+    def agree_to_stop(self) -> bool:
+        """True if any process got SIGINT or SIGTERM. All agree, over a CPU tensor: no GPU waits."""
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.stop = int(number)
+        return self.stop > 0
+
+    def save(self):
+        """Writes checkpoint.pt under another name and then renames it, so that a crash or a full disk
+        leaves the old one. UserError if weights are not finite. After a signal, ends the process."""
+        if self.pending:
+            self._means()
+        path, temporary = self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
+        content = {name: item.state_dict() for name, item in self.state.items()}  # sharded ones: all together
+        if not all(torch.isfinite(t).all() for t in content["model"].values()):
+            raise UserError(f"weights are not finite at step {self.step}, lower the lr; {path} is as before")
+        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+        rngs = [rng] * world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(rngs, rng)
+        if rank() == 0:
+            content |= {"method": self.method, "args": vars(self.args), "step": self.step, "rng": rngs}
+            content |= self.extra
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(content, file)
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+                temporary.unlink(missing_ok=True)
+                raise UserError(f"cannot write {path} ({error}), free some space; it is as before") from error
+        if self.stop:
+            all_reduce_mean(torch.zeros(1))  # all end together: torchrun ends the others when one leaves
+            n = os.environ.get("LOCAL_WORLD_SIZE")
+            where = "" if self.args.output_dir else f" --output-dir {self.dir}"
+            python = f"torchrun --nproc_per_node={n}" if n else "python"
+            self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(sys.argv)}{where}")
+            sys.exit(128 + self.stop)
+
+    def finish(self, protocol: str = "", dataset=None, bank=None, hint: str = "") -> dict:
+        """Writes curves.png, says where everything is and what comes next; -> the last evaluation.
+        protocol: what evaluate.py is to measure, if dataset (the evaluation set or None) and bank
+        (the set of kNN's neighbours) allow it. hint: a better command than that."""
+        self.bar.close()
+        if rank() == 0:
+            save_curves(self.dir)
+            self.lock.close()
+        hint = hint or self._next_command(protocol, dataset, bank)
+        minutes, seconds = divmod(round(time.time() - self.began), 60)
+        self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}\nnext: {hint}")
+        return self.evaluation
+
+    def _next_command(self, protocol, dataset, bank) -> str:
+        tested = dataset or self.loader.dataset
+        named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no WordNet ids
+        if protocol == "zeroshot" and not named:
+            protocol = "retrieval" if tested.captioned else "neighbors"
+        if protocol == "knn" and not (dataset and bank and dataset.classes and bank.classes):
+            protocol = "neighbors"  # it needs no labels and no second split
+        words = ["python", "evaluate.py", protocol, self.dir, "--data", self.args.eval_data or self.args.data]
+        if self.args.data_dir:
+            words += ["--data-dir", self.args.data_dir]
+        if protocol in ("zeroshot", "retrieval") and not dataset:
+            words += ["--split", "train"]
+        return shlex.join(map(str, words))
+
+
+# -------------------------------------------- pictures --------------------------------------------
+def save_views(directory, images, views):
+    """Writes views.png: the first eight samples of a batch, with a row for each view, as the model
+    sees them. images: name -> float (b, 3, S, S), as normalised by views[name]."""
+    strips = []
+    for name, x in images.items():
+        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
+        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
+        x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
+        x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
+        grid = torchvision.utils.make_grid(x)
+        strips.append((name, torchvision.transforms.functional.to_pil_image(grid)))
+    size = max(strip.width for _, strip in strips), sum(strip.height + 14 for _, strip in strips)
+    page, top = Image.new("RGB", size, "white"), 0
+    for name, strip in strips:
+        ImageDraw.Draw(page).text((2, top + 1), name, fill="black")
+        page.paste(strip, (0, top + 14))
+        top += strip.height + 14
+    page.save(Path(directory) / "views.png")
+
+
+def save_curves(directory):
+    """Writes curves.png if matplotlib is installed: each column of metrics.jsonl, chance dashed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    names = dict.fromkeys(name for row in rows for name in row)  # each once, in this order
+    names = [n for n in names if n not in ("step", "epoch", "end") and "chance" not in n]
+    width, height = min(4, len(names)), math.ceil(len(names) / 4)
+    figure = Figure(figsize=(4 * width, 3 * height), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(height, width, i + 1, title=name, xlabel="step")
+        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
+        for key, style in ((name, "-"), (chance, "--")):
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
+                axes.plot(*zip(*points), style)
+    figure.savefig(Path(directory) / "curves.png", dpi=80)
