@@ -15,7 +15,7 @@ B global batch, b = B / processes, D a width, E of embeddings, K length of the q
 Laptop, 1 GPU   torchrun declip.py    torchrun declip.py --data flickr8k
 8 GPUs          torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
 
-Official checkpoints load strictly (evaluation.weights.load_released). --released does what the official code does:
+Official checkpoints load strictly (evaluation.weights.load_released). With --released, as in that code:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
  - L_NNS from image to text alone, and over N' too; the queue takes T' as well. The paper enqueues T.
  - One masked text serves L_TSS and T, and a random token in it may end it. Here T sees it unmasked.
