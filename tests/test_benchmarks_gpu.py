@@ -1,0 +1,84 @@
+"""benchmarks/gpu.py, which measures on a GPU, at tiny sizes on the CPU: every part leaves a result."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runs import ROOT
+
+
+def run(out, *flags, **env):
+    """-> exit status, rows of gpu.jsonl, output."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--out", str(out), *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=out.parent)
+    file = out / "gpu.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return done.returncode, rows, done.stdout + done.stderr
+
+
+def test_every_part_writes_its_result(tmp_path):
+    pytest.importorskip("sklearn", reason="its two photos are the JPEG files that are read")
+    status, rows, output = run(tmp_path / "out", "--miniature", "--minutes", "12")
+    assert status == 0 and not [row for row in rows if "error" in row], output[-6000:]
+
+    def of(part, key):
+        return [row for row in rows if row["part"] == part and key in row]
+
+    (tests,) = of("tests", "passed")
+    assert tests["passed"] == 2 and tests["failed"] == tests["not_run"] == 0
+    steps = {(row["model"], row["mode"]): row for row in of("steps", "mode")}
+    assert len(steps) == 6 and ("dino_s16", "compiled") in steps
+    for row in steps.values():
+        assert row["ms"] > 0 and row["images_per_s"] > 0 and 0 < row["views_share"] < 1
+        assert row["mfu"] == pytest.approx(row["tflops"] / row["matmul_tflops"], rel=1e-4)
+    assert {row["model"] for row in of("data", "real_over_synthetic")} == {"clip_b16", "simclr_r50"}
+    assert all(row["images_per_s"] > 0 for row in of("data", "real_over_synthetic"))
+    assert of("data", "skipped") and of("peers", "skipped")
+    assert len(of("cifar", "evaluation")) == 2
+    assert 0 <= of("cifar", "best_knn_top1")[0]["best_knn_top1"] <= 100
+    for name in ("gpu.md", "gpu.log", "cifar10_metrics.jsonl"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert "| clip_b16 | eager | 4 |" in (tmp_path / "out/gpu.md").read_text()
+
+
+def test_operations_are_those_of_the_paper_s_model(tmp_path, monkeypatch):
+    """A step of SimCLR with ResNet-50: two views, three times a forward pass of 8.2 billion operations."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("GPU_RESULTS", str(tmp_path / "gpu.jsonl"))
+    import gpu
+    import torch
+
+    monkeypatch.setattr(torch.nn.Module, "compile", torch.nn.Module.compile)  # prepare() replaces it
+    method, flags = gpu.MODELS["simclr_r50"]
+    job = {"part": "steps", "model": "simclr_r50", "method": method, "modes": ["eager"], "least": 1,
+           "flags": " ".join(gpu.with_batch(flags, 2)), "seconds": 0.01, "temp": str(tmp_path),
+           "miniature": True}  # fmt: skip
+    assert gpu.part_steps(job) == 0
+    row = json.loads((tmp_path / "gpu.jsonl").read_text())
+    assert row["gflop_per_image"] == pytest.approx(2 * 3 * 8.2, rel=0.03)
+
+
+def test_without_time_every_part_says_so(tmp_path):
+    status, rows, output = run(tmp_path / "out", "--minutes", "0.02", "--only", "steps,data", "--models", "clip_b16")
+    assert status == 0, output
+    skipped = {row["part"]: row["skipped"] for row in rows if "skipped" in row}
+    assert "clip_b16 eager" in skipped["steps"] and "clip_b16" in skipped["data"]
+
+
+def test_what_fails_is_a_result_and_does_not_stop_the_rest(tmp_path):
+    flags = "--minutes", "6", "--only", "steps,cifar", "--models", "clip_b32", "--data-dir", str(tmp_path)
+    status, rows, output = run(tmp_path / "out", *flags, CUDA_VISIBLE_DEVICES="")  # all of it needs a GPU
+    assert status == 0, output
+    errors = [row["error"] for row in rows if row["part"] == "steps"]
+    assert len(errors) == 2 and "cuda is not available" in errors[0], output
+    assert rows[-1]["part"] == "cifar" and "no folder cifar10" in rows[-1]["skipped"]
+
+
+@pytest.mark.parametrize("flag", ["--only", "--models"])
+def test_an_unknown_name_is_refused_with_those_there_are(tmp_path, flag):
+    status, rows, output = run(tmp_path / "out", flag, "clip_b61")
+    assert status == 2 and not rows and "clip_b61" in output and ("clip_b16" in output or "steps" in output)
