@@ -14,7 +14,8 @@ Laptop        torchrun clip.py
 Own data      torchrun clip.py --data path/to/captions.csv --recipe flickr8k
 
 Models and parameter names are OpenAI's, so its checkpoints load strictly
-(evaluation.weights.load_released). OpenAI published no training code; what the paper leaves open follows open_clip. Differences:
+(evaluation.weights.load_released). OpenAI published no training code; what the paper leaves open follows
+open_clip. Differences:
  - Gathered features carry gradient: every process count trains with the gradient of the global batch
    (open_clip: --local-loss --gather-with-grad). --no-gather-grad lets it flow through the local side of each
    logit only.

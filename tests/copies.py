@@ -1,5 +1,6 @@
 """Copies between method files are honest: a definition under `# Copied from clip.py: NAME` equals the original, comments
-and blank lines included. `python tests/copies.py` lists what differs, `--fix` rewrites the copies."""
+and blank lines included, and the original of `# Adapted from clip.py: NAME` exists. `python tests/copies.py` lists what is
+wrong in any file, `--fix` rewrites the copies."""
 
 import ast
 import re
@@ -8,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"^# Copied from (\w+\.py): (\w+)$")
+VARIANT = re.compile(r"^# Adapted from (\w+\.py): (\w+)\b")
+INDENTED_MARK = re.compile(r"^\s+# (Copied|Adapted) from\b")
 
 
 def definition(source: str, name: str) -> tuple[int, int]:
@@ -48,6 +51,28 @@ def compare(path: Path, fix=False) -> tuple[int, list[str]]:
     return count, differing
 
 
+def wrong_variants(path: Path) -> list[str]:
+    """A line for each `# Adapted from` whose original does not exist."""
+    wrong = []
+    for mark in [line for line in path.read_text().splitlines() if line.startswith("# Adapted from")]:
+        match = VARIANT.match(mark)
+        try:
+            definition((ROOT / match[1]).read_text(), match[2])
+        except (KeyError, OSError, TypeError):
+            wrong.append(f"{path.name}: {mark!r} names no definition")
+    return wrong
+
+
+def problems(fix=False) -> list[str]:
+    """A line for everything that is wrong with a mark, in whatever file of this repository it stands."""
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        found += compare(path, fix)[1] + wrong_variants(path)
+        indented = [line.strip() for line in path.read_text().splitlines() if INDENTED_MARK.match(line)]
+        found += [f"{path.name}: {mark!r} stands over no definition of the file itself" for mark in indented]
+    return found
+
+
 def method_files():
     """Files with an Args dataclass and a train function."""
     names = [p for p in sorted(ROOT.glob("*.py")) if "class Args" in p.read_text() and "\ndef train(" in p.read_text()]
@@ -55,6 +80,6 @@ def method_files():
 
 
 if __name__ == "__main__":
-    problems = [line for path in method_files() for line in compare(path, "--fix" in sys.argv)[1]]
-    print("\n".join(problems) or "all copies equal their originals")
-    sys.exit(bool(problems))
+    found = problems("--fix" in sys.argv)
+    print("\n".join(found) or "all copies equal their originals")
+    sys.exit(bool(found))

@@ -16,9 +16,10 @@ import transformers
 from torchvision.transforms.functional import to_pil_image
 
 import align
-from common import UserError, load_checkpoint
+from common import UserError
 from data import Loader, Tokenizer, decode, open_dataset
-from evaluate import align_state, load_released, open_network
+from evaluation.weights import align_state, load_released, open_network
+from run import load_checkpoint
 from runs import FLAGS, ROOT, command, make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_structure import backward, cut

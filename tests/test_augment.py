@@ -61,7 +61,7 @@ FLAGS = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5}
 
 def draws_of(view, n=N):
     """{name: n draws}, each from a generator as the loader makes it."""
-    draws = [view.draw(random.Random(f"0 0 {i} view1")) for i in range(n)]
+    draws = [view.sample(random.Random(f"0 0 {i} view1")) for i in range(n)]
     return {name: np.array([np.asarray(draw[name]) for draw in draws]) for name in draws[0]}
 
 
@@ -254,7 +254,7 @@ def test_the_language_view_is_a_crop_and_nothing_else(name, norm):
     """Red still grows to the right in every crop: captions say left."""
     view = policy(name, "yfcc15m", "image")
     image = torch.from_numpy(Gradient(1, size=80).image).permute(2, 0, 1)
-    assert view.size == 224 and view.draw(random.Random(0)) == {}
+    assert view.size == 224 and view.sample(random.Random(0)) == {}
     small = clip.LanguageView(32, view.scale, view.interpolation, view.mean, view.std)
     crops = torch.stack([small.crop(image, random.Random(i)) for i in range(500)])
     rows, columns = crops.float().mean(2)[:, 0], crops.float().mean(3)[:, 1]

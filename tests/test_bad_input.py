@@ -269,7 +269,8 @@ def test_help_has_every_flag_with_its_comment(server, name):
     done = server.run(f"{name}.py", "--help", env={"COLUMNS": "1000"})
     assert done.returncode == 0 and not done.stderr
     text = " ".join(done.stdout.split())
-    source = (ROOT / f"{name}.py").read_text().split("class Args:")[1].split("\n\n")[0]
+    run, method = (ROOT / "run.py").read_text(), (ROOT / f"{name}.py").read_text()
+    source = "\n".join(text.split(f"class {start}")[1].split("\n\n")[0] for text, start in ((run, "RunArgs:"), (method, "Args(RunArgs):")))
     fields = re.findall(r"^ +(\w+): .*?(?:  # (.*))?$", source, re.M)
     assert [field for field, _ in fields] == list(vars(module_of(name).Args()))
     for field, comment in fields:

@@ -9,9 +9,10 @@ import torchvision
 from torch import nn
 
 import byol
-import evaluate
-from common import UserError, load_checkpoint, warmup_cosine
+from common import UserError, warmup_cosine
 from copies import ROOT
+from evaluation.weights import open_network
+from run import load_checkpoint
 from runs import make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_structure import backward, cut
@@ -176,7 +177,7 @@ def test_logged(photos, tmp_path):
         assert 0.1 < row["feature_std"] < 0.26
     assert [row["tau"] for row in trained] == pytest.approx([byol.target_decay(k, 24, 0.9) for k in range(3)])
     assert not any("target_knn_top1" in row for row in rows(tmp_path))
-    network = evaluate.open_network(tmp_path, torch.device("cpu"))
+    network = open_network(tmp_path, torch.device("cpu"))
     assert torch.equal(network.encoder.conv1.weight, load_checkpoint(tmp_path)["model"]["online.backbone.conv1.weight"])
 
 
@@ -200,7 +201,7 @@ def test_views_differ_in_blur_and_solarisation():
     """Table 6: T blurs always and never solarises, T' blurs one in ten and solarises one in five."""
     for view, blur, solarize in ((byol.BYOLView(32), 1.0, 0.0), (byol.BYOLView(32, 0.1, 0.2), 0.1, 0.2)):
         rng = random.Random(0)
-        draws = [view.draw(rng) for _ in range(5000)]
+        draws = [view.sample(rng) for _ in range(5000)]
         share = {k: sum(d[k] for d in draws) / 5000 for k in ("flip", "jitter", "gray", "blur", "solarize")}
         expected = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": blur, "solarize": solarize}
         assert share == pytest.approx(expected, abs=0.02)
@@ -215,7 +216,7 @@ def test_view_is_torchvision_s_in_order():
     from torchvision.transforms.v2 import functional as tv
 
     view, rng = byol.BYOLView(40, blur=0.5, solarize=0.5), random.Random(3)
-    draws = [view.draw(rng) for _ in range(16)]
+    draws = [view.sample(rng) for _ in range(16)]
     pixels = torch.randint(0, 256, (16, 3, 40, 40), dtype=torch.uint8)
     stacked = {k: torch.stack([torch.as_tensor(d[k]) for d in draws]) for k in draws[0]}
     for x, d, ours in zip(pixels, draws, view(pixels, stacked)):
@@ -251,7 +252,7 @@ def test_paste():
                                            "grayscale", "gaussian_blur", "solarize", "normalize"], file="byol.py")  # fmt: skip
     view, rng = view["BYOLView"](32, 0.5, 0.5), random.Random(0)
     crops = torch.stack([view.crop(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8), rng) for _ in range(5)])
-    draws = [view.draw(rng) for _ in range(5)]
+    draws = [view.sample(rng) for _ in range(5)]
     draws = {key: torch.stack([torch.as_tensor(draw[key]) for draw in draws]) for key in draws[0]}
     assert view(crops, draws).shape == (5, 3, 32, 32)
 

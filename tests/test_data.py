@@ -26,10 +26,11 @@ from PIL import Image
 from torchvision import transforms
 
 import data
+import scenes
 import sources
 from common import UserError
 from data import Loader, decode, open_dataset
-from evaluate import EvalView
+from monitor import EvalView
 
 ROOT = Path(__file__).parent.parent
 
@@ -770,11 +771,11 @@ def test_shapes_are_labelled_and_described():
                 words = re.findall(r"\w+", caption)
                 assert re.search(rf"{colour} {shape}|{shape} in {colour}", caption), caption
                 assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", caption), caption
-                main = [w for w in words if w in sources.SHAPES][
+                main = [w for w in words if w in scenes.SHAPES][
                     0
                 ]  # what is said of other objects comes later
                 assert main == shape
-                wordings.add(re.sub("|".join([*sources.COLOURS, *sources.SHAPES]), "_", caption))
+                wordings.add(re.sub("|".join([*scenes.COLOURS, *scenes.SHAPES]), "_", caption))
             seen.add(hashlib.sha256(sample.image.tobytes()).digest())
     assert len(seen) == 400 and len(wordings) > 50
     assert [train[i].label for i in range(300)] == [i % 100 for i in range(300)]
@@ -805,7 +806,7 @@ class ToyView:
     def crop(self, image, rng):
         return data.random_resized_crop(image, rng, self.size)
 
-    def draw(self, rng):
+    def sample(self, rng):
         return {
             "flip": rng.random() < 0.5,
             "sigma": rng.uniform(0.1, 2),
@@ -882,7 +883,7 @@ def test_batch():
         image, captions = decode(Toy()[index].image), Toy()[index].captions
         rng = random.Random(f"3 0 {index} b")
         assert torch.equal(batch["b"][0][row], ToyView().crop(image, rng))
-        assert batch["b"][1]["sigma"][row].item() == torch.tensor(ToyView().draw(rng)["sigma"]).item()
+        assert batch["b"][1]["sigma"][row].item() == torch.tensor(ToyView().sample(rng)["sigma"]).item()
         caption = random.Random(f"3 0 {index} caption").choice(captions)
         ids = toy_text(caption, random.Random(f"3 0 {index} text"))
         padded = ids + [0] * (batch["text"].shape[1] - len(ids))

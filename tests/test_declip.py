@@ -18,10 +18,10 @@ from torch import nn
 
 import clip
 import declip
-import sources
-from common import UserError, load_checkpoint, warmup_cosine
+from common import UserError, warmup_cosine
 from data import Tokenizer
-from evaluate import load_released, open_network
+from evaluation.weights import load_released, open_network
+from run import load_checkpoint
 from runs import FLAGS, ROOT, argv_of, command, environment, make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_resume import assert_same_run
@@ -362,12 +362,12 @@ def test_augmentation_is_eda(tokenizer):
 def test_synonyms_from_a_file(tmp_path, tokenizer):
     file = tmp_path / "synonyms.txt"
     file.write_text("Dog, hound, canine friend\n\nred,crimson\n")
-    synonyms = sources.open_synonyms(str(file))
+    synonyms = declip.open_synonyms(str(file))
     assert synonyms("dog") == ["hound", "canine friend"] and synonyms("red") == ["crimson"] and not synonyms("cat")
     outputs = {declip.augmented_text(str, synonyms, "a red dog", random.Random(seed)) for seed in range(99)}
     assert {"a crimson dog", "a red hound"} <= outputs
     with pytest.raises(UserError, match="--synonyms"):
-        sources.open_synonyms(str(tmp_path / "nothing"))
+        declip.open_synonyms(str(tmp_path / "nothing"))
 
 
 WORDNET = {  # of a few words, in its own format
@@ -388,7 +388,7 @@ def write_wordnet(folder):
 def test_synonyms_from_debians_wordnet(tmp_path):
     """The package wordnet-base; no nltk is needed."""
     write_wordnet(tmp_path / "wordnet")
-    synonyms = sources._wordnet(tmp_path / "wordnet").get
+    synonyms = declip.wordnet(tmp_path / "wordnet").get
     assert synonyms("dog") == ["chase", "domestic dog", "tag"] and synonyms("red") == ["crimson"] and not synonyms("in")
 
 
@@ -401,17 +401,17 @@ def test_synonyms_from_wordnet(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "zip/corpora/wordnet")
     for root in ("folder", "zip"):
         monkeypatch.setattr(nltk.data, "path", [str(tmp_path / root)])
-        synonyms = sources.open_synonyms()
+        synonyms = declip.open_synonyms()
         assert synonyms("dog") == ["chase", "domestic dog", "tag"] and synonyms("domestic dog") == ["dog"]
         assert synonyms("red") == ["crimson"] and synonyms("inch") == ["in"]
         assert not synonyms("in") and not synonyms("star") and not synonyms("cat")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    assert sources.open_synonyms() is None
+    assert declip.open_synonyms() is None
 
 
 def test_without_wordnet_the_log_says_so_once(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nltk", None)
-    assert sources.open_synonyms() is None
+    assert declip.open_synonyms() is None
     train_here("declip", photos, tmp_path / "a", "--max-steps", "2", "--eval-every", "0")
     assert capsys.readouterr().out.count("no WordNet") == 1
     file = tmp_path / "synonyms.txt"

@@ -10,10 +10,11 @@ import torch
 import torchvision
 
 import dino
-import evaluate
 import test_structure
-from common import LARS, UserError, load_checkpoint, warmup_cosine
+from common import LARS, UserError, warmup_cosine
 from data import Loader, open_dataset
+from evaluation.weights import open_network
+from run import load_checkpoint
 from runs import FLAGS, make_photos, rows, train_here
 from test_golden import close, close_grad, golden
 from test_structure import backward, cut
@@ -340,7 +341,7 @@ def test_log_and_evaluation(photos, tmp_path):
         assert row["loss"] == pytest.approx(row["teacher_entropy"] + row["kl"], rel=1e-5)
     assert [row["teacher_temp"] for row in run] == pytest.approx([0.04] * 6 + [0.07] * 2)
     assert run[0]["weight_decay"] == pytest.approx(0.04) and run[-1]["weight_decay"] > 0.04 and run[-1]["teacher_momentum"] > 0.996
-    net = evaluate.open_network(tmp_path / "run", torch.device("cpu"))
+    net = open_network(tmp_path / "run", torch.device("cpu"))
     assert net.encoder is net.model.teacher.backbone
     assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
@@ -398,5 +399,5 @@ def test_paste():
 
 def test_paste_augmentation():
     test_structure.test_paste_augmentation("dino.py", "DINOView")
-    draw = dino.DINOView(32, depth=2).draw(random.Random(0))
+    draw = dino.DINOView(32, depth=2).sample(random.Random(0))
     assert len(draw["drop_path"]) == 2 and all(0 <= u < 1 for pair in draw["drop_path"] for u in pair)

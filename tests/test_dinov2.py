@@ -11,11 +11,11 @@ import timm
 import torch
 
 import dinov2
-import evaluate
 import test_structure
 from common import UserError, warmup_cosine
 from data import Loader, open_dataset
-from evaluate import Part
+from evaluation.features import NamedSubset
+from evaluation.weights import open_network
 from runs import FLAGS, ROOT, argv_of, environment, make_photos, rows, train_here
 from test_dino import old_name
 from test_golden import close, close_grad, golden
@@ -332,7 +332,7 @@ def test_log_and_evaluation(photos, tmp_path, flags):
         assert row["loss"] == pytest.approx(row["cls_loss"] + row["patch_loss"] + 0.1 * row["koleo"], rel=1e-5)
     temps = [row["teacher_temp"] for row in run]
     assert temps[0] == pytest.approx(0.04) and temps[11:] == [] and temps[-1] > temps[0]
-    net = evaluate.open_network(tmp_path / "run", torch.device("cpu"))
+    net = open_network(tmp_path / "run", torch.device("cpu"))
     assert net.encoder is net.model.teacher.backbone
     assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
@@ -363,7 +363,7 @@ def test_fsdp_is_the_same_run(photos, tmp_path):
     assert fsdp == parts
     for name, moments in b["optimizer"]["state"].items():
         assert all(torch.equal(moments[key], c["optimizer"]["state"][name][key]) for key in moments)
-    net = evaluate.open_network(tmp_path / "fsdp", torch.device("cpu"))
+    net = open_network(tmp_path / "fsdp", torch.device("cpu"))
     assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 
@@ -410,7 +410,7 @@ def test_paste():
 
 def test_paste_augmentation():
     test_structure.test_paste_augmentation("dinov2.py", "DINOv2View")
-    draw = dinov2.DINOv2View(32, depth=2, mask=dict(side=4)).draw(random.Random(0))
+    draw = dinov2.DINOv2View(32, depth=2, mask=dict(side=4)).sample(random.Random(0))
     assert len(draw["drop_path"]) == 2 and draw["mask"].shape == (4, 4)
 
 
@@ -428,9 +428,9 @@ def test_curation_in_the_docs(photos, tmp_path):
 
     train_here("dinov2", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
     shapes = open_dataset("shapes")
-    web = Part(shapes, [0, 1, 2, 3, 1, 4])  # the fifth is the second again
+    web = NamedSubset(shapes, [0, 1, 2, 3, 1, 4])  # the fifth is the second again
     alike = {"duplicate": 0.99999, "leaked": 0.99999}
-    kept = doc["curate"](tmp_path / "run", web, Part(shapes, [3]), Part(shapes, [0, 1, 2, 4]), **alike, k=1)
+    kept = doc["curate"](tmp_path / "run", web, NamedSubset(shapes, [3]), NamedSubset(shapes, [0, 1, 2, 4]), **alike, k=1)
     assert kept == [0, 1, 2, 5]
     doc["write"](tmp_path / "kept.jsonl", web, kept)
     assert [json.loads(line) for line in open(tmp_path / "kept.jsonl")] == [shapes[i].key for i in (0, 1, 2, 4)]

@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 
-import evaluate
 import ibot
 import test_structure
-from common import UserError, load_checkpoint
+from common import UserError
 from data import Loader, open_dataset
+from evaluation.weights import open_network
+from run import load_checkpoint
 from runs import FLAGS, make_photos, rows, train_here
 from test_dino import old_name
 from test_golden import close, close_grad, golden
@@ -318,7 +319,7 @@ def test_log_and_evaluation(photos, tmp_path):
         assert row["loss"] == pytest.approx(row["cls_loss"] + row["patch_loss"], rel=1e-5)
         assert 0 < row["masked"] < 0.6
     assert [row["teacher_temp"] for row in run] == pytest.approx([0.04] * 6 + [0.07] * 2)
-    net = evaluate.open_network(tmp_path / "run", torch.device("cpu"))
+    net = open_network(tmp_path / "run", torch.device("cpu"))
     assert net.encoder is net.model.teacher.backbone
     assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
@@ -365,5 +366,5 @@ def test_paste():
 
 def test_paste_augmentation():
     test_structure.test_paste_augmentation("ibot.py", "IBOTView")
-    draw = ibot.IBOTView(32, depth=2, mask=dict(side=4)).draw(random.Random(0))
+    draw = ibot.IBOTView(32, depth=2, mask=dict(side=4)).sample(random.Random(0))
     assert len(draw["drop_path"]) == 2 and draw["mask"].shape == (4, 4)

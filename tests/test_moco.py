@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import evaluate
 import moco
-from common import load_checkpoint
+from evaluation.weights import open_network
+from run import load_checkpoint
 from runs import argv_of, environment, make_photos, rows, train_here
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_structure import backward, cut
@@ -243,7 +243,7 @@ def test_versions_differ_as_the_papers_say():
     import random
 
     v1, v2 = moco.MoCoView(32, "1"), moco.MoCoView(32, "2")
-    draws1, draws2 = ([view.draw(random.Random(i)) for i in range(300)] for view in (v1, v2))
+    draws1, draws2 = ([view.sample(random.Random(i)) for i in range(300)] for view in (v1, v2))
     assert all(d["jitter"] for d in draws1) and 0.7 < sum(d["jitter"] for d in draws2) / 300 < 0.9
     assert max(abs(d["hue"]) for d in draws1) > 0.3 and max(abs(d["hue"]) for d in draws2) <= 0.1
     assert v2.blur and not v1.blur
@@ -282,7 +282,7 @@ def test_backbone_goes_into_torchvision_and_timm():
 def test_checkpoint_opens_in_evaluate(tmp_path):
     photos = make_photos(tmp_path / "photos")
     train_here("moco", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
-    net = evaluate.open_network(tmp_path / "run", torch.device("cpu"))
+    net = open_network(tmp_path / "run", torch.device("cpu"))
     assert net.method == "moco" and net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 512)
 
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import evaluate
 import simclr
 import simclrv2
-from common import UserError, load_checkpoint, user_errors
+from common import UserError, user_errors
 from data import Loader, decode, open_dataset
+from evaluation.weights import open_network
+from run import load_checkpoint
 from runs import COMMON, argv_of, command, environment, make_photos, rows
 from runs import train_here as train_method
 from test_resume import assert_same_run
@@ -249,7 +250,7 @@ def test_unlabelled_images_are_enough_for_a_student(photos, stages, tmp_path):
 def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
     flags = ["--max-steps", "1", "--base-lr", "0", "--head-layer", str(head_layer), "--eval-every", "0"]
     train_here(argv_for("finetune", photos, stages, tmp_path, *flags))
-    before, after = (evaluate.open_network(d, torch.device("cpu")) for d in (stages / "simclr", tmp_path))
+    before, after = (open_network(d, torch.device("cpu")) for d in (stages / "simclr", tmp_path))
     names = {name.split(".")[2] for name, _ in after.model.named_parameters() if name.startswith("head.")}
     assert names == {str(k) for k in range(head_layer)}
     expected = simclr.image_encoder(before.model, head_layer)
@@ -266,7 +267,7 @@ def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
 
 def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):
     for stage in FLAGS:
-        net = evaluate.open_network(stages / stage, torch.device("cpu"))
+        net = open_network(stages / stage, torch.device("cpu"))
         assert net.method == "simclrv2" and net.step == 10
         val, scores = open_dataset(str(photos), split="val"), []
         for i in range(len(val)):  # what the loop logged, by hand
@@ -275,14 +276,14 @@ def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):
         logged = [row for row in rows(stages / stage) if "val_top1" in row][-1]
         assert logged["step"] == 10 and logged["val_chance"] == 25
         assert logged["val_top1"] == pytest.approx(100 * sum(scores) / len(scores))
-    head, no_head = (evaluate.open_network(stages / stage, torch.device("cpu")).encoder for stage in FLAGS)
+    head, no_head = (open_network(stages / stage, torch.device("cpu")).encoder for stage in FLAGS)
     assert len(head[1].linears) == 1 and len(no_head[1].linears) == 0
 
 
 def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
     flags = ["--arch", "resnet34", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
     train_here(argv_for("distill", photos, stages, tmp_path / "other", *flags))
-    net = evaluate.open_network(tmp_path / "other", torch.device("cpu"))
+    net = open_network(tmp_path / "other", torch.device("cpu"))
     assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (2, 2)
     argv = argv_for("distill", photos, stages, tmp_path / "started", "--max-steps", "1", "--base-lr", "0")
     train_here([*argv, "--checkpoint", str(stages / "simclr"), "--head-layer", "1"])

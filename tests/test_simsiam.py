@@ -9,10 +9,11 @@ import torchvision
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import evaluate
 import simsiam
-from common import load_checkpoint, warmup_cosine
+from common import warmup_cosine
 from copies import ROOT
+from evaluation.weights import open_network
+from run import load_checkpoint
 from runs import make_photos, rows, train_here
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_structure import backward, cut
@@ -199,7 +200,7 @@ def test_logged(photos, tmp_path):
     for row in trained(tmp_path):
         assert row["chance"] == 0 and row["feature_std_chance"] == 0.25  # 1 / sqrt(16)
         assert 0.25 < row["feature_std"] < 0.27  # of 8 samples, with the n - 1 of std
-    network = evaluate.open_network(tmp_path, torch.device("cpu"))
+    network = open_network(tmp_path, torch.device("cpu"))
     assert torch.equal(network.encoder.conv1.weight, load_checkpoint(tmp_path)["model"]["encoder.conv1.weight"])
 
 
@@ -209,7 +210,7 @@ def test_view_is_torchvision_s_in_order():
     from torchvision.transforms.v2 import functional as tv
 
     view, rng = simsiam.SimSiamView(40), random.Random(3)
-    draws = [view.draw(rng) for _ in range(16)]
+    draws = [view.sample(rng) for _ in range(16)]
     pixels = torch.randint(0, 256, (16, 3, 40, 40), dtype=torch.uint8)
     stacked = {k: torch.stack([torch.as_tensor(d[k]) for d in draws]) for k in draws[0]}
     for x, d, ours in zip(pixels, draws, view(pixels, stacked)):
@@ -226,7 +227,7 @@ def test_view_is_torchvision_s_in_order():
 
 def test_strengths_of_the_view():
     view, rng = simsiam.SimSiamView(32), random.Random(0)
-    draws = [view.draw(rng) for _ in range(5000)]
+    draws = [view.sample(rng) for _ in range(5000)]
     share = {k: sum(d[k] for d in draws) / 5000 for k in ("flip", "jitter", "gray", "blur")}
     assert share == pytest.approx({"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": 0.5}, abs=0.02)
     for name in ("brightness", "contrast", "saturation"):
@@ -253,7 +254,7 @@ def test_paste():
                                               "grayscale", "gaussian_blur", "normalize"], file="simsiam.py")  # fmt: skip
     view, rng = view["SimSiamView"](32), random.Random(0)
     crops = torch.stack([view.crop(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8), rng) for _ in range(5)])
-    draws = [view.draw(rng) for _ in range(5)]
+    draws = [view.sample(rng) for _ in range(5)]
     draws = {key: torch.stack([torch.as_tensor(draw[key]) for draw in draws]) for key in draws[0]}
     assert view(crops, draws).shape == (5, 3, 32, 32)
 

@@ -1,0 +1,92 @@
+"""run.py: what --help says, which flag a slip of the pen meant, which command a run names at its end."""
+
+import shlex
+import types
+from pathlib import Path
+
+import pytest
+
+from common import UserError
+from run import Run, RunArgs, parse_args
+from runs import METHODS, module_of
+from test_readme import parse
+
+
+def help_of(name, capsys, *flags):
+    module = module_of(name)
+    with pytest.raises(SystemExit) as ended:
+        parse_args(module.Args, module.RECIPES, [*flags, "--help"])
+    assert ended.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", [*METHODS, "simclrv2"])
+def test_help_lists_the_flags_of_the_method_first(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    method, run = help_of(name, capsys).split("flags of the run")
+    fields = vars(module_of(name).Args())
+    assert {"data_dir", "workers", "compile", "profile"} <= set(vars(RunArgs())) < set(fields)
+    for field in fields:
+        where, elsewhere = (run, method) if hasattr(RunArgs, field) else (method, run)
+        flag = f" --{field.replace('_', '-')}"
+        assert f"{flag} " in where.replace(",", " ") and f"{flag} " not in elsewhere.replace(",", " "), field
+
+
+def test_help_says_what_the_recipe_makes_of_a_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = help_of("slip", capsys)
+    assert "(default: 4096; shapes: 128)" in text and "(default: vit_base_patch16; shapes: vit_micro_patch12)" in text
+    assert "(default: 0.1) --tokenizer" in text  # shapes leaves --temperature alone
+    for flags in (["--data", "cc3m"], ["--data=cc3m"], ["--recipe", "cc3m"], ["--data", "flickr8k", "--recipe", "cc3m"]):
+        text = help_of("slip", capsys, *flags)
+        assert "(default: 25; cc3m: 40)" in text and "shapes:" not in text and "flickr8k:" not in text
+        assert "(default: the val split of --data) (cc3m: imagenet)" in text
+    assert "cifar10: 0.5" in help_of("simclr", capsys, "--data", "cifar10")
+
+
+@pytest.mark.parametrize("word, meant", [("--batch", "--batch-size"), ("--batch=8", "--batch-size"), ("--warm", "--warmup-epochs"),
+                                         ("--eval_e", "--eval-every"), ("--epoches", "--epochs"), ("--batch-sise", "--batch-size")])  # fmt: skip
+def test_the_flag_that_was_meant(word, meant):
+    module = module_of("slip")
+    with pytest.raises(UserError, match=f"did you mean {meant}[?]"):
+        parse_args(module.Args, module.RECIPES, [word, "8"])
+
+
+def test_a_flag_wins_over_the_recipe_and_that_over_the_default():
+    module = module_of("slip")
+    args = parse_args(module.Args, module.RECIPES, ["--data", "/x", "--recipe", "flickr8k", "--epochs", "3"])
+    assert (args.epochs, args.batch_size, args.temperature, args.workers) == (3, 128, 0.1, 8)
+    assert module.RECIPES["flickr8k"]["epochs"] == 30  # is not written to
+
+
+def some_set(classes=None, captioned=False):
+    return types.SimpleNamespace(classes=classes, captioned=captioned)
+
+
+WORDS, IDS = some_set(["cat", "dog"]), some_set(["n01440764", "n01443537"])
+PAIRS, NOTHING = some_set(captioned=True), some_set()
+
+
+@pytest.mark.parametrize("protocol, trained_on, dataset, bank, command", [
+    ("zeroshot", PAIRS, WORDS, None, "zeroshot RUN --data x"),
+    ("zeroshot", PAIRS, PAIRS, None, "retrieval RUN --data x"),
+    ("zeroshot", PAIRS, IDS, None, "neighbors RUN --data x"),  # ids are no words
+    ("zeroshot", PAIRS, None, None, "retrieval RUN --data x --split train"),
+    ("zeroshot", some_set(["cat"], True), None, None, "zeroshot RUN --data x --split train"),
+    ("knn", WORDS, WORDS, WORDS, "knn RUN --data x"),
+    ("knn", IDS, IDS, IDS, "knn RUN --data x"),
+    ("knn", WORDS, None, WORDS, "neighbors RUN --data x"),
+    ("knn", WORDS, WORDS, None, "neighbors RUN --data x"),
+    ("knn", NOTHING, NOTHING, NOTHING, "neighbors RUN --data x"),
+])  # fmt: skip
+@pytest.mark.parametrize("data_dir, eval_data", [("", ""), ("/my data", ""), ("", "a b.csv")])
+def test_next_command(protocol, trained_on, dataset, bank, command, data_dir, eval_data):
+    args = types.SimpleNamespace(data="x", eval_data=eval_data, data_dir=data_dir)
+    run = types.SimpleNamespace(args=args, dir=Path("runs/of mine"), loader=types.SimpleNamespace(dataset=trained_on))
+    words = shlex.split(Run._next_command(run, protocol, dataset, bank))
+    expected = command.split()
+    expected[1], expected[3] = "runs/of mine", eval_data or "x"
+    if data_dir:
+        expected[4:4] = ["--data-dir", data_dir]
+    assert words == ["python", "evaluate.py", *expected]
+    parse(words[1], words[2:])  # evaluate.py takes it
