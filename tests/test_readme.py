@@ -3,6 +3,7 @@ tree's."""
 
 import ast
 import importlib
+import importlib.util
 import json
 import math
 import re
@@ -14,15 +15,17 @@ import pytest
 import torch
 import torch.distributed.run as torchrun
 
-import common
+from common import UserError
 from copies import ROOT, method_files
+from run import parse_args
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import record  # noqa: E402
 import table  # noqa: E402
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in table.pages()}
-OURS = {path.name: path for folder in (".", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+FOLDERS = (".", "benchmarks", "tests", "evaluation")
+OURS = {path.name: path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
 COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
 # What the pages name of other projects, and so is nowhere in this tree
 FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad"} | {"--no-index"}  # of open_clip, of git
@@ -72,9 +75,9 @@ def parse(script, words):
         assert first > 1, "no checkpoint"
         if words[0] == "PROTOCOL":  # the synopsis
             return
-        assert common.parse_args(module.Args, {}, words[first:]).data or words[0] == "export"
+        assert parse_args(module.Args, {}, words[first:]).data or words[0] == "export"
     elif "--help" not in words:
-        args = common.parse_args(module.Args, module.RECIPES, words)
+        args = parse_args(module.Args, module.RECIPES, words)
         if args.arch and not hasattr(args, "checkpoint"):  # simclrv2.py takes the rest from that
             with torch.device("meta"):  # names and sizes fit, no memory is touched
                 module.build_model(args)
@@ -93,13 +96,38 @@ def test_commands_are_found():
     count = Counter(page for page, _ in ALL)
     assert count["README.md"] >= 15
     assert all(count[f"docs/{name}.md"] >= 4 for name in ("clip", "slip", "simclr", "evaluation"))
+    assert all(count[f"docs/{name}.md"] >= 4 for name in ("running", "contributing"))
     assert any(command == "torchrun slip.py" for _, command in ALL)
+
+
+def test_readme_can_be_finished():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_shared_files_are_listed():
+    """The table of docs/contributing.md has every file that is no method, and no other."""
+    methods = {path.name for path in method_files()}
+    flat = {path.name for path in ROOT.glob("*.py")} - methods
+    package = {f"evaluation/{path.name}" for path in (ROOT / "evaluation").glob("*.py")} - {"evaluation/__init__.py"}
+    assert set(table.SHARED) == flat | package
+    rows = re.findall(r"^\| \[([\w/.]+)\]\(\.\./\1\) \| (\d+) \|", PAGES["docs/contributing.md"], re.M)
+    assert {name: int(lines) for name, lines in rows} == {
+        name: len((ROOT / name).read_text().splitlines()) for name in table.SHARED
+    }
+
+
+def test_fork_set_is_named_as_the_tree_has_it():
+    """Flat shared files without the evaluation command are what a method file needs beside it."""
+    text = PAGES["README.md"].replace("\n", " ")
+    named = re.search(r"copy slip\.py, (.*?) into an empty folder", text)[1]
+    needed = {name for name in table.SHARED if "/" not in name} - {"evaluate.py"}
+    assert set(re.findall(r"\w+\.py", named)) == needed
 
 
 @pytest.mark.parametrize("line", ["torchrun slip.py --dat x", "python evaluate.py knn runs/x --data a --kk 3",
                                   "torchrun --nproc=8 --nope slip.py", "python nothere.py"])  # fmt: skip
 def test_a_wrong_command_is_noticed(line):
-    with pytest.raises((common.UserError, AssertionError, SystemExit)):
+    with pytest.raises((UserError, AssertionError, SystemExit)):
         parse(*split_launcher(line))
 
 
@@ -117,7 +145,7 @@ def test_flags_and_files_exist(page):
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S))
     flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert flags - FOREIGN_FLAGS - NO_FLAGS <= known_flags()
-    below = r"(?:tests|docs|benchmarks|results|\.ci)/[\w/.-]+"
+    below = r"(?:tests|docs|benchmarks|results|evaluation|\.ci)/[\w/.-]+"
     ours = re.compile(rf"[\w-]+\.(?:py|md)|{below}|requirements\S*\.txt")
     assert not {span for span in spans if ours.fullmatch(span) and not (ROOT / span).exists()}
 
@@ -143,11 +171,14 @@ def test_links(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks(page):
-    """They are Python, and what they import of our modules is there."""
+    """They are Python, and what they import is there: our modules with these names in them, or packages."""
     for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and f"{node.module}.py" in OURS:
+            if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module.replace('.', '/')}.py").exists():
                 assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert importlib.util.find_spec(node.module.split(".")[0]), f"{page} imports {node.module}"
+                assert node.module.split(".")[0] != "evaluation", f"{page} imports {node.module}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -163,20 +194,41 @@ def test_tables_are_up_to_date():
 
 def test_line_counts_and_diffs():
     """Counted again, in another way than benchmarks/table.py does."""
-    row = re.compile(r"^\| .*?\| \[(\w+)\.py\]\(\w+\.py\) \((\d+)\) \| .*\| (.*) \|$", re.M)
-    rows = row.findall(PAGES["README.md"])
-    assert {name for name, *_ in rows} == {path.stem for path in method_files()}
-    for name, lines, diff in rows:
-        mine = (ROOT / f"{name}.py").read_text().splitlines()
-        assert int(lines) == len(mine)
-        if match := re.fullmatch(r"(\w+)\.py: -(\d+) \+(\d+)", diff):
-            parent = (ROOT / f"{match[1]}.py").read_text().splitlines()
-            kept = len(parent) - int(match[2])
-            assert kept + int(match[3]) == len(mine)
-            shared = sum((Counter(parent) & Counter(mine)).values())  # in any order, so no fewer than kept
-            assert 0.8 * shared <= kept <= shared
-        else:
-            assert "Diff against: nothing" in (ROOT / f"{name}.py").read_text()
+    row = re.compile(r"^\| .*? \| \[(\w+)\.py\]\(\1\.py\) \| (\d+) \| \[\d+\.\d+\]\(https:.*\) \| \[docs/\1\.md\]", re.M)
+    lines = {name: int(count) for name, count in row.findall(PAGES["README.md"])}
+    assert lines == {path.stem: len(path.read_text().splitlines()) for path in method_files()}
+    row = re.compile(r"^\| \[(\w+)\.py\]\(\.\./\1\.py\) \| \[(\w+)\.py\]\(\.\./\2\.py\) \| -(\d+) \| \+(\d+) \|$", re.M)
+    rows = row.findall(PAGES["docs/choosing.md"])
+    for name, parent, removed, added in rows:
+        mine, theirs = ((ROOT / f"{x}.py").read_text().splitlines() for x in (name, parent))
+        assert f"Diff against: {parent}.py" in (ROOT / f"{name}.py").read_text()
+        kept = len(theirs) - int(removed)
+        assert kept + int(added) == len(mine)
+        shared = sum((Counter(theirs) & Counter(mine)).values())  # in any order, so no fewer than kept
+        assert 0.8 * shared <= kept <= shared
+    for name in set(lines) - {name for name, *_ in rows}:
+        assert "Diff against: nothing" in (ROOT / f"{name}.py").read_text()
+
+
+FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]+(?:\n[^$\n]+)*?\$", re.S)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas(page):
+    """GitHub shows them: dollars come in pairs, braces match, and Markdown takes nothing out of them."""
+    text = re.sub(r"^```.*?^```|`[^`\n]+(?:\n[^`\n]+)?`", "", PAGES[page], flags=re.M | re.S)
+    assert "$" not in FORMULA.sub("", text)
+    for formula in FORMULA.findall(text):
+        assert formula.count("{") == formula.count("}"), formula
+        assert not re.search(r"\\[^a-zA-Z\\]|\\operatorname", formula), formula  # Markdown drops the stroke of \, and \{
+        assert "|" not in formula, formula  # ends the cell of a table
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        assert row.count("$") % 2 == 0, row
+
+
+def test_formulas_are_found():
+    pages = [path.stem for path in method_files() if path.stem != "simclrv2"]
+    assert all(len(FORMULA.findall(PAGES[f"docs/{name}.md"])) >= 3 for name in pages)
 
 
 def test_console_output_is_of_a_recorded_run():
@@ -247,7 +299,7 @@ def test_record_of_evaluations(run):
 
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         copy = run / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(path.read_text())
@@ -256,15 +308,18 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
     text = (run / "results.jsonl").read_text().replace("shapes", "cifar10").replace(" --templates t.txt", "")
     (run / "results.jsonl").write_text(text.replace('"chance": 1.0', '"chance": 10.0'))
     record.main(["--evaluations", str(run), "--name", "evaluation", "--out", str(run / "results")])
-    with pytest.raises(SystemExit, match="README.md"):
+    with pytest.raises(SystemExit, match="results.md"):
         table.main(["--check"])
     table.main([])
     table.main(["--check"])
-    text = (run / "README.md").read_text()
-    assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "results/mine.json" in text
+    page = run / "docs/results.md"
+    text = page.read_text()
+    assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "../results/mine.json" in text
     assert "../results/mine.json" in (run / "docs/slip.md").read_text()
-    page = (run / "docs/evaluation.md").read_text()
-    assert "zero-shot cifar10 val (chance 10) |" in page and f"| {run.name} | 7.25 / 1.50 |" in page
-    (run / "README.md").write_text(text.replace("7.25", "8.25"))
-    with pytest.raises(SystemExit, match="README.md"):
+    assert "zero-shot cifar10 val (chance 10) |" in text and f"| {run.name} | 7.25 / 1.50 |" in text
+    page.write_text(text.replace("7.25", "8.25"))
+    with pytest.raises(SystemExit, match="results.md"):
+        table.main(["--check"])
+    page.write_text(text + "[`no_such_loss`](../slip.py#L1)\n")
+    with pytest.raises(SystemExit, match="results.md links no_such_loss in slip.py"):
         table.main(["--check"])
