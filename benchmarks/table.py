@@ -41,9 +41,11 @@ SHARED = {
     "monitor.py": "accuracy while training: feature extraction, kNN, zero-shot, recall",
     "evaluate.py": "the evaluation command",
     "evaluation/protocols.py": "what its protocols do",
+    "evaluation/features.py": "features that are kept on disk, and those of several blocks",
     "evaluation/probes.py": "linear probes and logistic regression",
     "evaluation/finetune.py": "fine-tuning with all or some of the labels",
     "evaluation/pictures.py": "pictures of what a network sees",
+    "evaluation/results.py": "tables, results.jsonl and the files of pictures",
     "evaluation/weights.py": "reads checkpoints, those of other projects too",
     "evaluation/exports.py": "writes weights for other projects",
 }
