@@ -20,6 +20,7 @@ from copies import ROOT, method_files
 from run import parse_args
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import figure  # noqa: E402
 import record  # noqa: E402
 import table  # noqa: E402
 
@@ -296,6 +297,23 @@ def test_record_of_evaluations(run):
     for wrong in ([], [str(run), str(other)]):
         with pytest.raises(SystemExit, match="one run directory"):
             record.main([*wrong, "--name", "x", "--out", str(run / "out")])
+
+
+def test_figures_are_of_recorded_runs(tmp_path):
+    """Each one is shown somewhere and can be drawn again; its points are those of the records."""
+    drawn = sorted((ROOT / "docs/figures").glob("*.png"))
+    assert drawn
+    for path in drawn:
+        assert any(f"figures/{path.name})" in text for text in PAGES.values())
+        figure.draw(path.stem, tmp_path / path.name)
+        assert (tmp_path / path.name).stat().st_size > 10000
+    shapes = json.loads((ROOT / "results/slip_shapes.json").read_text())
+    last = shapes["metrics"]["training"]
+    name, points = figure.accuracy(shapes)
+    assert name == "zeroshot_top1" and points[-1] == (last["step"] * shapes["args"]["batch_size"], last[name])
+    assert figure.random_weights(shapes) == shapes["metrics"]["zeroshot shapes test, random weights"]["top1"]
+    with pytest.raises(SystemExit, match="no run METHOD_nothing"):
+        figure.draw("nothing", tmp_path / "x.png")
 
 
 def test_tables_hold_what_is_recorded(run, monkeypatch):
