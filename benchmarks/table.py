@@ -1,11 +1,22 @@
 """Brings README.md and docs/*.md up to date with the tree and with results/*.json.
 
-    python benchmarks/table.py              # rewrites them
-    python benchmarks/table.py --check      # names those that differ, exit status 1
+    python benchmarks/table.py              # rewrites the pages
+    python benchmarks/table.py --check      # names the pages that differ, exit status 1
 
-Written are the tables between <!-- methods -->, <!-- results -->, <!-- results METHOD -->,
-<!-- curves METHOD -->, <!-- knn DATA -->, <!-- retrieval DATA -->, <!-- ends PREFIX -->, <!-- evaluations -->,
-<!-- speed --> and the same with a slash, and the line numbers in links such as [`clip_loss`](clip.py#L364).
+It writes the tables that stand between a pair of comments such as <!-- methods --> and <!-- /methods -->, and the
+line numbers in links such as [`clip_loss`](../clip.py#L364). The tables are:
+
+    methods            every method file with its paper and its page         README.md
+    diffs              how far a method file is from its parent              docs/choosing.md
+    shared             the files that are no method                          docs/contributing.md
+    results            every recorded run                                    docs/results.md
+    knn DATA           kNN of all self-supervised methods on DATA            docs/results.md
+    retrieval DATA     retrieval of all language-image methods on DATA       docs/results.md
+    evaluations        every checkpoint that was evaluated on real data      docs/results.md
+    speed              benchmarks of steps, augmentation and memory          docs/results.md
+    results METHOD     the runs of one method                                docs/METHOD.md
+    curves METHOD      their learning curves                                 docs/METHOD.md
+    ends PREFIX        the last evaluation of runs with this prefix          docs/align.md
 """
 
 import argparse
@@ -17,26 +28,26 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|speed|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
              "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
 SHARED = {
-    "common.py": "processes, gathers, batch norm, precision, schedule, LARS",
-    "data.py": "loader, image operations, tokenizer",
-    "sources.py": "where samples come from",
-    "scenes.py": "the drawn data sets",
-    "run.py": "arguments, run directory, log, checkpoints",
-    "monitor.py": "accuracy while training",
+    "common.py": "what numbers depend on: processes, gathers, batch norm, precision, schedule, LARS",
+    "data.py": "what numbers depend on: loader, batched image operations, tokenizer",
+    "sources.py": "where samples come from: folders, tables, shards, named layouts",
+    "scenes.py": "the drawn sets, which need no download",
+    "run.py": "arguments that change no number, run directory, log, checkpoint, pictures of a run",
+    "monitor.py": "accuracy while training: feature extraction, kNN, zero-shot, recall",
     "evaluate.py": "the evaluation command",
-    "evaluation/protocols.py": "its protocols",
-    "evaluation/features.py": "their features",
-    "evaluation/probes.py": "their linear classifiers",
-    "evaluation/finetune.py": "fine-tuning",
-    "evaluation/pictures.py": "pictures",
-    "evaluation/weights.py": "reads checkpoints of ours and of others",
-    "evaluation/exports.py": "writes them for others",
-    "evaluation/results.py": "table and results.jsonl",
+    "evaluation/protocols.py": "what its protocols do",
+    "evaluation/features.py": "features that are kept on disk, and those of several blocks",
+    "evaluation/probes.py": "linear probes and logistic regression",
+    "evaluation/finetune.py": "fine-tuning with all or some of the labels",
+    "evaluation/pictures.py": "pictures of what a network sees",
+    "evaluation/results.py": "tables, results.jsonl and the files of pictures",
+    "evaluation/weights.py": "reads checkpoints, those of other projects too",
+    "evaluation/exports.py": "writes weights for other projects",
 }
 START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations
 IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
@@ -72,15 +83,17 @@ def diff_size(a, b):
 
 
 def definition_line(path, name):
-    """Line of a definition or assignment; a dot goes into a class."""
+    """Line of a definition or assignment, None where there is none; a dot goes into a class."""
     def names(node):
         return [getattr(node, "name", None), *(getattr(t, "id", None) for t in getattr(node, "targets", []))]
 
+    if not path.exists():
+        return None
     body = ast.parse(path.read_text()).body
     for part in name.split("."):
         node = next((node for node in body if part in names(node)), None)
         if node is None:
-            sys.exit(f"table.py: {path.name} does not define {name}, which a link names")
+            return None
         body = getattr(node, "body", [])
     return node.lineno
 
@@ -125,39 +138,35 @@ def scores(record):
     return out or [said(f"{IN_LOOP[k]} in training", last[k], chance_of(k, last)) for k in there]
 
 
-def headline(record):
-    """The first of scores(), without details, beside that of random weights."""
-    label = next((label for label in record["metrics"] if label.split()[0] in PROTOCOLS), None)
-    if label is None:
-        return scores(record)[0]
-    found, start = record["metrics"][label], record["metrics"].get(f"{label}, random weights")
-    protocol, *where = (word for word in label.split() if word != record["data"])
-    beside = [said("random weights", next(iter(start.values())))] if start else []
-    beside += [f"chance {found['chance']:.3g}"] if found.get("chance") else []
-    text = said(" ".join([PROTOCOLS[protocol], *where]), next(iter(found.values())))
-    return text + (f" ({', '.join(beside)})" if beside else "")
-
-
 def table(header, rows):
     rows = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def methods_table(prefix):
-    header = ["method", "file (lines)", "paper", "measured here, %", "docs", "diff from its parent (lines)"]
     rows = []
-    for name, (title, arxiv, parent) in methods().items():
-        mine = [r for r in results().values() if r["name"] == f"{name}_{r['data']}"]  # variants have other names
-        measured = "; ".join(f"{r['data']}: {headline(r)}" for r in mine if scores(r))
-        diff = "none, a first file"
-        if parent:
-            diff = "{0}.py: -{1} +{2}".format(parent, *diff_size(f"{parent}.py", f"{name}.py"))
-        file = f"[{name}.py]({prefix}{name}.py) ({line_count(ROOT / f'{name}.py')})"
+    for name, (title, arxiv, _) in methods().items():
+        file, lines = f"[{name}.py]({prefix}{name}.py)", str(line_count(ROOT / f"{name}.py"))
         paper, page = f"[{arxiv}](https://arxiv.org/abs/{arxiv})", f"[docs/{name}.md]({prefix}docs/{name}.md)"
-        rows.append([title, file, paper, measured or "not run yet", page, diff])
-    shared = [f"[{x}]({prefix}{x}) ({line_count(ROOT / x)}): {what}" for x, what in SHARED.items()]
-    text = f"Shared: {'; '.join(shared)}. Diffs are those of `git diff --no-index clip.py slip.py`."
-    return f"{table(header, rows)}\n{text}\n"
+        rows.append([title, file, lines, paper, page])
+    return table(["method", "file", "lines", "paper", "docs"], rows)
+
+
+def diffs(prefix):
+    """A row for each method file with a parent: how many lines `git diff` takes away and adds."""
+    rows = []
+    for name, (_, _, parent) in methods().items():
+        if parent:
+            removed, added = diff_size(f"{parent}.py", f"{name}.py")
+            files = [f"[{x}.py]({prefix}{x}.py)" for x in (name, parent)]
+            rows.append([*files, f"-{removed}", f"+{added}"])
+    return table(["file", "parent", "lines removed", "lines added"], rows)
+
+
+def shared(prefix):
+    rows = [[f"[{file}]({prefix}{file})", str(line_count(ROOT / file)), what]
+            for file, what in SHARED.items() if (ROOT / file).exists()]  # fmt: skip
+    return table(["file", "lines", "holds"], rows)
 
 
 def results_table(prefix, method=None):
@@ -302,18 +311,24 @@ def speed(prefix):
 
 
 # -------------------------------------------- writing --------------------------------------------
-def updated(path):
+def updated(path, missing):
+    """The page as it should be. What a link names and no file defines is appended to `missing`."""
     prefix = "../" if path.parent.name == "docs" else ""
 
     def block(match):
         kind, _, method = match[2].partition(" ")
-        make = {"methods": methods_table, "results": results_table, "curves": curves, "knn": knn_of_all,
-                "retrieval": retrieval_of_all, "ends": ends, "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
+        make = {"methods": methods_table, "diffs": diffs, "shared": shared, "results": results_table,
+                "curves": curves, "knn": knn_of_all, "retrieval": retrieval_of_all, "ends": ends,
+                "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):
         name, up, file = match[1], match[2], match[3]
-        return f"[`{name}`]({up}{file}#L{definition_line(ROOT / file, name)})"
+        line = definition_line(ROOT / file, name)
+        if line is None:
+            missing.append(f"{path.name} links {name} in {file}")
+            return match[0]
+        return f"[`{name}`]({up}{file}#L{line})"
 
     return LINK.sub(link, BLOCK.sub(block, path.read_text()))
 
@@ -330,13 +345,18 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    stale = [path for path in pages() if path.read_text() != updated(path)]
+    args, missing = parser().parse_args(argv), []
+    new = {path: updated(path, missing) for path in pages()}
+    stale = [path for path in new if path.read_text() != new[path]]
+    names = ", ".join(path.name for path in stale)
+    if not args.check:
+        for path in stale:
+            path.write_text(new[path])
+    if missing:
+        sys.exit("not defined there: " + "; ".join(missing))
     if args.check and stale:
-        sys.exit(f"not up to date, run python benchmarks/table.py: {', '.join(path.name for path in stale)}")
-    for path in stale:
-        path.write_text(updated(path))
-    print("up to date" if args.check or not stale else f"wrote {', '.join(path.name for path in stale)}")
+        sys.exit(f"not up to date, run python benchmarks/table.py: {names}")
+    print("up to date" if not stale else f"wrote {names}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ tree's."""
 
 import ast
 import importlib
+import importlib.util
 import json
 import math
 import re
@@ -14,20 +15,23 @@ import pytest
 import torch
 import torch.distributed.run as torchrun
 
-import common
+from common import UserError
 from copies import ROOT, method_files
 from run import parse_args
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import figure  # noqa: E402
 import record  # noqa: E402
 import table  # noqa: E402
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in table.pages()}
-OURS = {path.name: path for folder in (".", "evaluation", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")}
+FOLDERS = (".", "benchmarks", "tests", "evaluation")
+OURS = {path.name: path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
 COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
 # What the pages name of other projects, and so is nowhere in this tree
 FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad"} | {"--no-index"}  # of open_clip, of git
 FOREIGN_FLAGS |= {"--caption_col", "--output_format"}  # of img2dataset
+FOREIGN_FLAGS |= {"--index-url", "--dist"}  # of pip, of pytest
 NO_FLAGS = {"--batchsize", "--flag"}  # the example of an error message, the synopsis
 
 
@@ -94,13 +98,38 @@ def test_commands_are_found():
     count = Counter(page for page, _ in ALL)
     assert count["README.md"] >= 15
     assert all(count[f"docs/{name}.md"] >= 4 for name in ("clip", "slip", "simclr", "evaluation"))
+    assert all(count[f"docs/{name}.md"] >= 4 for name in ("running", "contributing"))
     assert any(command == "torchrun slip.py" for _, command in ALL)
+
+
+def test_readme_can_be_finished():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_shared_files_are_listed():
+    """The table of docs/contributing.md has every file that is no method, and no other."""
+    methods = {path.name for path in method_files()}
+    flat = {path.name for path in ROOT.glob("*.py")} - methods
+    package = {f"evaluation/{path.name}" for path in (ROOT / "evaluation").glob("*.py")} - {"evaluation/__init__.py"}
+    assert set(table.SHARED) == flat | package
+    rows = re.findall(r"^\| \[([\w/.]+)\]\(\.\./\1\) \| (\d+) \|", PAGES["docs/contributing.md"], re.M)
+    assert {name: int(lines) for name, lines in rows} == {
+        name: len((ROOT / name).read_text().splitlines()) for name in table.SHARED
+    }
+
+
+def test_fork_set_is_named_as_the_tree_has_it():
+    """Flat shared files without the evaluation command are what a method file needs beside it."""
+    text = PAGES["README.md"].replace("\n", " ")
+    named = re.search(r"copy slip\.py, (.*?) into an empty folder", text)[1]
+    needed = {name for name in table.SHARED if "/" not in name} - {"evaluate.py"}
+    assert set(re.findall(r"\w+\.py", named)) == needed
 
 
 @pytest.mark.parametrize("line", ["torchrun slip.py --dat x", "python evaluate.py knn runs/x --data a --kk 3",
                                   "torchrun --nproc=8 --nope slip.py", "python nothere.py"])  # fmt: skip
 def test_a_wrong_command_is_noticed(line):
-    with pytest.raises((common.UserError, AssertionError, SystemExit)):
+    with pytest.raises((UserError, AssertionError, SystemExit)):
         parse(*split_launcher(line))
 
 
@@ -118,7 +147,7 @@ def test_flags_and_files_exist(page):
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S))
     flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert flags - FOREIGN_FLAGS - NO_FLAGS <= known_flags()
-    below = r"(?:tests|docs|benchmarks|results|\.ci)/[\w/.-]+"
+    below = r"(?:tests|docs|benchmarks|results|evaluation|\.ci)/[\w/.-]+"
     ours = re.compile(rf"[\w-]+\.(?:py|md)|{below}|requirements\S*\.txt")
     assert not {span for span in spans if ours.fullmatch(span) and not (ROOT / span).exists()}
 
@@ -144,11 +173,14 @@ def test_links(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks(page):
-    """They are Python, and what they import of our modules is there."""
+    """They are Python, and what they import is there: our modules with these names in them, or packages."""
     for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module.replace('.', '/')}.py").exists():
                 assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert importlib.util.find_spec(node.module.split(".")[0]), f"{page} imports {node.module}"
+                assert node.module.split(".")[0] != "evaluation", f"{page} imports {node.module}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -176,20 +208,41 @@ def longest_common(a, b):
 
 def test_line_counts_and_diffs():
     """Counted again, in another way than benchmarks/table.py does."""
-    row = re.compile(r"^\| .*?\| \[(\w+)\.py\]\(\w+\.py\) \((\d+)\) \| .*\| (.*) \|$", re.M)
-    rows = row.findall(PAGES["README.md"])
-    assert {name for name, *_ in rows} == {path.stem for path in method_files()}
-    for name, lines, diff in rows:
-        mine = (ROOT / f"{name}.py").read_text().splitlines()
-        assert int(lines) == len(mine)
-        if match := re.fullmatch(r"(\w+)\.py: -(\d+) \+(\d+)", diff):
-            parent = (ROOT / f"{match[1]}.py").read_text().splitlines()
-            kept = len(parent) - int(match[2])
-            assert kept + int(match[3]) == len(mine)
-            most = longest_common(parent, mine)  # git's heuristics may keep fewer, never more
-            assert 0.8 * most <= kept <= most
-        else:
-            assert "Diff against: nothing" in (ROOT / f"{name}.py").read_text()
+    row = re.compile(r"^\| .*? \| \[(\w+)\.py\]\(\1\.py\) \| (\d+) \| \[\d+\.\d+\]\(https:.*\) \| \[docs/\1\.md\]", re.M)
+    lines = {name: int(count) for name, count in row.findall(PAGES["README.md"])}
+    assert lines == {path.stem: len(path.read_text().splitlines()) for path in method_files()}
+    row = re.compile(r"^\| \[(\w+)\.py\]\(\.\./\1\.py\) \| \[(\w+)\.py\]\(\.\./\2\.py\) \| -(\d+) \| \+(\d+) \|$", re.M)
+    rows = row.findall(PAGES["docs/choosing.md"])
+    for name, parent, removed, added in rows:
+        mine, theirs = ((ROOT / f"{x}.py").read_text().splitlines() for x in (name, parent))
+        assert f"Diff against: {parent}.py" in (ROOT / f"{name}.py").read_text()
+        kept = len(theirs) - int(removed)
+        assert kept + int(added) == len(mine)
+        shared = sum((Counter(theirs) & Counter(mine)).values())  # in any order, so no fewer than kept
+        assert 0.8 * shared <= kept <= shared
+    for name in set(lines) - {name for name, *_ in rows}:
+        assert "Diff against: nothing" in (ROOT / f"{name}.py").read_text()
+
+
+FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]+(?:\n[^$\n]+)*?\$", re.S)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas(page):
+    """GitHub shows them: dollars come in pairs, braces match, and Markdown takes nothing out of them."""
+    text = re.sub(r"^```.*?^```|`[^`\n]+(?:\n[^`\n]+)?`", "", PAGES[page], flags=re.M | re.S)
+    assert "$" not in FORMULA.sub("", text)
+    for formula in FORMULA.findall(text):
+        assert formula.count("{") == formula.count("}"), formula
+        assert not re.search(r"\\[^a-zA-Z\\]|\\operatorname", formula), formula  # Markdown drops the stroke of \, and \{
+        assert "|" not in formula, formula  # ends the cell of a table
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        assert row.count("$") % 2 == 0, row
+
+
+def test_formulas_are_found():
+    pages = [path.stem for path in method_files() if path.stem != "simclrv2"]
+    assert all(len(FORMULA.findall(PAGES[f"docs/{name}.md"])) >= 3 for name in pages)
 
 
 def test_console_output_is_of_a_recorded_run():
@@ -258,6 +311,23 @@ def test_record_of_evaluations(run):
             record.main([*wrong, "--name", "x", "--out", str(run / "out")])
 
 
+def test_figures_are_of_recorded_runs(tmp_path):
+    """Each one is shown somewhere and can be drawn again; its points are those of the records."""
+    drawn = sorted((ROOT / "docs/figures").glob("*.png"))
+    assert drawn
+    for path in drawn:
+        assert any(f"figures/{path.name})" in text for text in PAGES.values())
+        figure.draw(path.stem, tmp_path / path.name)
+        assert (tmp_path / path.name).stat().st_size > 10000
+    shapes = json.loads((ROOT / "results/slip_shapes.json").read_text())
+    last = shapes["metrics"]["training"]
+    name, points = figure.accuracy(shapes)
+    assert name == "zeroshot_top1" and points[-1] == (last["step"] * shapes["args"]["batch_size"], last[name])
+    assert figure.random_weights(shapes) == shapes["metrics"]["zeroshot shapes test, random weights"]["top1"]
+    with pytest.raises(SystemExit, match="no run METHOD_nothing"):
+        figure.draw("nothing", tmp_path / "x.png")
+
+
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
@@ -269,15 +339,18 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
     text = (run / "results.jsonl").read_text().replace("shapes", "cifar10").replace(" --templates t.txt", "")
     (run / "results.jsonl").write_text(text.replace('"chance": 1.0', '"chance": 10.0'))
     record.main(["--evaluations", str(run), "--name", "evaluation", "--out", str(run / "results")])
-    with pytest.raises(SystemExit, match="README.md"):
+    with pytest.raises(SystemExit, match="results.md"):
         table.main(["--check"])
     table.main([])
     table.main(["--check"])
-    text = (run / "README.md").read_text()
-    assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "results/mine.json" in text
+    page = run / "docs/results.md"
+    text = page.read_text()
+    assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "../results/mine.json" in text
     assert "../results/mine.json" in (run / "docs/slip.md").read_text()
-    page = (run / "docs/evaluation.md").read_text()
-    assert "zero-shot cifar10 val (chance 10) |" in page and f"| {run.name} | 7.25 / 1.50 |" in page
-    (run / "README.md").write_text(text.replace("7.25", "8.25"))
-    with pytest.raises(SystemExit, match="README.md"):
+    assert "zero-shot cifar10 val (chance 10) |" in text and f"| {run.name} | 7.25 / 1.50 |" in text
+    page.write_text(text.replace("7.25", "8.25"))
+    with pytest.raises(SystemExit, match="results.md"):
+        table.main(["--check"])
+    page.write_text(text + "[`no_such_loss`](../slip.py#L1)\n")
+    with pytest.raises(SystemExit, match="results.md links no_such_loss in slip.py"):
         table.main(["--check"])

@@ -1,0 +1,75 @@
+"""Draws docs/figures/NAME.png: the learning curves of all methods on one dataset, from results/METHOD_NAME.json.
+
+    python benchmarks/figure.py shapes      # zero-shot accuracy of the language-image files
+    python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
+
+A line is the accuracy in the training loop, on at most 1,000 samples. A ring at the left end is the same network
+with random weights, as evaluate.py scored it on the whole split; the dotted line is chance. Needs matplotlib.
+"""
+
+import argparse
+
+from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
+
+SIZE = (8.0, 3.6)  # inches
+
+
+def accuracy(record):
+    """-> name of the first accuracy that was measured in the loop, and its points (images seen, percent)."""
+    name = next(k for k in IN_LOOP if any(k in values for _, values in record["curve"]))
+    batch = record["args"]["batch_size"]
+    return name, [(step * batch, values[name]) for step, values in record["curve"] if name in values]
+
+
+def random_weights(record):
+    """Score of the same network with random weights, None where evaluate.py was not asked for it."""
+    for label, metrics in record["metrics"].items():
+        if label.endswith(START) and label.split()[0] in PROTOCOLS:
+            return next(iter(metrics.values()))
+    return None
+
+
+def draw(data, path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    runs = [r for name, r in results().items() if name == f"{r['method']}_{data}"]
+    if not runs:
+        raise SystemExit(f"figure.py: no run METHOD_{data} is recorded in results/")
+    kind = accuracy(runs[0])[0]  # zero-shot and kNN are different measures: one of them in a figure
+    runs = [record for record in runs if accuracy(record)[0] == kind]
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    colours = plt.get_cmap("tab10").colors
+    for record, colour in zip(runs, colours):
+        points = accuracy(record)[1]
+        axis.plot(*zip(*points), color=colour, marker=".", label=methods()[record["method"]][0])
+        start = random_weights(record)
+        if start is not None:
+            axis.plot(0, start, "o", color=colour, fillstyle="none", clip_on=False)
+    chance = chance_of(kind, runs[-1]["metrics"]["training"])
+    axis.axhline(chance, color="grey", linestyle=":", label=f"chance, {chance:.3g}")
+    axis.set(xlabel="images seen", ylabel=f"{IN_LOOP[kind]}, %", xlim=(0, None), ylim=(0, None), title=data)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def parser():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("data", help="last part of the names of the recorded runs")
+    return parser
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    path = ROOT / f"docs/figures/{args.data}.png"
+    draw(args.data, path)
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
