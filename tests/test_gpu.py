@@ -294,15 +294,19 @@ def test_torchrun(photos, tmp_path, processes):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_is_bit_identical(name, dtype, photos, tmp_path):
-    """10 steps = 5 + 5, with deterministic kernels, which have to be asked for before anything happens."""
+    """10 steps = 5 + 5, with deterministic kernels, which have to be asked for before anything happens.
+    Bicubic interpolation has none on a GPU, so local crops are as large as global ones here: then position
+    embeddings are not interpolated."""
     code = f"""
 import torch, runs
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.backends.cudnn.benchmark = False
 torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)
+flags = ["--local-size", "32"] if {name!r} in ("dino", "ibot", "dinov2") else []
 for directory, steps in (("whole", 10), ("parts", 5), ("parts", 10)):
     runs.train_here({name!r}, {str(photos)!r}, f"{tmp_path}/{{directory}}", "--max-steps", str(steps),
-                    "--eval-every", "4", "--device", {DEVICE!r}, "--dtype", {dtype!r})
+                    "--eval-every", "4", "--device", {DEVICE!r}, "--dtype", {dtype!r}, *flags)
 """
     done = python("-c", code, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -321,6 +325,9 @@ def loss_memory(monkeypatch, name, local, world, dim=128):
     monkeypatch.setattr(module, "all_gather", lambda x: torch.cat([x, others]))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     scale = 14.0 if name == "clip_loss" else 0.1
+    if GPU:  # cuBLAS takes up to 32 MiB for each thread's first product, which are no part of the loss
+        getattr(module, name)(a[:8], b[:8], scale).backward()
+        a.grad = b.grad = None
     return peak(lambda: getattr(module, name)(a, b, scale).backward())
 
 
