@@ -812,7 +812,7 @@ class Session:
 
     def step_job(self, model, modes):
         method, flags = self.models()[model]
-        rows = [r for r in self.rows if r["part"] == "steps" and r["model"] == model]
+        rows = [r for r in self.rows if r["part"] == "steps" and r.get("model") == model]
         flops = [r["gflop_per_image"] * 1e9 for r in rows if "gflop_per_image" in r]
         return self.job | {"part": "steps", "model": model, "method": method, "flags": flags,
                            "modes": modes, "flops": flops[-1] if flops else None}  # fmt: skip
