@@ -59,7 +59,7 @@ class Args:
     temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
     head_layer: int = 0  # keep this many layers of the projection head (SimCLR v2's semi: 1)
     cached: bool = False  # linear: extract features once, without augmentation; choose base_lr
-    blocks: int = 1  # linear: class tokens of this many last blocks (DINO's ViT-S, DINOv2: 4)
+    blocks: int = 0  # linear: class tokens of so many last blocks (DINO's ViT-S: 4; 0: 1, grid: 4)
     average: bool = False  # linear: append the mean of the patches (DINO's ViT-B)
     grid: bool = False  # linear: train DINOv2's heads, 13 rates x 4 kinds of features; choose one
     base_lr: float = 0.1  # linear, finetune, semi: the learning rate is base_lr * train_batch / 256

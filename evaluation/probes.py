@@ -24,13 +24,14 @@ CHUNK = 2**23  # logits of the logistic regression that are held at a time
 # -------------------------------------------- batches of features ---------------------------------
 class ProbeView:
     """The training view of linear probes since MoCo: a crop of 8 to 100% of the area, resized, and
-    a flip."""
+    a flip. MoCo, SLIP and DINO resize bilinearly, DINOv2 bicubically."""
 
-    def __init__(self, view):
-        self.size, self.view = view.size, view
+    def __init__(self, view, interpolation="bilinear"):
+        self.size, self.view, self.interpolation = view.size, view, interpolation
 
     def crop(self, image, rng):
-        return random_resized_crop(image, rng, self.size, (0.08, 1.0), (3 / 4, 4 / 3), "bilinear")
+        scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+        return random_resized_crop(image, rng, self.size, scale, ratio, self.interpolation)
 
     def sample(self, rng):
         return {"flip": rng.random() < 0.5}
@@ -40,36 +41,38 @@ class ProbeView:
 
 
 def cached_batches(features, labels, batch_size, args):
-    """Shuffled batches of extracted features: epoch, (b, D), (b,). An incomplete last batch is left
-    out."""
+    """Shuffled batches of extracted features: passes over the data before this batch, (b, D), (b,).
+    An incomplete last batch is left out."""
     generator = torch.Generator().manual_seed(args.seed)
     for epoch in bar(range(args.epochs), "linear probe, epochs"):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         whole = len(order) // batch_size * batch_size
-        for rows in order[:whole].split(batch_size):
-            yield epoch, features[rows], labels[rows]
+        for first in range(0, whole, batch_size):
+            rows = order[first : first + batch_size]
+            yield epoch + first / whole, features[rows], labels[rows]
 
 
 def augmented_batches(encoder, loader, view, args):
-    """Features of freshly augmented images: epoch, (B, D), (B,). Every process yields the whole
-    global batch, so that all train the same head."""
+    """Features of freshly augmented images: passes over the data before this batch, (B, D), (B,).
+    Every process yields the whole global batch, so that all train the same head."""
     steps = args.epochs * loader.steps_per_epoch
     for step, batch in bar(loader.batches(0, steps), "linear probe, steps", steps):
         images, params = batch["image"]
         with evaluating(encoder), torch.no_grad(), mixed_precision(args.dtype, images.device)[0]:
             features = encoder(view(images, params)).float()
-        yield step // loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
+        yield step / loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
 
 
 # -------------------------------------------- heads by SGD ----------------------------------------
 def fit_heads(batches, dim, num_classes, lrs, args, device, columns=None):
     """Trains one linear classifier per learning rate, all on the same batches -> list of nn.Linear.
 
-    batches yields epoch, features (b, dim), labels (b,). The optimizer is SGD with momentum 0.9 or,
-    with --lars, LARS (SimSiam). The rate follows half a cosine to 0, epoch by epoch (MoCo v3,
-    SLIP), or with --lr-steps falls to a tenth after each of these epochs (MoCo). columns: for each
-    head the range of features that it sees (default: all). All heads start from the same random
-    weights."""
+    batches yields passes over the data before this batch, features (b, dim), labels (b,). The
+    optimizer is SGD with momentum 0.9 or, with --lars, LARS (SimSiam). The rate follows half a
+    cosine to 0, which moves once per epoch (MoCo v3, SLIP, DINO) or, with --grid, in each step
+    (DINOv2). With --lr-steps it falls to a tenth after each of these epochs instead (MoCo).
+    columns: for each head the range of features that it sees (default: all). All heads start from
+    the same random weights."""
     columns = columns or [(0, dim)] * len(lrs)
     start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(args.seed))
     heads = [nn.utils.skip_init(nn.Linear, b - a, num_classes, device=device) for a, b in columns]
@@ -83,30 +86,35 @@ def fit_heads(batches, dim, num_classes, lrs, args, device, columns=None):
         options = {"nesterov": args.nesterov, "weight_decay": args.weight_decay}
         optimizer = torch.optim.SGD(groups, momentum=0.9, **options)
     steps = [int(word) for word in args.lr_steps.split(",")] if args.lr_steps else []
-    for epoch, x, y in batches:
+    for passes, x, y in batches:
         if steps:
-            share = 0.1 ** sum(epoch >= step for step in steps)
+            share = 0.1 ** sum(passes >= step for step in steps)
         else:
-            share = 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+            place = passes if args.grid else math.floor(passes)
+            share = 0.5 * (1 + math.cos(math.pi * place / args.epochs))
         for group, lr in zip(optimizer.param_groups, lrs):
             group["lr"] = lr * share
         optimizer.zero_grad()
         losses = []
         for head, (a, b) in zip(heads, columns):
             losses.append(F.cross_entropy(head(x[:, a:b]), y, ignore_index=-1))
-        sum(
-            losses
-        ).backward()  # the heads share no parameter: each gets the gradient of its own loss
+        sum(losses).backward()  # no parameter is shared: each head gets its own loss's gradient
         optimizer.step()
     return heads
+
+
+def block_count(args):
+    """How many last blocks give their class tokens to the probe: DINOv2's --grid has 4."""
+    return args.blocks or (4 if args.grid else 1)
 
 
 def grid(n, dim, lrs):
     """DINOv2's heads on the features of LastBlocks(vit, n, average=True) -> [(lr, range of
     columns)]. Each rate is tried on the last class token and on those of all n blocks, without and
-    with the mean of the patches."""
+    with the mean of the patches. With one block these are two kinds of features, not four."""
     width = dim // (n + 1)
-    columns = [(first, end) for first in ((n - 1) * width, 0) for end in (n * width, dim)]
+    starts = [(n - 1) * width, 0] if n > 1 else [0]
+    columns = [(first, end) for first in starts for end in (n * width, dim)]
     return [(lr, part) for part in columns for lr in lrs]
 
 
@@ -120,7 +128,7 @@ def split_off_tenth(n, seed):
 def linear_probe(encoder, train_set, test_set, view, device, args, **options):
     """Collective. A linear classifier on frozen features -> (test scores, head, base_lr).
 
-    As in MoCo v3 and SLIP, it is trained on crops and flips with lr = base_lr * batch / 256. With
+    As in MoCo v3, it is trained on crops and flips with lr = base_lr * batch / 256. With
     args.cached it is trained on features of the evaluation view that are extracted once.
 
     args.cached chooses among LRS, args.grid among GRID_LRS and kinds of features, by the scores on
@@ -140,11 +148,12 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **options):
 
     test_x, test_y = features_of(test_set)
     dim, num_classes = test_x.shape[1], len(train_set.classes)
-    probe_view, batch = ProbeView(view), args.train_batch
+    probe_view = ProbeView(view, "bicubic" if args.grid else "bilinear")
+    batch = args.train_batch
 
     base_lrs, columns = [args.base_lr], [(0, dim)]
     if args.grid:
-        base_lrs, columns = zip(*grid(args.blocks, dim, GRID_LRS))
+        base_lrs, columns = zip(*grid(block_count(args), dim, GRID_LRS))
     elif args.cached:
         base_lrs, columns = LRS, [(0, dim)] * len(LRS)
 

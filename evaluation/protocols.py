@@ -13,7 +13,8 @@ import torch
 from common import UserError
 from evaluation import finetune
 from evaluation.features import LastBlocks, NamedSubset, cached_extract
-from evaluation.probes import best_exponent, linear_probe, logistic_regression, split_off_tenth
+from evaluation.probes import best_exponent, block_count, linear_probe, logistic_regression
+from evaluation.probes import split_off_tenth
 from monitor import TEMPLATES, extract, knn_sweep, labelled, language_scores, zeroshot_metrics
 
 # The score that is quoted for a dataset where that is not top1 (SLIP eval_zeroshot.py)
@@ -109,13 +110,13 @@ def knn(net, train, test, args, options):
 
 def linear(net, train, test, args, options):
     """A linear classifier trained by SGD (probes.linear_probe)."""
-    encoder = net.encoder
-    if args.grid or args.blocks > 1 or args.average:
-        if len(getattr(encoder, "blocks", ())) < args.blocks:
+    encoder, n = net.encoder, block_count(args)
+    if args.grid or n > 1 or args.average:
+        if len(getattr(encoder, "blocks", ())) < n:
             raise UserError("--grid, --blocks and --average need a transformer with "
-                            f"{args.blocks} blocks and timm's names, not {net.method}'s "
+                            f"{n} blocks and timm's names, not {net.method}'s "
                             f"{net.arch}")  # fmt: skip
-        encoder = LastBlocks(encoder, args.blocks, args.average or args.grid)
+        encoder = LastBlocks(encoder, n, args.average or args.grid)
     metrics, _, base_lr = linear_probe(encoder, train, test, args=args, **options)
     metrics = headline_first(metrics, test.name)
     return {**metrics, "chance": 100 / len(test.classes), "base_lr": base_lr}

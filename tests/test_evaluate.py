@@ -23,7 +23,7 @@ import runs
 import test_golden
 from command import Args, main
 from common import LARS, UserError, init_distributed, rank, user_errors
-from data import Sample, Tokenizer, decode
+from data import Loader, Sample, Tokenizer, decode
 from evaluation import pictures, probes
 from evaluation.features import LastBlocks, block_features, cached_extract
 from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
@@ -492,6 +492,43 @@ def test_grid_chooses_kind_and_rate(cached):
     assert torch.equal(head.weight, same.weight) and again == out
 
 
+def test_grid_is_dinov2s():
+    """Four kinds of features unless --blocks 1 leaves two; the cosine moves in each step; crops are bicubic."""
+    assert [len(probes.grid(n, 6 * (n + 1), [0.1, 0.2])) for n in (1, 2, 4)] == [4, 8, 8]
+    assert len(set(probes.grid(1, 12, probes.GRID_LRS))) == 26
+    assert [probes.block_count(Args(**flags)) for flags in ({}, {"grid": True}, {"grid": True, "blocks": 1})] == [1, 4, 1]
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 16, 5, generator=g), torch.randint(0, 4, (6, 16), generator=g)
+    passes = [step / 3 for step in range(6)]
+    for grid in (True, False):
+        head = fit_heads(zip(passes, x, y), 5, 4, [0.5], Args(epochs=2, grid=grid), CPU)[0]
+        other = nn.Linear(5, 4)
+        other.weight.data = 0.01 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+        other.bias.data.zero_()
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.5, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6 if grid else 2)  # DINOv2: of all iterations
+        for step in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(other(x[step]), y[step]).backward()
+            optimizer.step()
+            if grid or step % 3 == 2:
+                schedule.step()
+        torch.testing.assert_close(head.weight, other.weight)
+        torch.testing.assert_close(head.bias, other.bias)
+    image = decode(Toy(1)[0].image)
+    bilinear, bicubic = (probes.ProbeView(VIEW, *kind).crop(image, random.Random(0)) for kind in ((), ("bicubic",)))
+    assert not torch.equal(bilinear, bicubic)
+
+
+def test_batches_count_their_passes():
+    x, y = torch.arange(10.0)[:, None], torch.arange(10)
+    found = [passes for passes, _, _ in probes.cached_batches(x, y, 4, Args(epochs=2))]
+    assert found == [0, 0.5, 1, 1.5]
+    loader = Loader(Toy(10), {"image": probes.ProbeView(VIEW)}, {}, 4)
+    found = [passes for passes, _, _ in probes.augmented_batches(Pixels(), loader, VIEW, Args(epochs=2))]
+    assert found == [0, 0.5, 1, 1.5]
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_linear_probe_separates(cached):
     net = Pixels().train()
@@ -647,7 +684,7 @@ ERRORS = [
     ("zeroshot shape.pt", "does not fit clip.py"),
     ("linear simclr", "batch"),
     ("logreg simclr --split train", "other than train"),
-    ("linear simclr --grid", "need a transformer with 1 blocks"),
+    ("linear simclr --grid", "need a transformer with 4 blocks"),
     ("linear simclr --blocks 4", "need a transformer with 4 blocks and timm's names, not simclr's resnet18"),
     ("linear simclr --lr-steps 6O", "must be epochs"),
 ]
