@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
-import importlib
+import importlib.metadata
 import inspect
 import json
 import math
@@ -20,13 +20,13 @@ import subprocess
 import sys
 import time
 import typing
+import zipfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common import UserError, all_reduce_mean, rank, world_size
@@ -118,14 +118,38 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
 
 # -------------------------------------------- a run --------------------------------------------
 def load_checkpoint(path: str | Path) -> dict:
-    """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling any objects."""
+    """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling any objects. torch.save
+    stores a checksum of every tensor, which torch.load does not look at: here those of a run must fit."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(saved, dict) and "method" in saved and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum does not fit")
+        return saved
     except Exception as error:
         raise UserError(f"{path} is no checkpoint, is damaged or holds code, which is never run") from error
+
+
+def fingerprint(dataset) -> str:
+    """A checksum of 32 samples, evenly spread: cheap, and other data under an old name are noticed."""
+    total = 0
+    for i in range(0, len(dataset), math.ceil(len(dataset) / 32)):
+        try:
+            sample = dataset[i]
+            image = sample.image if isinstance(sample.image, bytes) else np.asarray(sample.image).tobytes()
+            total = zlib.crc32(image + repr((sample.captions, sample.label)).encode(), total)
+        except (OSError, ValueError):
+            total = zlib.crc32(b"cannot be read", total)
+    return f"{total:08x}"
+
+
+def replace_text(path: Path, text: str):
+    """Writes a file under another name and then renames it, so that a crash leaves the old one."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 class Run:
@@ -144,17 +168,20 @@ class Run:
         self.total = args.epochs * self.epoch_steps  # steps of the schedule
         self.last = min(self.total, args.max_steps or self.total)  # steps of this run
         self.step, self.signal, self.stop, self.profiler = 0, 0, 0, None
+        self.data = [len(loader.dataset), fingerprint(loader.dataset)]
         self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.time()
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
             importlib.import_module(name)  # a missing one ends all processes, before anything is written
         self._open_together()
         quiet = rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
-        self.writers = self._writers() if rank() == 0 else []
+        self.writers = self._writers() if rank() == 0 and self.step < self.last else []
         size, n, at = args.batch_size, len(loader.dataset), f", continued at {self.step}" if self.step else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
         self.say(f"{method}: {n:,} samples, batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
+        if self.step >= self.last:
+            self.say(f"it stands at step {self.step} of {self.last} already: there is nothing to do")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
@@ -188,6 +215,10 @@ class Run:
                 self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
             except (LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise UserError(f"{self.dir}/checkpoint.pt does not fit, use another --output-dir") from error
+            if (before := saved.get("data", self.data)) != self.data:
+                was, now = (f"{n:,} samples with checksum {checksum}" for n, checksum in (before, self.data))
+                raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds {now}: "
+                                "bring the data back or use another --output-dir")
             torch.set_rng_state(rng[0])
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
@@ -205,33 +236,36 @@ class Run:
             if changed:
                 was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)
                 raise UserError(f"{path} holds a run with {was}: use those values or another --output-dir")
-        elif any(path.iterdir()):
+        elif {file.name for file in path.iterdir()} - {".lock"}:
             raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
         self.lock = open(path / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path} is in use by a running process: choose another --output-dir") from None
-        (path / "args.json").write_text(json.dumps(args, indent=1))
         return path
 
     def _writers(self) -> list:
-        """Writes env.json, cuts the log back; -> functions that write a row: to metrics.jsonl, ..."""
+        """Writes args.json and env.json, cuts the log back; -> functions that write a row somewhere."""
         env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                "torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
         with contextlib.suppress(OSError):  # git is not installed
             git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        (self.dir / "env.json").write_text(json.dumps(env, indent=1))
+        env |= {name: importlib.metadata.version(name) for name in ("ftfy", "tokenizers", "pillow")}
+        replace_text(self.dir / "env.json", json.dumps(env, indent=1))
+        args = {"method": self.method, **vars(self.args)}
+        replace_text(self.dir / "args.json", json.dumps(args, indent=1))
         for name, text in self.extra.items():  # the tokenizer, for example
-            (self.dir / f"{name}.json").write_text(text)
+            replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one off
         if self.step < self.last:  # what was written only because the run ended there goes too
             rows = [row for row in rows if "end" not in row]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step))
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step)
+        replace_text(path, kept)
         file = open(path, "a", buffering=1)
         writers = [lambda row: file.write(json.dumps(row) + "\n")]
         if self.args.tensorboard:
@@ -252,7 +286,7 @@ class Run:
                 for name, view in self.loader.views.items():
                     pixels, params = batch[name]
                     images[name] = view(pixels[:8], {key: value[:8] for key, value in params.items()})
-                save_views(self.dir, images, self.loader.views)
+                importlib.import_module("pictures").save_views(self.dir, images, self.loader.views)
             yield step, batch
 
     def end_step(self, terms: dict, **numbers):
@@ -359,7 +393,7 @@ class Run:
             dist.all_gather_object(rngs, rng)
         if rank() == 0:
             content |= {"method": self.method, "args": vars(self.args), "step": self.step, "rng": rngs}
-            content |= self.extra
+            content |= {"data": self.data, **self.extra}
             try:
                 with open(temporary, "wb") as file:
                     torch.save(content, file)
@@ -382,7 +416,7 @@ class Run:
         (the set of kNN's neighbours) allow it. hint: a better command than that."""
         self.bar.close()
         if rank() == 0:
-            save_curves(self.dir)
+            importlib.import_module("pictures").save_curves(self.dir)
             self.lock.close()
         hint = hint or self._next_command(protocol, dataset, bank)
         minutes, seconds = divmod(round(time.time() - self.began), 60)
@@ -402,44 +436,3 @@ class Run:
         if protocol in ("zeroshot", "retrieval") and not dataset:
             words += ["--split", "train"]
         return shlex.join(map(str, words))
-
-
-# -------------------------------------------- pictures --------------------------------------------
-def save_views(directory, images, views):
-    """Writes views.png: the first eight samples of a batch, with a row for each view, as the model
-    sees them. images: name -> float (b, 3, S, S), as normalised by views[name]."""
-    strips = []
-    for name, x in images.items():
-        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
-        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
-        x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
-        x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
-        grid = torchvision.utils.make_grid(x)
-        strips.append((name, torchvision.transforms.functional.to_pil_image(grid)))
-    size = max(strip.width for _, strip in strips), sum(strip.height + 14 for _, strip in strips)
-    page, top = Image.new("RGB", size, "white"), 0
-    for name, strip in strips:
-        ImageDraw.Draw(page).text((2, top + 1), name, fill="black")
-        page.paste(strip, (0, top + 14))
-        top += strip.height + 14
-    page.save(Path(directory) / "views.png")
-
-
-def save_curves(directory):
-    """Writes curves.png if matplotlib is installed: each column of metrics.jsonl, chance dashed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    names = dict.fromkeys(name for row in rows for name in row)  # each once, in this order
-    names = [n for n in names if n not in ("step", "epoch", "end") and "chance" not in n]
-    width, height = min(4, len(names)), math.ceil(len(names) / 4)
-    figure = Figure(figsize=(4 * width, 3 * height), layout="constrained")
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(height, width, i + 1, title=name, xlabel="step")
-        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
-        for key, style in ((name, "-"), (chance, "--")):
-            if points := [(row["step"], row[key]) for row in rows if key in row]:
-                axes.plot(*zip(*points), style)
-    figure.savefig(Path(directory) / "curves.png", dpi=80)

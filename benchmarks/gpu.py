@@ -203,6 +203,9 @@ class Unread:
     def __len__(self):
         return {"yfcc15m": 14_689_580, "imagenet": 1_281_167}.get(self.name, 50_000)
 
+    def __getitem__(self, i):
+        raise OSError("it has no samples")
+
 
 class FullCaptions:
     """Stands for CLIP's tokenizer, which is no part of a step: start token, random ids, end token,

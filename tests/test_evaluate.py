@@ -18,7 +18,7 @@ from torch import nn
 
 import dino
 import monitor
-import run as paper_trail
+import pictures as drawn
 import runs
 import test_golden
 from command import Args, main
@@ -746,7 +746,7 @@ def test_views_of_different_sizes_in_one_picture(tmp_path):
 
     red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
     images = {"small": red.expand(9, 3, 32, 32), "large": red.expand(9, 3, 150, 150)}
-    paper_trail.save_views(tmp_path, images, dict.fromkeys(images, Halved()))
+    drawn.save_views(tmp_path, images, dict.fromkeys(images, Halved()))
     page = np.asarray(Image.open(tmp_path / "views.png"))
     assert page.shape == (2 * 14 + 132 + 154, 8 * 152 + 2, 3)  # 32 px are enlarged four times, borders of 2
     assert (page[14 + 66, 66] == (255, 0, 0)).all() and (page[-77, -77] == (255, 0, 0)).all()

@@ -1,5 +1,8 @@
 """10 steps are 5 + 5, bit for bit, in metrics.jsonl and in every tensor of the checkpoint."""
 
+import json
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +11,7 @@ import time
 import pytest
 import torch
 
+from common import UserError
 from runs import FLAGS, METHODS, argv_of, command, environment, make_photos, rows, train_here
 
 
@@ -112,6 +116,51 @@ def test_a_full_disk_leaves_the_old_checkpoint(photos, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == old
     assert not list((tmp_path / "run").glob("*.tmp"))
     train_here("simclr", photos, tmp_path / "run", "--max-steps", "4")
+
+
+def test_a_run_that_has_come_further_is_left_alone(photos, tmp_path, capsys):
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "3")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "curves.png"}
+    capsys.readouterr()
+    for steps in "3", "2":
+        train_here("simclr", photos, tmp_path / "run", "--max-steps", steps)
+        assert f"it stands at step 3 of {steps} already: there is nothing to do" in capsys.readouterr().out
+        assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "curves.png"}
+
+
+@pytest.mark.parametrize("change, was, now", [("fewer rows", 52, 51), ("another picture", 52, 52), ("another caption", 52, 52)])
+def test_refused_when_the_data_changed(tmp_path, change, was, now):
+    photos = make_photos(tmp_path / "photos")
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    lines = (photos / "train.jsonl").read_text().splitlines()
+    if change == "fewer rows":
+        lines = lines[:-1]
+    elif change == "another picture":
+        shutil.copy(photos / "3.png", photos / "0.png")
+    else:
+        lines[0] = json.dumps({"image": "0.png", "captions": ["something else"]})
+    (photos / "train.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError) as error:
+        train_here("simclr", photos, tmp_path / "run", "--max-steps", "2")
+    assert re.search(rf"trained on {was} samples .* holds {now} samples", str(error.value))
+    checksums = set(re.findall("checksum ([0-9a-f]{8})", str(error.value)))
+    assert len(checksums) == 2 or change == "fewer rows"  # the last of 52 samples is none of the 32
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_refused_when_bytes_of_the_checkpoint_changed(photos, tmp_path, part):
+    """They would be weights like any others, and the loss not a number some steps later."""
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1")
+    saved = bytearray((tmp_path / "run" / "checkpoint.pt").read_bytes())
+    start = int(part * len(saved))
+    saved[start : start + 64] = random.Random(0).randbytes(64)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(saved)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1  # torch does not notice
+    with pytest.raises(UserError, match="checkpoint.pt .* is damaged"):
+        train_here("simclr", photos, tmp_path / "run", "--max-steps", "2")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
 
 
 def test_two_processes_in_one_directory(photos, tmp_path):

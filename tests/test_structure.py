@@ -113,7 +113,7 @@ def test_imports_run_one_way():
     while ready := [name for name, needs in edges.items() if name not in done and needs - {name} <= done]:
         done |= set(ready)
     assert done == set(edges), {name: needs - done for name, needs in edges.items() if name not in done}
-    assert edges["common"] == set() and edges["run"] == {"common"} and edges["scenes"] == set()
+    assert edges["common"] == set() and edges["run"] == {"common"} and edges["scenes"] == edges["pictures"] == set()
     assert edges["sources"] == {"common", "scenes"} and edges["data"] == {"common", "sources"}
     assert edges["monitor"] <= {"common", "data", "run"}
     for name in METHOD_NAMES:

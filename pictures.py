@@ -1,0 +1,52 @@
+"""The pictures of a training run, views.png and curves.png. run.py imports this when it draws one."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+
+
+def save_views(directory, images, views):
+    """Writes views.png: the first eight samples of a batch, with a row for each view, as the model
+    sees them. images: name -> float (b, 3, S, S), as normalised by views[name]."""
+    strips = []
+    for name, x in images.items():
+        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
+        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
+        x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
+        x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
+        grid = torchvision.utils.make_grid(x)
+        strips.append((name, torchvision.transforms.functional.to_pil_image(grid)))
+    size = max(strip.width for _, strip in strips), sum(strip.height + 14 for _, strip in strips)
+    page, top = Image.new("RGB", size, "white"), 0
+    for name, strip in strips:
+        ImageDraw.Draw(page).text((2, top + 1), name, fill="black")
+        page.paste(strip, (0, top + 14))
+        top += strip.height + 14
+    page.save(Path(directory) / "views.png")
+
+
+def save_curves(directory):
+    """Writes curves.png if matplotlib is installed: each column of metrics.jsonl, chance dashed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    text = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    names = dict.fromkeys(name for row in rows for name in row)  # each once, in this order
+    names = [n for n in names if n not in ("step", "epoch", "end") and "chance" not in n]
+    width, height = min(4, len(names)), math.ceil(len(names) / 4)
+    figure = Figure(figsize=(4 * width, 3 * height), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(height, width, i + 1, title=name, xlabel="step")
+        chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
+        for key, style in ((name, "-"), (chance, "--")):
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
+                axes.plot(*zip(*points), style)
+    figure.savefig(Path(directory) / "curves.png", dpi=80)
