@@ -24,6 +24,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import tokenizers
 import torch
@@ -33,11 +34,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common import UserError, rank, world_size
 from sources import NAMES, Sample, open_dataset  # noqa: F401
-
-try:
-    from ftfy import fix_text  # mends wrongly decoded text: the first thing that CLIP's own tokenizer does
-except ImportError:
-    fix_text = str
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -357,7 +353,7 @@ class Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns when loader workers are forked
         self.context_length, self.restore_eot = context_length, restore_eot
         try:
-            self.bpe = self.open(spec, captions, vocab_size or 49408, data_dir)
+            self.bpe = self.open_once(spec, captions, vocab_size or 49408, data_dir)
             self.vocab_size = self.bpe.get_vocab_size()
             if self.vocab_size > (vocab_size or self.vocab_size):
                 raise ValueError(f"its {self.vocab_size} tokens are more than --vocab-size {vocab_size}")
@@ -369,9 +365,24 @@ class Tokenizer:
             name = spec if len(spec) < 200 else "of the checkpoint"
             raise UserError(f"tokenizer {name}: {error}; use train or a tokenizer.json's path") from error
         self.bpe.no_truncation()
+        self.bpe.no_padding()
         self.clip_form = getattr(self.bpe.model, "end_of_word_suffix", None) == "</w>"
         if self.clip_form:
             self.bpe.normalizer = None  # clean() does that, exactly as CLIP's own
+
+    def open_once(self, *where):
+        """The first process opens it for all: one asks the hub, one learns, and all have the same tokens."""
+        made = ["", ""]  # the text of a tokenizer.json, or an error
+        if rank() == 0:
+            try:
+                made[0] = self.open(*where).to_str()
+            except Exception as error:
+                made[1] = str(error)
+        if world_size() > 1:
+            torch.distributed.broadcast_object_list(made)
+        if not made[0]:
+            raise ValueError(made[1])
+        return tokenizers.Tokenizer.from_str(made[0])
 
     def open(self, spec, captions, vocab_size, data_dir):
         if spec == "train":
@@ -395,7 +406,7 @@ class Tokenizer:
 
     @staticmethod
     def clean(text):
-        text = html.unescape(html.unescape(fix_text(text)))
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         return re.sub(r"\s+", " ", text).strip().lower().encode(errors="replace").decode()
 
     def encode(self, caption):

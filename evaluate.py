@@ -44,7 +44,7 @@ Project = Literal["timm", "torchvision", "open_clip", "transformers", "safetenso
 @dataclass
 class Args:
     data: str = ""  # dataset to evaluate on, a name or a path, see docs/data.md
-    data_dir: str = ""  # folder of the named datasets (default: $DATA_DIR, then ./data)
+    data_dir: str = ""  # folder of named data and CLIP's vocabulary (default: $DATA_DIR, ./data)
     split: str = "val"  # split whose samples are scored or shown
     batch_size: int = 256  # images per forward pass when features are extracted
     workers: int = min(8, os.cpu_count() or 1)  # loader processes per process
@@ -52,6 +52,7 @@ class Args:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of forward passes and fine-tuning
     json: bool = False  # print JSON lines in place of the table
     random: bool = False  # evaluate the network with random weights too, which a score has to beat
+    tokenizer: str = ""  # of others' language-image weights, as in clip.py (default: published one)
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
     classnames: str = ""  # zeroshot: file of class names, one class a line, synonyms separated by |
     cache: bool = True  # knn, logreg, linear --cached: keep features beside the checkpoint
@@ -179,7 +180,8 @@ def main(argv: list[str]):
         }
         for kind in kinds:
             random_weights = kind == "random weights"
-            net = open_network(path, device, args.head_layer, random_weights, args.heads, with_text)
+            texts = {"text": with_text, "tokenizer": args.tokenizer, "data_dir": args.data_dir}
+            net = open_network(path, device, args.head_layer, random_weights, args.heads, **texts)
             if with_text and not net.tokenizer:
                 raise UserError(
                     f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s"

@@ -377,19 +377,21 @@ def load_released(path):
     return importlib.import_module(FAMILIES[name][2]), model
 
 
-def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True):
+def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True,
+                 tokenizer="", data_dir=None):  # fmt: skip
     """-> namespace of method, arch, step, model, encoder, view and tokenizer (None without text).
 
     head_layer: how many layers of the projection head the encoder includes; random_weights: the
     same network before training; heads: attention heads of another project's transformer (0:
-    infer); text: whether to look for the tokenizer of a published language-image model. Raises
-    UserError."""
+    infer); text: whether to look for the tokenizer of a published language-image model; tokenizer,
+    data_dir: another one than the published, and the folder of CLIP's merges. Raises UserError."""
     saved = read(path)
     torch.manual_seed(0)
     if saved.keys() >= {"method", "args", "model"}:
         net = open_ours(path, saved, head_layer, random_weights)
     else:
-        net = open_published(path, state_of(saved), random_weights, heads, text)
+        state = state_of(saved)
+        net = open_published(path, state, random_weights, heads, text, tokenizer, data_dir)
         if head_layer:
             raise UserError(
                 f"{path} has no --head-layer, of others' checkpoints only the encoder is read"
@@ -430,7 +432,7 @@ def open_ours(path, saved, head_layer, random_weights):
     )
 
 
-def open_published(path, state, random_weights, heads, text):
+def open_published(path, state, random_weights, heads, text, spec="", data_dir=None):
     """A state dict of another project -> the namespace of open_network. `model` is the full model
     for families of LANGUAGE_IMAGE, and the encoder alone for the others."""
     name = family(state)
@@ -457,12 +459,15 @@ def open_published(path, state, random_weights, heads, text):
         length, tokens = (next(len(value) for key, value in state.items() if re.search(what, key))
                           for what in (CONTEXT, TOKENS))  # fmt: skip
         _, published = LANGUAGE_IMAGE[name]
-        tokenizer = Tokenizer(published, length)
+        tokenizer = Tokenizer(spec or published, length, data_dir=data_dir)
         if tokenizer.vocab_size > tokens:
             raise UserError(
-                f"{path} knows {tokens} tokens, but the published tokenizer of {name} has "
-                f"{tokenizer.vocab_size}: give the checkpoint that holds its own tokenizer"
+                f"{path} knows {tokens} tokens, but tokenizer {spec or published} has "
+                f"{tokenizer.vocab_size}: give {name}'s own with --tokenizer"
             )
+        if published == "clip" and tokenizer.eot != tokenizer.vocab_size - 1:
+            raise UserError(f"--tokenizer {spec} has an end token that is not its largest id, "
+                            f"where {name} pools")  # fmt: skip
     encoder = module.image_encoder(model) if name in LANGUAGE_IMAGE else model
     view = module.eval_view(types.SimpleNamespace(image_size=size))
     return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,

@@ -347,7 +347,7 @@ def finished(server, photos, tmp_path_factory):
 
 REASONS = dict.fromkeys(["empty", "text", "cut"], "is damaged")
 REASONS |= dict.fromkeys(["code", "code_old_format", "code_pickle"], "holds code, which is never run")
-REASONS |= {"list": "holds a list, not a checkpoint", "weights": "give the checkpoint that holds its own tokenizer"}
+REASONS |= {"list": "holds a list, not a checkpoint", "weights": "own with --tokenizer"}
 REASONS |= {"nothing": "there is no checkpoint at"}
 
 

@@ -17,12 +17,11 @@ import pytest
 import tokenizers
 import torch
 
-import data
-from common import UserError
+from common import UserError, init_distributed, rank, user_errors
 from data import Tokenizer
+from runs import command
 
 ROOT = Path(__file__).parent.parent
-NEEDS_FTFY = {7, 10, 17, 18, 26, 30}  # rows of the golden texts that ftfy changes
 WORDS = ("a big", "one small", "the"), ("red", "blue", "grey"), ("star", "stars", "Zürich café", "数字 7", "😀")
 CAPTIONS = ["a photo of " + " ".join(words) for words in itertools.product(*WORDS)]
 
@@ -36,13 +35,9 @@ def published():
 
 @pytest.fixture(scope="module")
 def golden():
-    """OpenAI's and SLIP's own tokenizers on 32 texts; without ftfy those texts that it would leave alone."""
+    """OpenAI's and SLIP's own tokenizers on 32 texts, six of which ftfy changes."""
     case = torch.load(ROOT / "tests/golden/clip_tokenizer.pt", weights_only=True)
-    rows = [i for i in range(32) if data.fix_text is not str or i not in NEEDS_FTFY]
-    return [case["inputs"]["texts"][i] for i in rows], {
-        key: value[rows] if torch.is_tensor(value) else [value[i] for i in rows]
-        for key, value in case["outputs"].items()
-    }
+    return case["inputs"]["texts"], case["outputs"]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +65,9 @@ def test_ids_are_openai_s(published, golden):
     published.context_length = 77
 
 
-def test_cleaning_without_ftfy(monkeypatch):
-    monkeypatch.setattr(data, "fix_text", str)
-    assert Tokenizer.clean("  A\u00a0&amp;lt;B&gt;\n\tCafÃ© ") == "a <b> cafã©"
+def test_cleaning(published):
+    assert Tokenizer.clean("  A\u00a0&amp;lt;B&gt;\n\tCafÃ© ") == "a <b> café"
+    assert len(published.encode("it\u2019s")) == 2  # four tokens where ftfy does not straighten the quote
 
 
 def test_plain_cut_is_slip_s(published, golden):
@@ -207,6 +202,7 @@ def test_another_form_from_the_hub(monkeypatch):
     )
     piece.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     piece.enable_truncation(4)
+    piece.enable_padding(length=16)
     asked = []
 
     def answer(url, timeout):
@@ -217,6 +213,34 @@ def test_another_form_from_the_hub(monkeypatch):
     tok = Tokenizer("somebody/some-model")
     assert asked == ["https://huggingface.co/somebody/some-model/resolve/main/tokenizer.json"]
     assert tok("A stars a star star") == [2, 4, 6, 7, 5, 6, 6, 3] and tok("") == [2, 3]
+
+
+def two_processes():
+    """Under torchrun: only the first process asks the hub, and both have its tokenizer or its error."""
+    import urllib.request
+
+    init_distributed("cpu")
+    asked, text = [], Tokenizer("train", captions=CAPTIONS, vocab_size=600).to_json()
+
+    def answer(url, timeout):
+        asked.append(url)
+        if "nothing" in url:
+            raise urllib.error.URLError("Name or service not known")
+        return io.BytesIO(text.encode())
+
+    urllib.request.urlopen = answer
+    tok = Tokenizer("somebody/some-model")
+    assert tok.to_json() == text and len(asked) == (rank() == 0)
+    learnt = Tokenizer("train", captions=CAPTIONS if rank() == 0 else [], vocab_size=600)
+    assert learnt.to_json() == text
+    with pytest.raises(UserError, match="nobody/nothing: .*Name or service not known"):
+        Tokenizer("nobody/nothing")
+    assert len(asked) == 2 * (rank() == 0)
+
+
+def test_one_process_asks_the_hub():
+    done = command("tests/test_tokenizer.py", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("spec, reason", [
@@ -239,3 +263,8 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(spec, reason, tmp_path, mon
 def test_vocabulary_larger_than_the_model_s_is_refused(trained):
     with pytest.raises(UserError, match=f"{trained.vocab_size} tokens"):
         Tokenizer(trained.to_json(), vocab_size=trained.vocab_size - 1)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        two_processes()
