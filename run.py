@@ -24,7 +24,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -138,7 +137,7 @@ def fingerprint(dataset) -> str:
     for i in range(0, len(dataset), math.ceil(len(dataset) / 32)):
         try:
             sample = dataset[i]
-            image = sample.image if isinstance(sample.image, bytes) else np.asarray(sample.image).tobytes()
+            image = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
             total = zlib.crc32(image + repr((sample.captions, sample.label)).encode(), total)
         except (OSError, ValueError):
             total = zlib.crc32(b"cannot be read", total)
@@ -147,9 +146,8 @@ def fingerprint(dataset) -> str:
 
 def replace_text(path: Path, text: str):
     """Writes a file under another name and then renames it, so that a crash leaves the old one."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 class Run:
@@ -177,11 +175,10 @@ class Run:
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
         self.writers = self._writers() if rank() == 0 and self.step < self.last else []
         size, n, at = args.batch_size, len(loader.dataset), f", continued at {self.step}" if self.step else ""
+        at += ", which leaves nothing to do" if self.step >= self.last else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
         self.say(f"{method}: {n:,} samples, batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
-        if self.step >= self.last:
-            self.say(f"it stands at step {self.step} of {self.last} already: there is nothing to do")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
@@ -264,8 +261,7 @@ class Run:
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one off
         if self.step < self.last:  # what was written only because the run ended there goes too
             rows = [row for row in rows if "end" not in row]
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step)
-        replace_text(path, kept)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step))
         file = open(path, "a", buffering=1)
         writers = [lambda row: file.write(json.dumps(row) + "\n")]
         if self.args.tensorboard:

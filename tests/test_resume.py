@@ -124,7 +124,7 @@ def test_a_run_that_has_come_further_is_left_alone(photos, tmp_path, capsys):
     capsys.readouterr()
     for steps in "3", "2":
         train_here("simclr", photos, tmp_path / "run", "--max-steps", steps)
-        assert f"it stands at step 3 of {steps} already: there is nothing to do" in capsys.readouterr().out
+        assert f"{steps} steps, continued at 3, which leaves nothing to do" in capsys.readouterr().out
         assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "curves.png"}
 
 
