@@ -1,16 +1,18 @@
 """DINO: Emerging Properties in Self-Supervised Vision Transformers (2021, arXiv 2104.14294).
 
-A student learns to give, for any crop of an image, the distribution over K prototypes that a teacher gives
-for two large crops: parts predict the whole. The teacher is a slow moving average of the student. Its logits
-are centered, which alone would make all outputs uniform, and sharpened by a low temperature, which alone
-would make them one prototype: together they keep the outputs apart.
+A student sees any crop of an image and learns to give the distribution over K prototypes that a
+teacher gives for two large crops of it: the parts predict the whole. The teacher is an EMA of the
+student. Its logits are centered, which alone would lead to uniform outputs, and sharpened by a low
+temperature, which alone would lead to one prototype for all images. Together they prevent collapse.
 
-Loss (Eq. 1 to 3), g logits, c center, s student, t teacher, V = 2 + L crops, of which 1 and 2 are large:
+Loss (Eq. 1 to 3), g logits, c center, s student, t teacher, V = 2 + L crops, the first two large:
     P_s(x) = softmax(g_s(x) / tau_s),  P_t(x) = softmax((g_t(x) - c) / tau_t)
     L = mean over x in {1, 2} and x' in {1, ..., V}, x' != x, of -sum_k P_t(x)_k log P_s(x')_k
       = entropy of P_t + KL(P_t, P_s) (Eq. 5), chance level ln K
-    after it: c <- m c + (1 - m) batch mean of g_t (Eq. 4);  theta_t <- l theta_t + (1 - l) theta_s
-    Entropy and KL are logged. All outputs have become one if KL is 0, and the entropy ln K or 0.
+    after the loss: c <- m c + (1 - m) batch mean of g_t (Eq. 4)
+    after the optimizer's step: theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1)
+    Entropy and KL are logged. Collapse: KL is 0 and the entropy is ln K (uniform) or 0 (one
+    prototype).
 B global batch, b = B / processes, N tokens, D width, S image size (pixels).
 
 Laptop        torchrun dino.py
@@ -19,11 +21,14 @@ Own photos    torchrun dino.py --data path/to/photos --recipe flickr8k
 8 GPUs        torchrun --nproc_per_node=8 dino.py --data imagenet
   100 epochs  torchrun --nproc_per_node=8 dino.py --data imagenet --recipe imagenet-100
 
-Parameter names are the official code's: its checkpoints load strictly (docs/dino.md). Differences from it:
- - Which samples stochastic depth leaves out is a function of seed, epoch, sample and crop, like all else that
-   is random about a sample, so runs are the same on any number of processes. Official: global random state.
- - Crops are antialiased, blur is a true Gaussian of sigma pixels. Official: Pillow's box filters.
- - A GPU computes in mixed precision; official: float32 in the paper's runs (--dtype fp32).
+Parameter names are those of the official code, whose checkpoints load strictly (docs/dino.md).
+Differences from the official code:
+ - The samples that stochastic depth leaves out are a function of seed, epoch, sample and crop, like
+   everything random about a sample, so a run is the same on any number of processes. Official: the
+   global random state of each process.
+ - Crops are antialiased and blur is a true Gaussian of sigma pixels. Official: Pillow's resizing,
+   and its blur, which is made of box filters.
+ - A GPU computes in mixed precision. The paper's runs are in float32 (--dtype fp32).
 
 Diff against: byol.py.
 """
@@ -47,20 +52,20 @@ from monitor import EvalView, evaluation_set, knn_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # a key of ARCHS and _patchP, or resnet{18,34,50,101,152}
+    arch: str = "vit_small_patch16"  # vit_{micro,tiny,small,base}_patchP, resnet{18,34,50,101,152}
     stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
-    drop_path: float = 0.1  # stochastic depth of the student's last block, in a ViT (official code)
-    head_layers: int = 3  # linear layers of the head before its bottleneck's normalisation (App. C)
-    hidden_dim: int = 2048  # width between them (App. C); the bottleneck after them has 256
+    drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
+    head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
+    hidden_dim: int = 2048  # hidden width of the head (App. C); the bottleneck after it has 256
     head_bn: bool = False  # batch norm in the head (App. C: without)
     out_dim: int = 65536  # K, number of prototypes (App. C)
-    norm_last_layer: bool = False  # prototypes keep length 1; used for ViT-B, which is steadier so
+    norm_last_layer: bool = False  # prototypes keep length 1, which is more stable; used for ViT-B
     freeze_last_layer: float = 1.0  # epochs in which the prototypes stay fixed (0: none; official)
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
@@ -91,50 +96,77 @@ class Args(RunArgs):
 
 
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
-RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
-                   blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
-                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
-                   batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
-    "cifar10": dict(arch="resnet18", image_size=32, blur=False, local_crops=0, crop_split=0.4, head_layers=2,
-                    head_bn=True, out_dim=2048, norm_last_layer=True, teacher_temp=0.04,
-                    teacher_momentum=0.99, teacher_momentum_end=0.99, epochs=200, batch_size=512,
-                    optimizer="sgd", base_lr=0.12, min_lr=0.0, warmup_epochs=0.0, weight_decay=5e-4,
-                    weight_decay_end=5e-4),  # as lightly
-    "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
-                     teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3, min_lr=1e-6),
+RECIPES = {
+    # our own, for the embedded data
+    "shapes": dict(
+        arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+        blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
+        teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
+        batch_size=64, base_lr=4e-3, warmup_epochs=0.2,
+    ),
+    # lightly's CIFAR-10 benchmark (kNN 81.3%), except that here norms and biases are not decayed,
+    # the cosine falls with every step and not with every epoch, the prototypes stay fixed in the
+    # first epoch, and crops are bicubic
+    "cifar10": dict(
+        arch="resnet18", image_size=32, blur=False, local_crops=0, crop_split=0.4, head_layers=2,
+        head_bn=True, out_dim=2048, norm_last_layer=True, teacher_temp=0.04,
+        teacher_momentum=0.99, teacher_momentum_end=0.99, epochs=200, batch_size=512,
+        optimizer="sgd", base_lr=0.12, min_lr=0.0, warmup_epochs=0.0,
+        weight_decay=5e-4, weight_decay_end=5e-4,
+    ),
+    # our own
+    "flickr8k": dict(
+        arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
+        teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3, min_lr=1e-6,
+    ),
+    # The official runs, with their kNN and linear probe in percent. What differs here stands in the
+    # docstring
     "imagenet": {},  # 74.5, 77.0
-    "imagenet-300": dict(epochs=300, min_lr=1e-6, local_crops=8, crop_split=0.4, clip_grad=3.0),  # 73.3, 76.0
-    "imagenet-100": dict(epochs=100, batch_size=512, min_lr=1e-6, local_crops=8, crop_split=0.4,
-                         clip_grad=3.0, teacher_temp=0.04, norm_last_layer=True),  # 69.3, 74.0
-    "imagenet-vitb16": dict(STEADY, arch="vit_base_patch16", epochs=400, base_lr=7.5e-4, min_lr=2e-6,
-                            clip_grad=0.3),  # 76.1, 78.2
-    "imagenet-vitb8": dict(STEADY, arch="vit_base_patch8", epochs=300, batch_size=1056, min_lr=2e-6,
-                           clip_grad=3.0, warmup_teacher_temp=0.03),  # 77.4, 80.1
-    "imagenet-resnet50": dict(STEADY, arch="resnet50", head_bn=True, out_dim=60000, freeze_last_layer=1.0,
-                              local_crops=6, crop_split=0.14, batch_size=4080, optimizer="lars", base_lr=0.3,
-                              min_lr=4.8e-3, weight_decay=1e-6, weight_decay_end=1e-6),  # 67.5, 75.3
+    "imagenet-300": dict(
+        epochs=300, min_lr=1e-6, local_crops=8, crop_split=0.4, clip_grad=3.0,
+    ),  # 73.3, 76.0
+    "imagenet-100": dict(
+        epochs=100, batch_size=512, min_lr=1e-6, local_crops=8, crop_split=0.4, clip_grad=3.0,
+        teacher_temp=0.04, norm_last_layer=True,
+    ),  # 69.3, 74.0
+    "imagenet-vitb16": dict(
+        STEADY, arch="vit_base_patch16", epochs=400, base_lr=7.5e-4, min_lr=2e-6, clip_grad=0.3,
+    ),  # 76.1, 78.2
+    "imagenet-vitb8": dict(
+        STEADY, arch="vit_base_patch8", epochs=300, batch_size=1056, min_lr=2e-6, clip_grad=3.0,
+        warmup_teacher_temp=0.03,
+    ),  # 77.4, 80.1
+    "imagenet-resnet50": dict(
+        STEADY, arch="resnet50", head_bn=True, out_dim=60000, freeze_last_layer=1.0,
+        local_crops=6, crop_split=0.14, batch_size=4080, optimizer="lars", base_lr=0.3,
+        min_lr=4.8e-3, weight_decay=1e-6, weight_decay_end=1e-6,
+    ),  # 67.5, 75.3
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 # Adapted from byol.py: BYOLView, scale of the crop, wider blur, numbers for stochastic depth
 class DINOView:
-    """One of the V crops. The first is always blurred; the second with probability 0.1, and it is solarised
-    with 0.2; local ones are blurred with 0.5 (official code)."""
+    """One of the V crops. The first is always blurred. The second is blurred with probability 0.1
+    and solarised with 0.2, local ones are blurred with 0.5 (official code)."""
 
-    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0,
-                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.scale, self.blur, self.solarize, self.depth = size, scale, blur, solarize, depth
-        self.mean, self.std = mean, std
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0):
+        self.size = size
+        self.scale = scale
+        self.blur = blur
+        self.solarize = solarize
+        self.depth = depth
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
+        `rng`: random.Random of this sample and view."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
-        return {
+        params = {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
             "gray": rng.random() < 0.2,
@@ -142,18 +174,20 @@ class DINOView:
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             "solarize": rng.random() < self.solarize,
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
-            # stochastic depth draws here too, two numbers a block, as this generator is the sample's own
-            "drop_path": [[rng.random(), rng.random()] for _ in range(self.depth)],
         }
+        # two numbers a block, drawn here so that stochastic depth depends on the sample, not on the
+        # process
+        params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
+        return params
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        if self.blur:
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
+        if self.blur:  # the kernel reaches 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)
         if self.solarize:
             x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)
@@ -161,12 +195,14 @@ class DINOView:
 
 # Adapted from simclr.py: eval_view, normalised
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 # Copied from slip.py: Attention
 class Attention(nn.Module):
     """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
@@ -184,8 +220,9 @@ class Attention(nn.Module):
 
 # Adapted from slip.py: Block, with stochastic depth
 class Block(nn.Module):
-    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382) leaves
-    either branch out for a share `drop_path` of the samples: those whose number in u, (B, 2), is below it."""
+    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382)
+    leaves either branch out for a share `drop_path` of the samples: those whose number in
+    u, (B, 2), is below it."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -199,27 +236,33 @@ class Block(nn.Module):
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def drop(self, y, u):
-        keep = 1 - self.drop_path
-        return y if u is None else y * ((u >= self.drop_path) / keep).to(y.dtype)[:, None, None]
+        if u is None:
+            return y
+        kept = (u >= self.drop_path) / (1 - self.drop_path)  # (B,): the mean of y does not change
+        return y * kept.to(y.dtype)[:, None, None]
 
     def forward(self, x, u=None):
-        u1, u2 = (None, None) if u is None else u.unbind(1)
+        u1, u2 = None, None
+        if u is not None:
+            u1, u2 = u.unbind(1)
         x = x + self.drop(self.attn(self.norm1(x)), u1)
         return x + self.drop(self.mlp(self.norm2(x)), u2)
 
 
 # Adapted from slip.py: VisionTransformer, with stochastic depth, for images of any size
 class VisionTransformer(nn.Module):
-    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+    """timm's ViT, without a norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
+    the last norm."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
         self.feature_dim = dim
+        patches = (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, dim))
         self.patch_embed = nn.Sequential()
         self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # rise linearly from 0
         self.blocks = nn.Sequential(*[Block(dim, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -230,40 +273,48 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def interpolate_pos_embed(self, rows, columns):
-        """(1, 1 + rows * columns, D): the class token's, and the trained grid resized to this one."""
+        """(1, 1 + rows * columns, D): that of the class token, then the trained grid, resized."""
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if rows == columns == side:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # official: 0.1 against rounding down; it also shifts the samples, so the checkpoints expect it
+        of_class, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        # official: 0.1 against rounding down; it shifts the samples too, and checkpoints expect it
         scale = (rows + 0.1) / side, (columns + 0.1) / side
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([of_class, grid.flatten(2).transpose(1, 2)], dim=1)
 
     def prepare_tokens(self, x):
         """(B, 3, H, W) -> (B, N, D), what the first block sees, the class token first."""
-        x = self.patch_embed(x)
+        x = self.patch_embed(x)  # (B, D, rows, columns)
         pos_embed = self.interpolate_pos_embed(*x.shape[-2:])
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + pos_embed
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], dim=1)
+        return x + pos_embed
 
     def forward(self, x, drop_path=None):
-        """drop_path: (B, depth, 2) uniform numbers, with which stochastic depth acts."""
+        """drop_path: uniform numbers (B, depth, 2), which decide about stochastic depth."""
         x = self.prepare_tokens(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if drop_path is None else drop_path[:, i])
+            u = None if drop_path is None else drop_path[:, i]
+            x = block(x, u)
         return self.norm(x[:, 0])
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 class DINOHead(nn.Module):
     """MLP to a bottleneck, unit length, prototypes (App. C). (B, D) -> (B, K), the logits."""
 
     def __init__(self, dim, out_dim, layers=3, hidden_dim=2048, bottleneck_dim=256, bn=False,
                  norm_last_layer=True):
         super().__init__()
-        sizes, mlp = [dim] + [hidden_dim] * (layers - 1), []
-        for a, b in zip(sizes, sizes[1:]):
-            mlp += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if bn else []), nn.GELU()]
+        sizes = [dim] + [hidden_dim] * (layers - 1)
+        mlp = []
+        for inputs, outputs in zip(sizes, sizes[1:]):
+            mlp.append(nn.Linear(inputs, outputs))
+            if bn:
+                mlp.append(nn.BatchNorm1d(outputs))
+            mlp.append(nn.GELU())
         mlp.append(nn.Linear(sizes[-1], bottleneck_dim))
         self.mlp = nn.Sequential(*mlp) if layers > 1 else mlp[0]  # official names
         for module in self.modules():
@@ -272,121 +323,160 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False)  # row k becomes g_k v_k / |v_k|
         self.last_layer = nn.utils.parametrizations.weight_norm(prototypes)
-        g = self.last_layer.parametrizations.weight.original0  # (K, 1); also loads from weight_g, weight_v
-        nn.init.ones_(g).requires_grad_(not norm_last_layer)
+        g = self.last_layer.parametrizations.weight.original0  # (K, 1); loads from weight_g too
+        nn.init.ones_(g)
+        g.requires_grad_(not norm_last_layer)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        x = F.normalize(self.mlp(x), dim=-1)
+        return self.last_layer(x)
 
 
 class MultiCrop(nn.Module):
-    """g: backbone and head. A list of V crops (b, 3, S, S) -> logits (V b, K), rows of the first crop first.
-    drop_path: for each crop (b, depth, 2), see VisionTransformer."""
+    """g: backbone and head. A list of V crops (b, 3, S, S) -> logits (V b, K), rows of the first
+    crop first. drop_path: for each crop (b, depth, 2), see VisionTransformer."""
 
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, crops, drop_path=()):
-        sizes = [crop.shape[-1] for crop in crops]
-        first = [i for i in range(len(crops)) if i == 0 or sizes[i] != sizes[i - 1]]
+        starts = [0]  # where crops of another size begin
+        for i in range(1, len(crops)):
+            if crops[i].shape[-1] != crops[i - 1].shape[-1]:
+                starts.append(i)
+        ends = starts[1:] + [len(crops)]
         features = []
-        for i, j in zip(first, first[1:] + [len(crops)]):  # crops of one size are one batch
-            drop = [torch.cat(drop_path[i:j])] if drop_path else []
-            features.append(self.backbone(torch.cat(crops[i:j]), *drop))
-        return self.head(torch.cat(features))  # all in one: to its batch norm they are one batch
+        for i, j in zip(starts, ends):  # crops of one size are one batch
+            x = torch.cat(crops[i:j])
+            if drop_path:
+                features.append(self.backbone(x, torch.cat(drop_path[i:j])))
+            else:
+                features.append(self.backbone(x))
+        return self.head(torch.cat(features))  # batch norm in the head sees all crops as one batch
 
 
 class DINO(nn.Module):
     def __init__(self, student, teacher):
         super().__init__()
         teacher.load_state_dict(student.state_dict())
-        self.student, self.teacher = student, teacher.requires_grad_(False)
-        self.register_buffer("center", torch.zeros(1, student.head.last_layer.out_features))  # c
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        prototypes = student.head.last_layer.out_features
+        self.register_buffer("center", torch.zeros(1, prototypes))  # c
 
     def forward(self, crops, drop_path=()):
-        """V crops, the two global ones first -> logits of the student for all (V b, K), of the teacher for
-        those two (2 b, K). The teacher is in training mode too: batch norm sees the batch (official)."""
+        """V crops, the two global ones first -> logits of the student for all of them (V b, K), of
+        the teacher for those two (2 b, K). The teacher stays in training mode: its batch norm uses
+        the statistics of the batch (official code)."""
         with torch.no_grad():
             teacher = self.teacher(crops[:2])
-        return self.student(crops, drop_path), teacher
+        student = self.student(crops, drop_path)
+        return student, teacher
 
 
 # Adapted from byol.py: update_target, other names
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """theta_t <- l theta_t + (1 - l) theta_s, for parameters: the teacher's batch norm has statistics of its
-    own forward passes."""
+    """theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1), for parameters alone: batch norm of the
+    teacher has running statistics of its own forward passes."""
     for theta_s, theta_t in zip(student.parameters(), teacher.parameters()):
         theta_t.lerp_(theta_s, 1 - momentum)
 
 
-def teacher_temperature(epoch, start, end, warmup):
-    """tau_t in a 0-based epoch: from `start` in epoch 0 to `end` in epoch warmup - 1 (official code)."""
-    return start + (end - start) * epoch / max(1, warmup - 1) if epoch < warmup else end
+def teacher_temperature(time, start, end, warmup):
+    """tau_t in a 0-based epoch, or step: from `start` at 0 on a line to `end` at warmup - 1, then
+    constant (official code)."""
+    if time >= warmup:
+        return end
+    return start + (end - start) * time / max(1, warmup - 1)
 
 
-ARCHS = {"vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3), "vit_small": (12, 384, 6),
-         "vit_base": (12, 768, 12)}  # layers, width, heads; vit_micro is our own
+ARCHS = {  # layers, width, heads
+    "vit_micro": (4, 128, 4),  # our own
+    "vit_tiny": (12, 192, 3),
+    "vit_small": (12, 384, 6),
+    "vit_base": (12, 768, 12),
+}
 
 
 def build_network(args, drop_path=0.0) -> MultiCrop:
-    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit together."""
+    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
+    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
     name, _, patch = args.arch.partition("_patch")
     if re.fullmatch("resnet(18|34|50|101|152)", args.arch):
-        backbone = torchvision.models.get_model(args.arch)  # with its own first weights (official code)
-        backbone.feature_dim, backbone.fc = backbone.fc.in_features, nn.Identity()
-        if args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32:
-            backbone.conv1, backbone.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        backbone = torchvision.models.get_model(args.arch)  # its initial weights (official code)
+        backbone.feature_dim = backbone.fc.in_features
+        backbone.fc = nn.Identity()
+        if cifar_stem:
+            backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            backbone.maxpool = nn.Identity()
             nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     elif name in ARCHS and patch.lstrip("0").isdecimal():
-        for flag, size in (("image", args.image_size), ("local", args.local_size if args.local_crops else 0)):
-            if size % int(patch):
-                raise UserError(f"--{flag}-size {size} is not a multiple of {int(patch)} ({args.arch})")
+        patch_size = int(patch)
+        if args.image_size % patch_size:
+            size = f"--image-size {args.image_size}"
+            raise UserError(f"{size} is not a multiple of {patch_size} ({args.arch})")
+        if args.local_crops and args.local_size % patch_size:
+            size = f"--local-size {args.local_size}"
+            raise UserError(f"{size} is not a multiple of {patch_size} ({args.arch})")
         layers, width, heads = ARCHS[name]
-        backbone = VisionTransformer(args.image_size, int(patch), width, layers, heads, drop_path)
+        backbone = VisionTransformer(args.image_size, patch_size, width, layers, heads, drop_path)
     else:
-        raise UserError(f"--arch {args.arch} is unknown, use resnet50 or {', '.join(ARCHS)}, with _patchP")
-    head = DINOHead(backbone.feature_dim, args.out_dim, args.head_layers, args.hidden_dim, bn=args.head_bn,
-                    norm_last_layer=args.norm_last_layer)
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, use resnet50 or {names}, with _patchP")
+    head = DINOHead(backbone.feature_dim, args.out_dim, args.head_layers, args.hidden_dim,
+                    bn=args.head_bn, norm_last_layer=args.norm_last_layer)
     return MultiCrop(backbone, head)
 
 
 def build_model(args) -> DINO:
-    return DINO(build_network(args, args.drop_path), build_network(args))
+    student = build_network(args, args.drop_path)
+    teacher = build_network(args)  # without stochastic depth
+    return DINO(student, teacher)
 
 
 def image_encoder(model: DINO) -> nn.Module:
-    """Module from images to features (B, D): the teacher's backbone, which is the better one (Sec. 5.2)."""
+    """Module from images to features (B, D): the teacher's backbone, the better one (Sec. 5.2)."""
     return model.teacher.backbone
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
-    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level ln K.
+    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level
+    ln K.
 
-    student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first, any dtype;
-    center: (1, K). Call it outside autocast. -> loss, entropy of P_t, KL(P_t, P_s) (Eq. 5), means over this
-    process's b images: the mean over processes is that of the global batch."""
+    student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first,
+    any dtype; center: (1, K). Call it outside autocast. Returns loss, entropy of P_t and
+    KL(P_t, P_s) (Eq. 5), means over this process's b images: the means over processes are those of
+    the global batch, nothing needs to be gathered."""
     n_views = 2 * len(student) // len(teacher)
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)
-    log_p_t = F.log_softmax((teacher.detach().float() - center) / teacher_temp, dim=-1)  # centered, sharpened
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)  # Eq. 1
+    centered = teacher.detach().float() - center
+    log_p_t = F.log_softmax(centered / teacher_temp, dim=-1)  # sharpened
     p_t = log_p_t.exp().chunk(2)
-    pairs = [(x, y) for x in range(2) for y in range(n_views) if x != y]  # no crop predicts itself
-    loss = sum(-(p_t[x] * log_p_s[y]).sum(-1).mean() for x, y in pairs) / len(pairs)
+    terms = []
+    for x in range(2):
+        for y in range(n_views):
+            if x != y:  # no crop predicts itself
+                terms.append(-(p_t[x] * log_p_s[y]).sum(-1).mean())
+    loss = sum(terms) / len(terms)
     entropy = -(log_p_t.exp() * log_p_t).sum(-1).mean()
-    return loss, entropy, loss.detach() - entropy
+    kl = loss.detach() - entropy  # Eq. 5
+    return loss, entropy, kl
 
 
 @torch.no_grad()
 def update_center(center, teacher, momentum=0.9):
-    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in place, after
-    the loss: a batch is centered by those before it."""
-    mean = all_gather(teacher.float().mean(0, keepdim=True)).mean(0, keepdim=True)  # (1, K)
+    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in
+    place. To be called after the loss: a batch is centered by the batches before it."""
+    mean = teacher.float().mean(0, keepdim=True)  # (1, K), of this process
+    mean = all_gather(mean).mean(0, keepdim=True)
     center.lerp_(mean, 1 - momentum)
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
@@ -397,25 +487,37 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
     model = build_model(args)
-    depth = len(getattr(model.student.backbone, "blocks", ())) if args.drop_path else 0
-    views = {"global1": DINOView(args.image_size, (args.crop_split, 1.0), 1.0 * args.blur, 0.0, depth),
-             "global2": DINOView(args.image_size, (args.crop_split, 1.0), 0.1 * args.blur, 0.2, depth)}
-    local = DINOView(args.local_size, (0.05, args.crop_split), 0.5 * args.blur, 0.0, depth)
-    views |= {f"local{i + 1}": local for i in range(args.local_crops)}
+    depth = 0  # blocks for which a view draws numbers: a ResNet has no stochastic depth
+    if args.drop_path and hasattr(model.student.backbone, "blocks"):
+        depth = len(model.student.backbone.blocks)
+    large, small = (args.crop_split, 1.0), (0.05, args.crop_split)  # shares of the area
+    local = DINOView(args.local_size, small, 0.5 * args.blur, 0.0, depth)
+    views = {
+        "global1": DINOView(args.image_size, large, 1.0 * args.blur, 0.0, depth),
+        "global2": DINOView(args.image_size, large, 0.1 * args.blur, 0.2, depth),
+    }
+    for i in range(args.local_crops):
+        views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    if args.accum_steps > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
-    if (b := args.batch_size // world_size()) % args.accum_steps:
-        raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
+    has_bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if args.accum_steps > 1 and has_bn:
+        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
+    b = args.batch_size // world_size()
+    if b % args.accum_steps:
+        steps = f"--accum-steps {args.accum_steps}"
+        raise UserError(f"{steps} does not divide the {b} samples of a process")
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the teacher's
     decay = [p for p in trained if p.ndim >= 2]
-    no_decay = [p for p in trained if p.ndim < 2]  # norms, biases
-    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
     peak = args.base_lr * args.batch_size / 256
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
@@ -427,47 +529,62 @@ def train(args: Args) -> dict:
 
     # run directory; continues from its checkpoint if it has one
     run = Run("dino", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 (linear scaling) = {peak:g}")
-    temperatures = args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
+    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     chance = math.log(args.out_dim)
-    run.say(f"collapsed if kl falls to 0, with teacher_entropy at ln {args.out_dim} = {chance:.3f} or at 0")
-    piece = b // args.accum_steps
+    run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    piece = b // args.accum_steps
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]
-        drop_path = [batch[name][1]["drop_path"] for name in views] if depth else []
+        drop_path = []
+        if depth:
+            drop_path = [batch[name][1]["drop_path"] for name in views]
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
-        weight_decay = warmup_cosine(step, run.total, 0, args.weight_decay, end=args.weight_decay_end)
+            group["lr"] = lr
+        weight_decay = warmup_cosine(
+            step, run.total, 0, args.weight_decay, end=args.weight_decay_end
+        )
         optimizer.param_groups[0]["weight_decay"] = weight_decay
-        teacher_temp = teacher_temperature(step // loader.steps_per_epoch, *temperatures)
+        teacher_temp = teacher_temperature(
+            step // loader.steps_per_epoch,
+            args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs,
+        )
 
         sums, teachers = 0.0, []
-        for rows in (slice(i, i + piece) for i in range(0, b, piece)):
+        for first in range(0, b, piece):
+            rows = slice(first, first + piece)
             with autocast:
                 student, teacher = ddp([x[rows] for x in crops], [u[rows] for u in drop_path])
             losses = dino_loss(student, teacher, model.center, teacher_temp, args.temperature)
             losses = torch.stack(losses) / args.accum_steps
             scaler.scale(losses[0]).backward()
-            sums, teachers = sums + losses.detach(), [*teachers, teacher]
+            sums = sums + losses.detach()
+            teachers.append(teacher)
         update_center(model.center, torch.cat(teachers), args.center_momentum)
-        scaler.unscale_(optimizer)
-        for p in trained if args.clip_grad else ():  # each by itself (official code)
-            nn.utils.clip_grad_norm_(p, args.clip_grad)
-        if step < args.freeze_last_layer * loader.steps_per_epoch:  # no gradient: no decay, no moments either
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            for p in trained:  # each by itself (official code)
+                nn.utils.clip_grad_norm_(p, args.clip_grad)
+        if step < args.freeze_last_layer * loader.steps_per_epoch:
             for p in model.student.head.last_layer.parameters():
-                p.grad = None
+                p.grad = None  # no step, no decay and no moments either
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        momentum = warmup_cosine(step, run.total, 0, args.teacher_momentum, end=args.teacher_momentum_end)
+        momentum = warmup_cosine(
+            step, run.total, 0, args.teacher_momentum, end=args.teacher_momentum_end
+        )
         update_teacher(model.student, model.teacher, momentum)
 
-        terms = {"loss": (sums[0], chance), "teacher_entropy": (sums[1], None), "kl": (sums[2], None)}
-        run.end_step(terms, teacher_entropy_chance=chance, teacher_temp=teacher_temp,
-                     teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
+        loss, entropy, kl = sums
+        terms = {"loss": (loss, chance), "teacher_entropy": (entropy, None), "kl": (kl, None)}
+        run.end_step(
+            terms, teacher_entropy_chance=chance, teacher_temp=teacher_temp,
+            teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
+        )
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every):

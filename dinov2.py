@@ -163,8 +163,10 @@ class DINOv2View:
 
 # Copied from dino.py: eval_view
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 

@@ -170,8 +170,10 @@ class IBOTView:
 
 # Copied from dino.py: eval_view
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -193,8 +195,9 @@ class Attention(nn.Module):
 
 # Copied from dino.py: Block
 class Block(nn.Module):
-    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382) leaves
-    either branch out for a share `drop_path` of the samples: those whose number in u, (B, 2), is below it."""
+    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382)
+    leaves either branch out for a share `drop_path` of the samples: those whose number in
+    u, (B, 2), is below it."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -208,11 +211,15 @@ class Block(nn.Module):
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def drop(self, y, u):
-        keep = 1 - self.drop_path
-        return y if u is None else y * ((u >= self.drop_path) / keep).to(y.dtype)[:, None, None]
+        if u is None:
+            return y
+        kept = (u >= self.drop_path) / (1 - self.drop_path)  # (B,): the mean of y does not change
+        return y * kept.to(y.dtype)[:, None, None]
 
     def forward(self, x, u=None):
-        u1, u2 = (None, None) if u is None else u.unbind(1)
+        u1, u2 = None, None
+        if u is not None:
+            u1, u2 = u.unbind(1)
         x = x + self.drop(self.attn(self.norm1(x)), u1)
         return x + self.drop(self.mlp(self.norm2(x)), u2)
 
@@ -327,9 +334,12 @@ def update_teacher(student, teacher, momentum):
 
 
 # Copied from dino.py: teacher_temperature
-def teacher_temperature(epoch, start, end, warmup):
-    """tau_t in a 0-based epoch: from `start` in epoch 0 to `end` in epoch warmup - 1 (official code)."""
-    return start + (end - start) * epoch / max(1, warmup - 1) if epoch < warmup else end
+def teacher_temperature(time, start, end, warmup):
+    """tau_t in a 0-based epoch, or step: from `start` at 0 on a line to `end` at warmup - 1, then
+    constant (official code)."""
+    if time >= warmup:
+        return end
+    return start + (end - start) * time / max(1, warmup - 1)
 
 
 ARCHS = {"vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3), "vit_small": (12, 384, 6),
@@ -363,19 +373,27 @@ def image_encoder(model: IBOT) -> nn.Module:
 # -------------------------------------------- loss --------------------------------------------
 # Copied from dino.py: dino_loss
 def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
-    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level ln K.
+    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level
+    ln K.
 
-    student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first, any dtype;
-    center: (1, K). Call it outside autocast. -> loss, entropy of P_t, KL(P_t, P_s) (Eq. 5), means over this
-    process's b images: the mean over processes is that of the global batch."""
+    student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first,
+    any dtype; center: (1, K). Call it outside autocast. Returns loss, entropy of P_t and
+    KL(P_t, P_s) (Eq. 5), means over this process's b images: the means over processes are those of
+    the global batch, nothing needs to be gathered."""
     n_views = 2 * len(student) // len(teacher)
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)
-    log_p_t = F.log_softmax((teacher.detach().float() - center) / teacher_temp, dim=-1)  # centered, sharpened
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)  # Eq. 1
+    centered = teacher.detach().float() - center
+    log_p_t = F.log_softmax(centered / teacher_temp, dim=-1)  # sharpened
     p_t = log_p_t.exp().chunk(2)
-    pairs = [(x, y) for x in range(2) for y in range(n_views) if x != y]  # no crop predicts itself
-    loss = sum(-(p_t[x] * log_p_s[y]).sum(-1).mean() for x, y in pairs) / len(pairs)
+    terms = []
+    for x in range(2):
+        for y in range(n_views):
+            if x != y:  # no crop predicts itself
+                terms.append(-(p_t[x] * log_p_s[y]).sum(-1).mean())
+    loss = sum(terms) / len(terms)
     entropy = -(log_p_t.exp() * log_p_t).sum(-1).mean()
-    return loss, entropy, loss.detach() - entropy
+    kl = loss.detach() - entropy  # Eq. 5
+    return loss, entropy, kl
 
 
 def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
@@ -392,9 +410,10 @@ def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
 # Copied from dino.py: update_center
 @torch.no_grad()
 def update_center(center, teacher, momentum=0.9):
-    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in place, after
-    the loss: a batch is centered by those before it."""
-    mean = all_gather(teacher.float().mean(0, keepdim=True)).mean(0, keepdim=True)  # (1, K)
+    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in
+    place. To be called after the loss: a batch is centered by the batches before it."""
+    mean = teacher.float().mean(0, keepdim=True)  # (1, K), of this process
+    mean = all_gather(mean).mean(0, keepdim=True)
     center.lerp_(mean, 1 - momentum)
 
 
