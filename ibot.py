@@ -1,15 +1,19 @@
 """iBOT: Image BERT Pre-Training with Online Tokenizer (2021, arXiv 2111.07832).
 
-DINO plus masked patch prediction: the student sees the large crops with some patches replaced by a mask
-token and gives for each of these the distribution that the teacher gives for that patch of the whole crop.
-The teacher is the tokenizer of a BERT for images, learnt on the way; DINO's loss gives its tokens meaning.
+DINO plus masked patch prediction. The student sees the two large crops with some patches replaced
+by a mask token, and for each of these it predicts the distribution that the teacher gives for that
+patch of the unmasked crop. The teacher is the tokenizer of a BERT for images and is learnt while it
+is used; DINO's loss across crops gives its tokens a meaning.
 
-Loss (Sec. 3.1), g and h logits of class token and patches, c and c2 their centers, s student, t teacher,
-V = 2 + L crops, of which 1 and 2 are large, u* the large crop u with the patches in M_u masked:
+Loss (Sec. 3.1), g and h logits of class token and patches, c and c2 their centers, s student,
+t teacher, V = 2 + L crops, the first two large, u* the large crop u with the patches in M_u masked:
     P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t);  of patches: with h and c2
-    L_cls = mean over u in {1, 2} and v in {1*, 2*, 3, ..., V}, v != u*, of -sum_k P_t(u)_k log P_s(v)_k
-    L_patch = mean over u in {1, 2} and i in M_u of -sum_k P_t(u)_ik log P_s(u*)_ik, 0 if M_u is empty
-    L = lambda1 L_cls + lambda2 L_patch,  chance level lambda1 ln K + lambda2 p ln K, p the share masked
+    L_cls = mean over u in {1, 2} and v in {1*, 2*, 3, ..., V}, v != u*, of
+            -sum_k P_t(u)_k log P_s(v)_k
+    L_patch = mean over u in {1, 2} and i in M_u of -sum_k P_t(u)_ik log P_s(u*)_ik,
+              0 if M_u is empty
+    L = lambda1 L_cls + lambda2 L_patch,
+    chance level lambda1 ln K + lambda2 p ln K, p the share of large crops that are masked at all
 B global batch, b = B / processes, N patches, D width, S image size (pixels).
 
 Laptop        torchrun ibot.py
@@ -17,12 +21,14 @@ Laptop        torchrun ibot.py
 Own photos    torchrun ibot.py --data path/to/photos --recipe flickr8k
 8 GPUs        torchrun --nproc_per_node=8 ibot.py --data imagenet
 
-Parameter names are the official code's: its checkpoints load strictly (docs/ibot.md). Differences from it:
- - Masks and stochastic depth are functions of seed, epoch, sample and crop, so runs are the same on any
-   number of processes. Official: global random state, equal on all processes.
- - Shared prototypes are shared in student and teacher, and both losses have one tau_t, as in all released
-   runs. Official: flags of their own.
- - Crops are antialiased, blur is a true Gaussian of sigma pixels. Official: Pillow's box filters.
+Parameter names are those of the official code, whose checkpoints load strictly (docs/ibot.md).
+Differences from the official code:
+ - Masks and stochastic depth are functions of seed, epoch, sample and crop, so a run is the same on
+   any number of processes. Official: the global random state, seeded alike on all processes.
+ - Student and teacher either both share prototypes between class token and patches or both do not,
+   and both losses have one tau_t, as in all released runs. Official: separate flags.
+ - Crops are antialiased and blur is a true Gaussian of sigma pixels. Official: Pillow's resizing,
+   and its blur, which is made of box filters.
 
 Diff against: dino.py.
 """
@@ -44,18 +50,18 @@ from monitor import EvalView, evaluation_set, knn_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # a key of ARCHS with _patchP behind it
-    drop_path: float = 0.1  # stochastic depth of the student's last block, in a ViT (official code)
+    arch: str = "vit_small_patch16"  # vit_{micro,tiny,small,base}_patchP, P pixels a side
+    drop_path: float = 0.1  # stochastic depth of the student's last block (official code)
     hidden_dim: int = 2048  # hidden width of the head (as DINO); the bottleneck after it has 256
     out_dim: int = 8192  # K, number of prototypes (Sec. 3.2)
     shared_head: bool = True  # one set of prototypes for class token and patches (Sec. 3.2)
-    norm_last_layer: bool = False  # prototypes keep length 1; used for ViT-B, which is steadier so
+    norm_last_layer: bool = False  # prototypes keep length 1, which is more stable; used for ViT-B
     freeze_last_layer: float = 1.0  # epochs in which the prototypes stay fixed (0: none; official)
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
@@ -87,62 +93,90 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-VITB = dict(arch="vit_base_patch16", norm_last_layer=True, freeze_last_layer=3.0, crop_split=0.32,
-            warmup_teacher_temp_epochs=50, epochs=400, base_lr=7.5e-4, min_lr=2e-6, clip_grad=0.3)
-RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
-                   blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
-                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
-                   batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
-    "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
-                    blur=False, out_dim=2048, teacher_momentum=0.99, epochs=200, batch_size=512),
-    "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
-                     teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3),
+VITB = dict(
+    arch="vit_base_patch16", norm_last_layer=True, freeze_last_layer=3.0, crop_split=0.32,
+    warmup_teacher_temp_epochs=50, epochs=400, base_lr=7.5e-4, min_lr=2e-6, clip_grad=0.3,
+)
+RAND = dict(mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05)
+RECIPES = {
+    # our own, for the embedded data
+    "shapes": dict(
+        arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+        blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
+        teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
+        batch_size=64, base_lr=4e-3, warmup_epochs=0.2,
+    ),
+    # our own
+    "cifar10": dict(
+        arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
+        blur=False, out_dim=2048, teacher_momentum=0.99, epochs=200, batch_size=512,
+    ),
+    "flickr8k": dict(
+        arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
+        teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3,
+    ),
+    # The official runs, with their kNN and linear probe in percent. What differs here stands in the
+    # docstring. ViT-B's rate is that of the official arguments; the paper says 5e-4
     "imagenet": {},  # 75.2, 77.9
     "imagenet-vitb16": VITB,  # 77.1, 79.5
-    "imagenet-vitb16-rand": dict(VITB, mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05),  # 77.3, 79.8
+    "imagenet-vitb16-rand": dict(VITB, **RAND),  # 77.3, 79.8
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 def draw_mask(rng, side, shape="block", prob=0.5, ratio=0.3, var=0.2):
-    """Which of side x side patches are masked: none with probability 1 - prob, otherwise at most a share that
-    is uniform in ratio +- var. rng: random.Random. -> bool (side, side)."""
+    """Which of side x side patches are masked: none with probability 1 - prob, otherwise at most a
+    share that is uniform in ratio +- var (Sec. 3.2). rng: random.Random. -> bool (side, side)."""
     mask = torch.zeros(side, side, dtype=torch.bool)
-    budget = min(1, max(0, rng.uniform(ratio - var, ratio + var))) * side**2 * (rng.random() < prob)
+    share = min(1, max(0, rng.uniform(ratio - var, ratio + var)))
+    budget = share * side**2  # patches that may still be masked
+    if rng.random() >= prob:
+        budget = 0
     if shape == "rand":
         mask.view(-1)[rng.sample(range(side**2), int(budget))] = True
         return mask
     tries = 0
-    while budget > 0 and tries < 10:  # BEiT's blocks (arXiv 2106.08254, Alg. 1), which may overlap
-        area, aspect = rng.uniform((side // 3) ** 2, budget), 0.3 ** rng.uniform(-1, 1)
-        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    while budget > 0 and tries < 10:  # blocks as in BEiT (arXiv 2106.08254, Alg. 1); may overlap
         tries += 1
-        if h < side and w < side:
-            top, left = rng.randint(0, side - h), rng.randint(0, side - w)
-            block = mask[top : top + h, left : left + w]
-            if 0 < (new := h * w - int(block.sum())) <= budget:
-                block[:], budget, tries = True, budget - new, 0
+        area = rng.uniform((side // 3) ** 2, budget)
+        aspect = 0.3 ** rng.uniform(-1, 1)
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if h >= side or w >= side:
+            continue
+        top, left = rng.randint(0, side - h), rng.randint(0, side - w)
+        block = mask[top : top + h, left : left + w]
+        new = h * w - int(block.sum())
+        if 0 < new <= budget:
+            block[:] = True
+            budget -= new
+            tries = 0
     return mask
 
 
 # Adapted from dino.py: DINOView, with masks
 class IBOTView:
-    """One of the V crops. The first is always blurred; the second with probability 0.1, and it is solarised
-    with 0.2; local ones are blurred with 0.5 (official code). mask: options of draw_mask, for large crops."""
+    """One of the V crops. The first is always blurred. The second is blurred with probability 0.1
+    and solarised with 0.2, local ones are blurred with 0.5 (official code). mask: options of
+    draw_mask, for a large crop."""
 
-    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None,
-                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.scale, self.blur, self.solarize, self.depth = size, scale, blur, solarize, depth
-        self.mask, self.mean, self.std = mask, mean, std
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None):
+        self.size = size
+        self.scale = scale
+        self.blur = blur
+        self.solarize = solarize
+        self.depth = depth
+        self.mask = mask
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
+        `rng`: random.Random of this sample and view."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
-        return {
+        params = {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
             "gray": rng.random() < 0.2,
@@ -150,19 +184,22 @@ class IBOTView:
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             "solarize": rng.random() < self.solarize,
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
-            # stochastic depth draws here too, two numbers a block, as this generator is the sample's own
-            "drop_path": [[rng.random(), rng.random()] for _ in range(self.depth)],
-            **({"mask": draw_mask(rng, **self.mask)} if self.mask else {}),
         }
+        # two numbers a block, drawn here so that stochastic depth depends on the sample, not on the
+        # process
+        params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
+        if self.mask:
+            params["mask"] = draw_mask(rng, **self.mask)
+        return params
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        if self.blur:
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
+        if self.blur:  # the kernel reaches 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)
         if self.solarize:
             x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)
@@ -177,7 +214,7 @@ def eval_view(args) -> EvalView:
     return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 # Copied from dino.py: Attention
 class Attention(nn.Module):
     """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
@@ -226,16 +263,20 @@ class Block(nn.Module):
 
 # Adapted from dino.py: VisionTransformer, with a mask token, all tokens on demand
 class VisionTransformer(nn.Module):
-    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+    """timm's ViT, without a norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
+    the last norm."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, masked=False):
         super().__init__()
+        patches = (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
-        self.masked_embed = nn.Parameter(torch.zeros(1, dim)) if masked else None  # the student has it
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, dim))
+        self.masked_embed = None
+        if masked:  # the student alone has a mask token
+            self.masked_embed = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = nn.Sequential()
         self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # rise linearly from 0
         self.blocks = nn.Sequential(*[Block(dim, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -246,59 +287,77 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def interpolate_pos_embed(self, rows, columns):
-        """(1, 1 + rows * columns, D): the class token's, and the trained grid resized to this one."""
+        """(1, 1 + rows * columns, D): that of the class token, then the trained grid, resized."""
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if rows == columns == side:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # official: 0.1 against rounding down; it also shifts the samples, so the checkpoints expect it
-        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        of_class, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        # official: 0.1 against rounding down; it shifts the samples too, and checkpoints expect it
+        scale = (rows + 0.1) / side, (columns + 0.1) / side
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return torch.cat([of_class, grid.flatten(2).transpose(1, 2)], dim=1)
 
     def tokens(self, x, mask=None, drop_path=None):
-        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm. mask: (B, N) bool;
-        drop_path: (B, depth, 2) uniform numbers, with which stochastic depth acts."""
-        x = self.patch_embed(x)
+        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm. mask: of the
+        patches, (B, N) bool; drop_path: uniform numbers (B, depth, 2), which decide about
+        stochastic depth."""
+        x = self.patch_embed(x)  # (B, D, rows, columns)
         pos_embed = self.interpolate_pos_embed(*x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)
         if mask is not None:  # before the position is added: a masked patch knows where it is
             x = torch.where(mask[..., None], self.masked_embed.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        x = x + pos_embed
         for i, block in enumerate(self.blocks):
-            x = block(x, None if drop_path is None else drop_path[:, i])
+            u = None if drop_path is None else drop_path[:, i]
+            x = block(x, u)
         return self.norm(x)
 
     def forward(self, x):
         return self.tokens(x)[:, 0]
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 # Adapted from dino.py: DINOHead, with prototypes for patches
 class IBOTHead(nn.Module):
-    """MLP to a bottleneck, unit length, prototypes. Class tokens (B, D) -> logits (B, K); class token and
-    patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP. patch_out_dim 0: the same prototypes too."""
+    """MLP to a bottleneck, unit length, prototypes. Class tokens (B, D) -> logits (B, K); class
+    token and patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP. With patch_out_dim 0 the
+    patches have the prototypes of the class token (Sec. 3.2)."""
 
     def __init__(self, dim, out_dim, patch_out_dim=0, hidden_dim=2048, bottleneck_dim=256,
                  norm_last_layer=True):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
-                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
         def prototypes(number):
-            layer = nn.utils.parametrizations.weight_norm(nn.Linear(bottleneck_dim, number, bias=False))
-            g = layer.parametrizations.weight.original0  # (K, 1); row k is g_k v_k / |v_k|
-            nn.init.ones_(g).requires_grad_(not norm_last_layer)
-            return layer  # also loads from weight_g, weight_v
+            layer = nn.Linear(bottleneck_dim, number, bias=False)  # row k becomes g_k v_k / |v_k|
+            layer = nn.utils.parametrizations.weight_norm(layer)
+            g = layer.parametrizations.weight.original0  # (K, 1); loads from weight_g too
+            nn.init.ones_(g)
+            g.requires_grad_(not norm_last_layer)
+            return layer
 
         self.last_layer = prototypes(out_dim)
-        self.last_layer2 = prototypes(patch_out_dim) if patch_out_dim else self.last_layer
+        self.last_layer2 = self.last_layer
+        if patch_out_dim:
+            self.last_layer2 = prototypes(patch_out_dim)
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
-        return self.last_layer(x) if x.ndim == 2 else (self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:]))
+        if x.ndim == 2:
+            return self.last_layer(x)
+        return self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:])
 
 
 # Adapted from dino.py: DINO, with masks and patches, MultiCrop's work in it
@@ -306,31 +365,45 @@ class IBOT(nn.Module):
     def __init__(self, student, teacher):
         super().__init__()
         teacher.load_state_dict(student.state_dict(), strict=False)  # it has no mask token
-        self.student, self.teacher = student, teacher.requires_grad_(False)
-        self.register_buffer("center", torch.zeros(1, student.head.last_layer.out_features))  # c
-        self.register_buffer("center2", torch.zeros(1, 1, student.head.last_layer2.out_features))  # c2
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        prototypes = student.head.last_layer.out_features
+        patch_prototypes = student.head.last_layer2.out_features
+        self.register_buffer("center", torch.zeros(1, prototypes))  # c
+        self.register_buffer("center2", torch.zeros(1, 1, patch_prototypes))  # c2
 
     def forward(self, crops, mask, drop_path=()):
-        """V crops (b, 3, S, S), the two global ones first; mask: of their patches, (2 b, N) bool; drop_path:
-        by crop, (b, depth, 2) -> logits of the student for all crops and masked patches, of the teacher
-        for the global crops, whole: (V b, K), (2 b, N, K2), (2 b, K), (2 b, N, K2), the first crop first."""
-        large, small = torch.cat(crops[:2]), crops[2:]
-        drop = [torch.cat(u) if u else None for u in (drop_path[:2], drop_path[2:])]
+        """crops: V of (b, 3, S, S), the two global ones first; mask: of their patches, (2 b, N)
+        bool; drop_path: for each crop (b, depth, 2), see VisionTransformer.
+
+        Returns logits, rows of the first crop first: of the student for all crops (V b, K) and for
+        the patches of the masked global crops (2 b, N, K2), of the teacher for the unmasked global
+        crops (2 b, K) and for their patches (2 b, N, K2)."""
+        large, small = crops[:2], crops[2:]
+        drop_large, drop_small = None, None
+        if drop_path:
+            drop_large = torch.cat(drop_path[:2])
+        if drop_path and small:
+            drop_small = torch.cat(drop_path[2:])
+        large = torch.cat(large)
         with torch.no_grad():
-            teacher = self.teacher.head(self.teacher.backbone.tokens(large))
-        student, patches = self.student.head(self.student.backbone.tokens(large, mask, drop[0]))
-        if small:  # never masked, and only their class tokens go on
-            tokens = self.student.backbone.tokens(torch.cat(small), None, drop[1])
+            teacher, teacher_patches = self.teacher.head(self.teacher.backbone.tokens(large))
+        tokens = self.student.backbone.tokens(large, mask, drop_large)
+        student, patches = self.student.head(tokens)
+        if small:  # never masked, and only their class tokens go through the head
+            tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small)
             student = torch.cat([student, self.student.head(tokens[:, 0])])
-        return student, patches, *teacher
+        return student, patches, teacher, teacher_patches
 
 
 # Adapted from dino.py: update_teacher, by name
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """theta_t <- l theta_t + (1 - l) theta_s; the mask token is the student's alone."""
+    """theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1). Parameters are matched by name, since the
+    student alone has a mask token."""
     for name, theta_t in teacher.named_parameters():
-        theta_t.lerp_(student.get_parameter(name), 1 - momentum)
+        theta_s = student.get_parameter(name)
+        theta_t.lerp_(theta_s, 1 - momentum)
 
 
 # Copied from dino.py: teacher_temperature
@@ -342,27 +415,41 @@ def teacher_temperature(time, start, end, warmup):
     return start + (end - start) * time / max(1, warmup - 1)
 
 
-ARCHS = {"vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3), "vit_small": (12, 384, 6),
-         "vit_base": (12, 768, 12)}  # layers, width, heads; vit_micro is our own
+ARCHS = {  # layers, width, heads
+    "vit_micro": (4, 128, 4),  # our own
+    "vit_tiny": (12, 192, 3),
+    "vit_small": (12, 384, 6),
+    "vit_base": (12, 768, 12),
+}
 
 
 def build_network(args, drop_path=0.0, masked=False) -> nn.ModuleDict:
-    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit together."""
+    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
     name, _, patch = args.arch.partition("_patch")
     if name not in ARCHS or not patch.lstrip("0").isdecimal():
-        raise UserError(f"--arch {args.arch} is unknown, use one of {', '.join(ARCHS)}, with _patchP")
-    for flag, size in (("image", args.image_size), ("local", args.local_size if args.local_crops else 0)):
-        if size % int(patch):
-            raise UserError(f"--{flag}-size {size} is not a multiple of {int(patch)} ({args.arch})")
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, use one of {names}, with _patchP")
+    patch_size = int(patch)
+    if args.image_size % patch_size:
+        size = f"--image-size {args.image_size}"
+        raise UserError(f"{size} is not a multiple of {patch_size} ({args.arch})")
+    if args.local_crops and args.local_size % patch_size:
+        size = f"--local-size {args.local_size}"
+        raise UserError(f"{size} is not a multiple of {patch_size} ({args.arch})")
     layers, width, heads = ARCHS[name]
-    backbone = VisionTransformer(args.image_size, int(patch), width, layers, heads, drop_path, masked)
-    head = IBOTHead(width, args.out_dim, 0 if args.shared_head else args.out_dim, args.hidden_dim,
+    backbone = VisionTransformer(
+        args.image_size, patch_size, width, layers, heads, drop_path, masked
+    )
+    patch_out_dim = 0 if args.shared_head else args.out_dim
+    head = IBOTHead(width, args.out_dim, patch_out_dim, args.hidden_dim,
                     norm_last_layer=args.norm_last_layer)
     return nn.ModuleDict({"backbone": backbone, "head": head})  # official names
 
 
 def build_model(args) -> IBOT:
-    return IBOT(build_network(args, args.drop_path, masked=True), build_network(args))
+    student = build_network(args, args.drop_path, masked=True)
+    teacher = build_network(args)  # without stochastic depth and mask token
+    return IBOT(student, teacher)
 
 
 def image_encoder(model: IBOT) -> nn.Module:
@@ -370,7 +457,7 @@ def image_encoder(model: IBOT) -> nn.Module:
     return model.teacher.backbone
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 # Copied from dino.py: dino_loss
 def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level
@@ -397,14 +484,20 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
 
 
 def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
-    """Cross-entropy of the student's masked patches to the teacher's whole ones (Sec. 3.1), in nats; chance
-    level p ln K2, p the share of crops with a mask: the others count as 0 (official code).
+    """Cross-entropy of the student's masked patches to the teacher's unmasked ones (Sec. 3.1), in
+    nats; chance level p ln K2, p the share of crops with a mask: the others count as 0 (official
+    code).
+
     student, teacher: (2 b, N, K2) logits of this process, any dtype; mask: (2 b, N) bool; center:
-    (1, 1, K2). Call it outside autocast. A mean over patches by crop, then over this process's crops."""
+    (1, 1, K2). Call it outside autocast. A mean over the masked patches of a crop, then over the
+    2 b crops of this process."""
     log_p_s = F.log_softmax(student[mask].float() / student_temp, dim=-1)  # (masked patches, K2)
-    p_t = F.softmax((teacher.detach()[mask].float() - center[0]) / teacher_temp, dim=-1)
-    weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
-    return -((p_t * log_p_s).sum(-1) * weight).sum() / len(mask)
+    centered = teacher.detach()[mask].float() - center[0]
+    p_t = F.softmax(centered / teacher_temp, dim=-1)
+    terms = (p_t * log_p_s).sum(-1)  # (masked patches,)
+    weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # (2 b, 1): of each patch in its crop
+    weight = weight.expand_as(mask)[mask]
+    return -(terms * weight).sum() / len(mask)
 
 
 # Copied from dino.py: update_center
@@ -417,7 +510,7 @@ def update_center(center, teacher, momentum=0.9):
     center.lerp_(mean, 1 - momentum)
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
@@ -428,13 +521,22 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
     model = build_model(args)
-    depth = len(model.student.backbone.blocks) if args.drop_path else 0
-    mask = dict(side=args.image_size // int(args.arch.partition("_patch")[2]), shape=args.mask_shape,
-                prob=args.mask_prob, ratio=args.mask_ratio, var=args.mask_ratio_var)
-    views = {"global1": IBOTView(args.image_size, (args.crop_split, 1.0), 1.0 * args.blur, 0.0, depth, mask),
-             "global2": IBOTView(args.image_size, (args.crop_split, 1.0), 0.1 * args.blur, 0.2, depth, mask)}
-    local = IBOTView(args.local_size, (0.05, args.crop_split), 0.5 * args.blur, 0.0, depth)
-    views |= {f"local{i + 1}": local for i in range(args.local_crops)}
+    depth = 0  # blocks for which a view draws numbers
+    if args.drop_path:
+        depth = len(model.student.backbone.blocks)
+    patch_size = int(args.arch.partition("_patch")[2])
+    mask = dict(
+        side=args.image_size // patch_size, shape=args.mask_shape, prob=args.mask_prob,
+        ratio=args.mask_ratio, var=args.mask_ratio_var,
+    )
+    large, small = (args.crop_split, 1.0), (0.05, args.crop_split)  # shares of the area
+    local = IBOTView(args.local_size, small, 0.5 * args.blur, 0.0, depth)
+    views = {
+        "global1": IBOTView(args.image_size, large, 1.0 * args.blur, 0.0, depth, mask),
+        "global2": IBOTView(args.image_size, large, 0.1 * args.blur, 0.2, depth, mask),
+    }
+    for i in range(args.local_crops):
+        views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
@@ -442,56 +544,81 @@ def train(args: Args) -> dict:
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the teacher's
-    groups = [{"params": [p for p in trained if p.ndim >= 2]},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # norms, biases
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
     peak = args.base_lr * args.batch_size / 256
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     run = Run("ibot", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 (linear scaling) = {peak:g}")
-    temperatures = args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
+    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     cls_chance = math.log(args.out_dim)
     patch_chance = args.mask_prob * cls_chance  # on average over batches
     chance = args.cls_weight * cls_chance + args.patch_weight * patch_chance
-    run.say(f"collapsed if kl falls to 0, with teacher_entropy at {cls_chance:.3f} or at 0")
+    run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {cls_chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]
-        drop_path = [batch[name][1]["drop_path"] for name in views] if depth else []
-        mask = torch.cat([batch[name][1]["mask"] for name in ("global1", "global2")]).flatten(1)  # (2b, N)
+        drop_path = []
+        if depth:
+            drop_path = [batch[name][1]["drop_path"] for name in views]
+        masks = [batch[name][1]["mask"] for name in ("global1", "global2")]
+        mask = torch.cat(masks).flatten(1)  # (2 b, N)
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
-        weight_decay = warmup_cosine(step, run.total, 0, args.weight_decay, end=args.weight_decay_end)
+            group["lr"] = lr
+        weight_decay = warmup_cosine(
+            step, run.total, 0, args.weight_decay, end=args.weight_decay_end
+        )
         optimizer.param_groups[0]["weight_decay"] = weight_decay
-        teacher_temp = teacher_temperature(step // loader.steps_per_epoch, *temperatures)
+        teacher_temp = teacher_temperature(
+            step // loader.steps_per_epoch,
+            args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs,
+        )
 
         with autocast:
             student, patches, teacher, teacher_patches = ddp(crops, mask, drop_path)
-        cls, entropy, kl = dino_loss(student, teacher, model.center, teacher_temp, args.temperature)
-        patch = patch_loss(patches, teacher_patches, mask, model.center2, teacher_temp, args.temperature)
+        temps = teacher_temp, args.temperature
+        cls, entropy, kl = dino_loss(student, teacher, model.center, *temps)
+        patch = patch_loss(patches, teacher_patches, mask, model.center2, *temps)
         loss = args.cls_weight * cls + args.patch_weight * patch
         scaler.scale(loss).backward()
         update_center(model.center, teacher, args.center_momentum)
-        update_center(model.center2[0], teacher_patches.flatten(0, 1), args.center_momentum)  # of all patches
-        scaler.unscale_(optimizer)
-        for p in trained if args.clip_grad else ():  # each by itself (official code)
-            nn.utils.clip_grad_norm_(p, args.clip_grad)
-        if step < args.freeze_last_layer * loader.steps_per_epoch:  # no gradient: no decay, no moments either
+        all_patches = teacher_patches.flatten(0, 1)  # masked or not (official code)
+        update_center(model.center2[0], all_patches, args.center_momentum)
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            for p in trained:  # each by itself (official code)
+                nn.utils.clip_grad_norm_(p, args.clip_grad)
+        if step < args.freeze_last_layer * loader.steps_per_epoch:
             for name, p in model.student.head.named_parameters():
-                p.grad = None if "last_layer" in name else p.grad
+                if "last_layer" in name:
+                    p.grad = None  # no step, no decay and no moments either
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         momentum = warmup_cosine(step, run.total, 0, args.teacher_momentum, end=1.0)
         update_teacher(model.student, model.teacher, momentum)
 
-        terms = {"loss": (loss, chance), "cls_loss": (cls, cls_chance), "patch_loss": (patch, patch_chance),
-                 "teacher_entropy": (entropy, None), "kl": (kl, None), "masked": (mask.float().mean(), None)}
-        run.end_step(terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
-                     teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
+        masked = mask.float().mean()
+        terms = {
+            "loss": (loss, chance),
+            "cls_loss": (cls, cls_chance),
+            "patch_loss": (patch, patch_chance),
+            "teacher_entropy": (entropy, None),
+            "kl": (kl, None),
+            "masked": (masked, None),
+        }
+        run.end_step(
+            terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
+            teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
+        )
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every):
