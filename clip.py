@@ -1,12 +1,14 @@
-"""CLIP: Learning Transferable Visual Models From Natural Language Supervision (2021, arXiv 2103.00020).
+"""CLIP: Learning Transferable Visual Models From Natural Language Supervision
+(Radford et al. 2021, arXiv 2103.00020).
 
-An image encoder and a text encoder are trained so that, among the B x B pairings of a batch, the B true pairs
-have the highest cosine similarity. The text encoder then turns class names into a classifier for any set of
-classes.
+An image encoder and a text encoder are trained so that, among the B x B pairings of a batch, the B
+true pairs have the highest cosine similarity. The text encoder then turns class names into a
+classifier for any set of classes.
 
-Loss (Fig. 3), with image embeddings I and text embeddings T of unit length and logit scale s = exp(t):
+Loss (Fig. 3), with image embeddings I and text embeddings T of unit length, logit scale s = exp(t):
     L = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1),  chance level ln B
-B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image size.
+B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image
+size.
 
 Laptop        torchrun clip.py
 1 GPU         torchrun clip.py --data flickr8k
@@ -14,14 +16,15 @@ Laptop        torchrun clip.py
 Own data      torchrun clip.py --data path/to/captions.csv --recipe flickr8k
 
 Models and parameter names are OpenAI's, so its checkpoints load strictly
-(evaluation.weights.load_released). OpenAI published no training code; what the paper leaves open follows
-open_clip. Differences:
- - Gathered features carry gradient: every process count trains with the gradient of the global batch
-   (open_clip: --local-loss --gather-with-grad). --no-gather-grad lets it flow through the local side of each
-   logit only.
- - The loss is computed in float32, whatever --dtype is; weights are float32 (the paper keeps some in half
-   precision).
- - The crop is open_clip's RandomResizedCrop of 90 to 100% of the area; the paper says "a random square crop".
+(evaluation.weights.load_released). OpenAI published no training code; where the paper leaves
+something open, this file does what open_clip does. Differences:
+ - Gathered features carry gradient: every process count trains with the gradient of the global
+   batch (open_clip: --local-loss --gather-with-grad). --no-gather-grad lets it flow through the
+   local side of each logit only.
+ - The loss is computed in float32, whatever --dtype is; weights are float32 (the paper keeps some
+   in half precision).
+ - The crop is open_clip's RandomResizedCrop of 90 to 100% of the area; the paper says "a random
+   square crop".
  - --accum-steps is exact, see replay_backward.
 
 Diff against: nothing, this is where the language-image files start.
@@ -44,7 +47,7 @@ from monitor import EvalView, captions, evaluation_set, language_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
@@ -74,35 +77,51 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
-SMALL |= dict(batch_size=128, warmup_epochs=0.2)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train")
+SMALL |= dict(batch_size=128, lr=1e-3, warmup_epochs=0.2)
+# our choice for photos with several captions each: no published run trains on these alone
+PHOTOS = dict(arch="vit_small_patch16", text_layers=6, tokenizer="train", vocab_size=16384)
+PHOTOS |= dict(epochs=30, batch_size=1024, lr=1e-3, warmup_epochs=2.0)
+# hyperparameters of the CLIP baseline of SLIP (arXiv 2112.12750). Its ImageNet zero-shot accuracy
+# stands beside each entry; it comes from slip.py's ViT, crops and mean, so expect another here.
+SLIPS = dict(arch="vit_base_patch16", eval_data="imagenet", batch_size=4096, warmup_epochs=1.0)
+SLIPS |= dict(weight_decay=0.5, eps=1e-8, min_lr=1e-5)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2),
+    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2,
+                   epochs=2),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
-    # hyperparameters of SLIP's CLIP baseline (arXiv 2112.12750): 37.6% there, with slip.py's ViT and crops
-    "yfcc15m": dict(arch="vit_base_patch16", eval_data="imagenet", epochs=25, batch_size=4096,
-                    warmup_epochs=1.0, weight_decay=0.5, eps=1e-8, min_lr=1e-5),
+    "flickr30k": PHOTOS,
+    "coco": PHOTOS,
+    "cc3m": dict(SLIPS, epochs=40),  # 17.1%
+    "cc12m": dict(SLIPS, epochs=35),  # 36.5%
+    "yfcc15m": dict(SLIPS, epochs=25),  # 37.6%
+    "redcaps": dict(SLIPS, epochs=35),  # our choice, that of cc12m: no published run
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 class LanguageView:
-    """The image beside a caption: a random crop (CLIP Sec. 2.3). Not flipped, since captions say left."""
+    """The image beside a caption: a random crop (CLIP Sec. 2.3). It is not flipped, since captions
+    say left and right."""
 
     def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
-                 mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
-        self.size, self.scale, self.interpolation, self.mean, self.std = size, scale, interpolation, mean, std
+                 mean=(0.48145466, 0.4578275, 0.40821073),
+                 std=(0.26862954, 0.26130258, 0.27577711)):
+        self.size, self.scale, self.interpolation = size, scale, interpolation
+        self.mean, self.std = mean, std
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
-        return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
+        return random_resized_crop(
+            image, rng, self.size, self.scale, interpolation=self.interpolation
+        )
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
@@ -110,7 +129,7 @@ def eval_view(args) -> EvalView:
     return EvalView(args.image_size, None, "bicubic", CLIP_MEAN, CLIP_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -131,29 +150,35 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x, mask=None):
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)[0]
+        causal = mask is not None
+        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """`layers` blocks; causal: a token sees itself and the ones before it. (B, N, D) -> (B, N, D)."""
+    """`layers` blocks; causal: a token sees itself and those before it. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList()
+        for _ in range(layers):
+            self.resblocks.append(ResidualAttentionBlock(width, heads))
         self.causal = causal
 
     def forward(self, x):
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            tokens = x.shape[1]
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
         for block in self.resblocks:
             x = block(x, mask)
         return x
 
 
 class VisionTransformer(nn.Module):
-    """OpenAI's ViT: no bias in the patch embedding, a norm before the first block. (B, 3, S, S) -> (B, E)."""
+    """OpenAI's ViT (Sec. 2.4): no bias in the patch embedding, a norm before the first block.
+    (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, patch_size, width, layers, heads, embed_dim):
         super().__init__()
@@ -168,17 +193,19 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def pool(self, x):
-        """-> the class token after the last norm, (B, D): the features of linear probes (Sec. 3.2)."""
+        """-> the class token after the last norm, (B, D): features of linear probes (Sec. 3.2)."""
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
+        class_token = self.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([class_token, x], dim=1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0])
 
     def forward(self, x):
         return self.pool(x) @ self.proj
 
 
 class Bottleneck(nn.Module):
-    """ResNet-D block whose stride is an average pooling before the last 1x1 convolution (Sec. 2.4)."""
+    """ResNet-D block; its stride is an average pooling before the last convolution (Sec. 2.4)."""
 
     def __init__(self, inplanes, planes, stride=1):
         super().__init__()
@@ -200,7 +227,8 @@ class Bottleneck(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(self.avgpool(x))) + shortcut)
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return F.relu(x + shortcut)
 
 
 class AttentionPool2d(nn.Module):
@@ -215,16 +243,23 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Linear(width, embed_dim)
         self.heads = heads
 
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
+
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding.to(x)
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, .)
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+        mean = x.mean(1, keepdim=True)
+        x = torch.cat([mean, x], dim=1) + self.positional_embedding.to(x)
+        q = self.split_heads(self.q_proj(x[:, :1]))
+        k = self.split_heads(self.k_proj(x))
+        v = self.split_heads(self.v_proj(x))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, D / heads)
+        return self.c_proj(x.flatten(1))
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet with a stem of three convolutions and attention pooling (Sec. 2.4). (B, 3, S, S) -> (B, E)."""
+    """ResNet with a stem of three convolutions and attention pooling (Sec. 2.4).
+    (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, layers, width, heads, embed_dim):
         super().__init__()
@@ -236,11 +271,13 @@ class ModifiedResNet(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         inplanes = width
         for i, depth in enumerate(layers):
-            planes, blocks = width * 2**i, []
+            planes = width * 2**i
+            blocks = nn.Sequential()
             for j in range(depth):
-                blocks.append(Bottleneck(inplanes, planes, stride=2 if i and not j else 1))
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(Bottleneck(inplanes, planes, stride))
                 inplanes = 4 * planes
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{i + 1}", blocks)
         self.attnpool = AttentionPool2d(image_size // 32, 32 * width, heads, embed_dim)
         for name, p in self.named_parameters():
             if name.endswith("_proj.weight"):
@@ -248,31 +285,43 @@ class ModifiedResNet(nn.Module):
             elif name.startswith("layer") and name.endswith("bn3.weight"):
                 nn.init.zeros_(p)  # every residual branch starts at zero
 
-    def pool(self, x):
-        for i in (1, 2, 3):
-            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.avg_pool2d(x, 2)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
         return self.attnpool(x)
 
-    forward = pool
+    def pool(self, x):
+        """-> (B, E), which is also the embedding: there is no projection after it."""
+        return self(x)
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 class CLIP(nn.Module):
-    """vision_layers: an int for a ViT, four of them for a ResNet (then vision_patch_size is None)."""
+    """vision_layers: an int for a ViT; for a ResNet, whose vision_patch_size is None, four."""
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
-                 context_length, vocab_size, transformer_width, transformer_heads, transformer_layers):
+                 context_length, vocab_size, transformer_width, transformer_heads,
+                 transformer_layers):
         super().__init__()
         if vision_patch_size is None:
             heads = vision_width * 32 // 64
-            self.visual = ModifiedResNet(image_resolution, vision_layers, vision_width, heads, embed_dim)
+            self.visual = ModifiedResNet(
+                image_resolution, vision_layers, vision_width, heads, embed_dim
+            )
         else:
             heads = vision_width // 64
             self.visual = VisionTransformer(
                 image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim
             )
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        self.transformer = Transformer(
+            transformer_width, transformer_layers, transformer_heads, causal=True
+        )
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
@@ -285,11 +334,13 @@ class CLIP(nn.Module):
         return self.visual(image)
 
     def encode_text(self, text):
-        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
+        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
+        normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
-        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token, the largest id
-        return x @ self.text_projection
+        end = text.argmax(dim=-1)  # position of the end token, which has the largest id
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows, end] @ self.text_projection
 
     def forward(self, image, text):
         return self.encode_image(image), self.encode_text(text)
@@ -297,18 +348,21 @@ class CLIP(nn.Module):
 
 def init_text(model):
     """Initialises the text side in place, as OpenAI's code does."""
-    width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
+    width = model.text_projection.shape[0]
+    layers = len(model.transformer.resblocks)
+    std = width**-0.5
+    std_out = std * (2 * layers) ** -0.5  # of the last layer of each residual branch
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
-    nn.init.normal_(model.text_projection, std=width**-0.5)
+    nn.init.normal_(model.text_projection, std=std)
     for block in model.transformer.resblocks:
-        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.attn.in_proj_weight, std=std)
+        nn.init.normal_(block.attn.out_proj.weight, std=std_out)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=std_out)
 
 
-ARCHS = {  # Tables 19 and 20: embed_dim, layers, width, text_width (below base: our own, for small machines)
+ARCHS = {  # Tables 19 and 20: embed_dim, layers, width, text_width (smaller ViTs: our own)
     "vit_micro": (128, 4, 128, 128),
     "vit_tiny": (256, 12, 192, 256),
     "vit_small": (384, 12, 384, 384),
@@ -325,21 +379,35 @@ ARCHS = {  # Tables 19 and 20: embed_dim, layers, width, text_width (below base:
 def build_model(args) -> CLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not (patch.lstrip("0").isdecimal() if name[:3] == "vit" else name == args.arch):
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {', '.join(ARCHS)}")
-    if args.image_size % (int(patch or 32)):
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {patch or 32} ({args.arch})")
+    if name.startswith("vit"):
+        known = name in ARCHS and patch.isdecimal() and int(patch) > 0
+    else:
+        known = args.arch in ARCHS
+    if not known:
+        choices = ", ".join(ARCHS)
+        raise UserError(
+            f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {choices}"
+        )
+    patch_size = int(patch) if patch else None
+    stride = patch_size or 32  # pixels of the image for one token
+    if args.image_size % stride:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {stride} ({args.arch})"
+        )
     embed_dim, layers, width, text_width = ARCHS[name]
+    embed_dim = args.embed_dim or embed_dim
     text_width = args.text_width or text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
-    return CLIP(args.embed_dim or embed_dim, args.image_size, layers, width, int(patch) if patch else None,
-                args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers)
+    return CLIP(
+        embed_dim, args.image_size, layers, width, patch_size,
+        args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers,
+    )  # fmt: skip
 
 
 def image_encoder(model: CLIP) -> nn.Module:
-    """Module from images to pooled features: before the projection for a ViT, the attention pooling for a
-    ResNet."""
+    """Module from images to pooled features: of a ViT those before the projection, of a ResNet
+    those of the attention pooling."""
 
     class Pooled(nn.Module):
         def __init__(self, visual):
@@ -352,15 +420,17 @@ def image_encoder(model: CLIP) -> nn.Module:
     return Pooled(model.visual)
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     """Symmetric cross-entropy (Fig. 3 of CLIP) over the global batch, in nats; chance level ln B.
 
-    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
-    tensor. Call it outside autocast, whose products are in half precision. -> the mean over this process's
-    rows: the mean over processes is the loss of the global batch. Memory grows with b x B. gather_grad=False:
-    gathered features are constants (official SLIP): with several processes each is an anchor only."""
-    image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
+    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number
+    or 0-dim tensor. Call it outside autocast, whose products are in half precision. Returns the
+    mean over this process's rows: the mean over processes is the loss of the global batch. Memory
+    grows with b x B. gather_grad=False: gathered features are constants, as in the official SLIP
+    code; with several processes each feature then learns as an anchor only."""
+    image = F.normalize(image_embed.float(), dim=-1)  # (b, E)
+    text = F.normalize(text_embed.float(), dim=-1)
     all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
     b, first = len(image), 0
     if len(all_image) > b:
@@ -373,25 +443,33 @@ def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     return (loss_image + loss_text) / 2
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
-    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, 2101.06983).
+    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, arXiv
+    2101.06983).
 
-    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient;
-    then each piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b,
-    ...) tensors; loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or
-    dropout, and a `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
+    The features of all pieces are computed without graph; the loss sees all of them and gives
+    their gradient; then each piece is encoded again to carry that gradient into the encoder.
+    pieces: tuples of inputs; encode(*piece) -> tuple of (b, ...) tensors; loss_of(*features) ->
+    (loss, anything), which is returned. Needs an encoder without batch norm or dropout, and a
+    `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
     with torch.no_grad():
-        encoded = [encode(piece) for piece in pieces]
-    features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded)]
+        encoded = [encode(*piece) for piece in pieces]
+    features = []  # of the whole batch, in the order in which encode() returns them
+    for parts in zip(*encoded):
+        features.append(torch.cat(parts).requires_grad_())
     loss, terms = loss_of(*features)
     scaler.scale(loss).backward()
-    grads = [f.grad.split([len(part) for part in parts]) for f, parts in zip(features, zip(*encoded))]
-    for piece, *piece_grads in zip(pieces, *grads):
-        torch.autograd.backward(encode(piece), piece_grads)
-    for p in model.parameters() if world_size() > 1 else []:
-        if p.grad is not None:
-            p.grad = all_reduce_mean(p.grad)
+    first = 0
+    for piece in pieces:
+        outputs = encode(*piece)
+        last = first + len(outputs[0])
+        torch.autograd.backward(outputs, [f.grad[first:last] for f in features])
+        first = last
+    if world_size() > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad = all_reduce_mean(p.grad)
     return loss, terms
 
 
@@ -402,52 +480,73 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
 
     # data
-    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    dataset = open_dataset(args.data, args.data_dir)
+    val = evaluation_set(args)
     text_source = captions(dataset) if args.tokenizer == "train" else None
-    tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
+    tokenizer = Tokenizer(
+        args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir
+    )
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     views = {"image": LanguageView(args.image_size)}
-    loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
+    texts = {"text": tokenizer}
+    loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
     b = args.batch_size // world_size()
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
     if args.accum_steps > 1 and isinstance(model.visual, ModifiedResNet):
-        raise UserError(f"--accum-steps cannot be exact for {args.arch}: batch norm must see the whole batch")
+        raise UserError(
+            f"--accum-steps cannot be exact for {args.arch}: batch norm must see the whole batch"
+        )
     if b % args.accum_steps:
-        raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
+        raise UserError(
+            f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
+        )
     if args.compile:
         model.compile()
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, class_embedding, logit_scale
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+    trained = list(model.parameters())
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True
+    )
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("clip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
+    ddp = model
+    if world_size() > 1 and args.accum_steps == 1:  # replay_backward averages by itself
+        ddp = DistributedDataParallel(model)
+    chance = math.log(args.batch_size)
 
-    def encode(piece):
+    def encode(image, text):
         with autocast:
-            return ddp(image[piece], text[piece])
+            return ddp(image, text)
 
     def loss_of(image_embed, text_embed):
-        loss = clip_loss(image_embed, text_embed, model.logit_scale.exp(), args.gather_grad)
-        return loss, {"loss": (loss, math.log(args.batch_size))}
+        scale = model.logit_scale.exp()
+        loss = clip_loss(image_embed, text_embed, scale, args.gather_grad)
+        return loss, {"loss": (loss, chance)}
 
     for step, batch in run.batches():
-        image, text = views["image"](*batch["image"]), batch["text"]
+        image = views["image"](*batch["image"])
+        inputs = image, batch["text"]
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, True)
+            group["lr"] = lr = warmup_cosine(
+                step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
+            )
 
         if args.accum_steps == 1:
-            loss, terms = loss_of(*encode(slice(None)))
+            loss, terms = loss_of(*encode(*inputs))
             scaler.scale(loss).backward()
         else:
-            pieces = torch.arange(b, device=device).chunk(args.accum_steps)
+            pieces = list(zip(*[x.chunk(args.accum_steps) for x in inputs]))
             loss, terms = replay_backward(model, encode, loss_of, pieces, scaler)
         if args.clip_grad:
             scaler.unscale_(optimizer)
@@ -456,7 +555,8 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # s <= 100 (Sec. 2.5); s >= 1 as in open_clip
+            # s <= 100 (Sec. 2.5), and s >= 1 as in open_clip
+            model.logit_scale.clamp_(0, math.log(100))
 
         run.end_step(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
         if val and run.due(args.eval_every):

@@ -1,30 +1,36 @@
 """SLIP: Self-supervision meets Language-Image Pre-training (Mu et al. 2021, arXiv 2112.12750).
 
-CLIP plus SimCLR on one image encoder: the language branch sees a lightly cropped image and its caption, the
-self-supervised branch two strongly augmented views of the same image. Views without captions teach the
-encoder what captions do not mention, and zero-shot transfer improves too.
+CLIP plus SimCLR on one image encoder: the language branch sees a lightly cropped image and its
+caption, the self-supervised branch two strongly augmented views of the same image (Algorithm 1).
+The views teach the encoder what captions do not mention, and zero-shot transfer improves too.
 
-Loss, with I, T, v of unit length, s = exp(t), tau = 0.1, c = --ssl-scale, j the other view of i's image:
+Loss, with I, T, v of unit length, s = exp(t), tau = 0.1, c = --ssl-scale, j the other view of i's
+image:
     L = L_clip + c L_ssl,  chance level ln B + c ln(2B - 1)
-    L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)
+    L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)         (CLIP Fig. 3)
     L_ssl = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i} exp(v_i.v_k / tau) )
-B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image size.
+B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image
+size.
 
 Laptop        torchrun slip.py
 1 GPU         torchrun slip.py --data flickr8k
 8 GPUs        torchrun --nproc_per_node=8 slip.py --data yfcc15m
 Own data      torchrun slip.py --data path/to/captions.csv --recipe flickr8k
 
-Parameter names are the official code's, so its checkpoints load strictly (evaluation.weights.load_released).
-Differences from that code:
- - Features gathered for L_clip carry gradient, as those for L_ssl always did: any number of processes trains
-   with the gradient of the global batch. Official: constants, with more than one process each feature then
-   learns as an anchor only, never as a candidate, and 1 and 64 GPUs train differently. --no-gather-grad gives
-   that back.
- - A caption that is too long keeps its end token, whose position is what is read out. Official: plain cut.
- - Blur is a true Gaussian of sigma pixels. Official: Pillow's approximation of it by box filters.
- - The three images of a pair go through the encoder in one batch. There is no batch norm in it: same numbers.
- - Losses are computed in float32; --accum-steps is exact. Official: fewer negatives per accumulation step.
+Parameter names are the official code's, so its checkpoints load strictly
+(evaluation.weights.load_released). Differences from that code:
+ - Features gathered for L_clip carry gradient, as those for L_ssl always did: any number of
+   processes trains with the gradient of the global batch. In the official code they are constants.
+   With more than one process each feature then learns as an anchor only, never as a candidate, and
+   1 and 64 GPUs train differently (official issue 31). --no-gather-grad gives that back.
+ - A caption that is too long keeps its end token, which the text encoder pools at; the official
+   code truncates it away.
+ - The blur is a true Gaussian of sigma pixels. The official code uses Pillow's approximation of it
+   by box filters.
+ - The three images of a pair go through the encoder in one batch, in the official code in three.
+   There is no batch norm in it, so the numbers are the same.
+ - Losses are computed in float32. --accum-steps is exact; the official code has fewer negatives in
+   each accumulation step.
 
 Diff against: clip.py (and simclr.py for L_ssl).
 """
@@ -46,81 +52,100 @@ from monitor import EvalView, captions, evaluation_set, language_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_base_patch16"  # image encoder: a key of ARCHS and _patchP (official code)
-    embed_dim: int = 512  # width of the joint embedding, E (official code)
-    text_width: int = 512  # width of the text transformer, with heads of 64 (official code)
-    text_layers: int = 12  # blocks of the text transformer (official code)
+    arch: str = "vit_base_patch16"  # image encoder: a key of ARCHS and _patchP (official models.py)
+    embed_dim: int = 512  # width of the joint embedding, E (official models.py)
+    text_width: int = 512  # width of the text transformer, with heads of 64 (CLIP Sec. 2.4)
+    text_layers: int = 12  # blocks of the text transformer (CLIP Sec. 2.4)
     context_length: int = 77  # tokens of a caption, start and end included
-    ssl_mlp_dim: int = 4096  # hidden width of the self-supervised projector (official code)
-    ssl_emb_dim: int = 256  # output width of that projector (official code)
-    ssl_scale: float = 1.0  # weight c of L_ssl (official code)
-    temperature: float = 0.1  # tau of L_ssl (official code)
+    ssl_mlp_dim: int = 4096  # hidden width of the self-supervised projector (official main.py)
+    ssl_emb_dim: int = 256  # output width of that projector (official main.py)
+    ssl_scale: float = 1.0  # weight c of L_ssl (official main.py)
+    temperature: float = 0.1  # tau of L_ssl (official losses.py); SimCLR Table 5 has it too
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
     vocab_size: int = 49408  # rows of the token table; at most so many with --tokenizer train
     image_size: int = 224  # side of an image in pixels
-    epochs: int = 25  # passes over the data; 50 and 100 in longer runs (official code)
+    epochs: int = 25  # passes over the data; 50 and 100 in longer runs (official README)
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 4096  # pairs of a step, over all processes and pieces (official code)
     accum_steps: int = 1  # encode a batch in so many pieces, with the exact gradient
-    lr: float = 3e-3  # peak learning rate (official code)
-    min_lr: float = 1e-5  # learning rate at the end of the cosine (official code)
-    warmup_epochs: float = 1.0  # linear warm-up from 1e-6; 2 for 100 epochs (official code)
-    weight_decay: float = 0.1  # weight decay of everything but gains and biases (official code)
-    beta2: float = 0.98  # AdamW's beta2 (official code)
-    eps: float = 1e-8  # AdamW's epsilon (official code)
+    lr: float = 3e-3  # peak learning rate (official README); 5e-4 for CLIP alone
+    min_lr: float = 1e-5  # learning rate at the end of the cosine (official main.py)
+    warmup_epochs: float = 1.0  # linear warm-up from 1e-6; 2 for 100 epochs (paper)
+    weight_decay: float = 0.1  # on all but gains and biases (official README); 0.5 for CLIP alone
+    beta2: float = 0.98  # AdamW's beta2 (official main.py; CLIP Table 18)
+    eps: float = 1e-8  # AdamW's epsilon (official main.py)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     gather_grad: bool = True  # gradient through features gathered for L_clip (official: without)
     seed: int = 0  # random seed of weights, order, crops and choice of captions
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
-SMALL |= dict(batch_size=128, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_emb_dim=64)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train")
+SMALL |= dict(batch_size=128, lr=1e-3, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_emb_dim=64)
+# our choice for photos with several captions each: no published run trains on these alone
+PHOTOS = dict(arch="vit_small_patch16", text_layers=6, tokenizer="train", vocab_size=16384)
+PHOTOS |= dict(epochs=30, batch_size=1024, lr=1e-3, warmup_epochs=2.0)
+# Beside an entry: the official README's ImageNet zero-shot accuracy after this run. For CC3M the
+# authors say that all hyperparameters are those of YFCC15M (official issue 9), as here; but the
+# released checkpoint holds weight decay 0.5, is from epoch 36, and its warm-up is given as 2 epochs
+# (official issue 15). Its users report 18.4% (official issue 9).
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2),
+    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2,
+                   epochs=2),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
-    "yfcc15m": dict(eval_data="imagenet"),
-    "cc3m": dict(eval_data="imagenet", epochs=40),
-    "cc12m": dict(eval_data="imagenet", epochs=35),
+    "flickr30k": PHOTOS,
+    "coco": PHOTOS,
+    "cc3m": dict(eval_data="imagenet", epochs=40),  # 23.0%
+    "cc12m": dict(eval_data="imagenet", epochs=35),  # 40.7%
+    "yfcc15m": dict(eval_data="imagenet"),  # 42.8%
+    "redcaps": dict(eval_data="imagenet", epochs=35),  # our choice, that of cc12m: no published run
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 # Copied from clip.py: LanguageView
 class LanguageView:
-    """The image beside a caption: a random crop (CLIP Sec. 2.3). Not flipped, since captions say left."""
+    """The image beside a caption: a random crop (CLIP Sec. 2.3). It is not flipped, since captions
+    say left and right."""
 
     def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
-                 mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
-        self.size, self.scale, self.interpolation, self.mean, self.std = size, scale, interpolation, mean, std
+                 mean=(0.48145466, 0.4578275, 0.40821073),
+                 std=(0.26862954, 0.26130258, 0.27577711)):
+        self.size, self.scale, self.interpolation = size, scale, interpolation
+        self.mean, self.std = mean, std
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
-        return random_resized_crop(image, rng, self.size, self.scale, interpolation=self.interpolation)
+        return random_resized_crop(
+            image, rng, self.size, self.scale, interpolation=self.interpolation
+        )
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
+# Adapted from simclr.py: SimCLRView, weaker colours, crops resized bilinearly, normalised
 class SSLView:
-    """One view of L_ssl, as in the official code: MoCo v2's, crops from 8%. The paper says MoCo v3's."""
+    """One view of L_ssl. The augmentation is that of the official main.py, MoCo v2's with crops
+    from 8% of the area (SimCLR App. A); the paper says MoCo v3's, which also solarises."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
         self.size, self.mean, self.std = size, mean, std
 
     def crop(self, image, rng):
-        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bilinear")
+        scale = (0.08, 1.0)
+        return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
     def sample(self, rng):
         return {
@@ -137,7 +162,8 @@ class SSLView:
         factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
+        kernel_size = 13  # 3 sigma on either side
+        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
         return normalize(x, self.mean, self.std)
 
 
@@ -145,7 +171,7 @@ def eval_view(args) -> EvalView:
     return EvalView(args.image_size, None, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
 
@@ -156,8 +182,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, .)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -179,15 +207,19 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+    """timm's ViT (official models.py): no norm before the blocks. (B, 3, S, S) -> (B, D), the class
+    token after the last norm."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
+        tokens = (image_size // patch_size) ** 2 + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.patch_embed = nn.Sequential()
         self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
-        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.Sequential()
+        for _ in range(depth):
+            self.blocks.append(Block(dim, heads))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -198,8 +230,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        return self.norm(self.blocks(x)[:, 0])
+        class_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([class_token, x], dim=1) + self.pos_embed
+        x = self.blocks(x)
+        return self.norm(x[:, 0])
 
 
 # Copied from clip.py: QuickGELU
@@ -224,43 +258,54 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x, mask=None):
         y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)[0]
+        causal = mask is not None
+        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
 # Copied from clip.py: Transformer
 class Transformer(nn.Module):
-    """`layers` blocks; causal: a token sees itself and the ones before it. (B, N, D) -> (B, N, D)."""
+    """`layers` blocks; causal: a token sees itself and those before it. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList()
+        for _ in range(layers):
+            self.resblocks.append(ResidualAttentionBlock(width, heads))
         self.causal = causal
 
     def forward(self, x):
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            tokens = x.shape[1]
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
         for block in self.resblocks:
             x = block(x, mask)
         return x
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 class SLIP(nn.Module):
-    """CLIP with a second head, image_mlp, which train() applies: --accum-steps comes between."""
+    """CLIP with a second head, image_mlp. train() applies it, so that its batch norm sees the
+    features of the whole batch with --accum-steps too."""
 
-    def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size, transformer_width,
-                 transformer_heads, transformer_layers, ssl_mlp_dim=4096, ssl_emb_dim=256):
+    def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size,
+                 transformer_width, transformer_heads, transformer_layers, ssl_mlp_dim=4096,
+                 ssl_emb_dim=256):
         super().__init__()
         self.visual = visual
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        self.transformer = Transformer(
+            transformer_width, transformer_layers, transformer_heads, causal=True
+        )
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
-        self.image_projection = nn.Parameter(torch.randn(vision_width, embed_dim) * vision_width**-0.5)
+        image_projection = torch.randn(vision_width, embed_dim) * vision_width**-0.5
+        self.image_projection = nn.Parameter(image_projection)
         self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # t
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # t; CLIP Sec. 2.5
+        # three layers, in SimCLR two (its Sec. 2.1); no batch norm at the end (official models.py)
         self.image_mlp = nn.Sequential()
         self.image_mlp.add_module("layer1", nn.Linear(vision_width, ssl_mlp_dim))
         self.image_mlp.add_module("bn1", nn.BatchNorm1d(ssl_mlp_dim))
@@ -276,33 +321,40 @@ class SLIP(nn.Module):
         return self.visual(image) @ self.image_projection
 
     def encode_text(self, text):
-        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised."""
+        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
+        normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
-        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token, the largest id
-        return x @ self.text_projection
+        end = text.argmax(dim=-1)  # position of the end token, which has the largest id
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows, end] @ self.text_projection
 
     def forward(self, image, text, view1, view2):
-        """-> embeddings of image and text (B, E), features of the two views (B, D), for image_mlp."""
-        image, view1, view2 = self.visual(torch.cat([image, view1, view2])).chunk(3)
+        """-> embeddings of image and text (B, E), features of both views (B, D), for image_mlp."""
+        features = self.visual(torch.cat([image, view1, view2]))  # (3B, D)
+        image, view1, view2 = features.chunk(3)
         return image @ self.image_projection, self.encode_text(text), view1, view2
 
 
 # Copied from clip.py: init_text
 def init_text(model):
     """Initialises the text side in place, as OpenAI's code does."""
-    width, layers = model.text_projection.shape[0], len(model.transformer.resblocks)
+    width = model.text_projection.shape[0]
+    layers = len(model.transformer.resblocks)
+    std = width**-0.5
+    std_out = std * (2 * layers) ** -0.5  # of the last layer of each residual branch
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     nn.init.normal_(model.positional_embedding, std=0.01)
-    nn.init.normal_(model.text_projection, std=width**-0.5)
+    nn.init.normal_(model.text_projection, std=std)
     for block in model.transformer.resblocks:
-        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.attn.in_proj_weight, std=std)
+        nn.init.normal_(block.attn.out_proj.weight, std=std_out)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=std_out)
 
 
-ARCHS = {  # layers, width, heads; vit_small has 12 heads as in MoCo v3, not 6 (below it: our own)
+# layers, width, heads; vit_small has 12 heads as in MoCo v3, not 6 (smaller ViTs: our own)
+ARCHS = {
     "vit_micro": (4, 128, 4),
     "vit_tiny": (12, 192, 3),
     "vit_small": (12, 384, 12),
@@ -314,16 +366,25 @@ ARCHS = {  # layers, width, heads; vit_small has 12 heads as in MoCo v3, not 6 (
 def build_model(args) -> SLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not patch.lstrip("0").isdecimal():
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {', '.join(ARCHS)}")
-    if args.image_size % int(patch):
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)} ({args.arch})")
+    known = name in ARCHS and patch.isdecimal() and int(patch) > 0
+    if not known:
+        choices = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {choices}")
+    patch_size = int(patch)
+    if args.image_size % patch_size:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {patch_size} ({args.arch})"
+        )
     layers, width, heads = ARCHS[name]
-    if args.text_width % 64:
-        raise UserError(f"--text-width {args.text_width} is not a multiple of 64, the width of a head")
-    visual = VisionTransformer(args.image_size, int(patch), width, layers, heads)
-    return SLIP(args.embed_dim, visual, width, args.context_length, args.vocab_size, args.text_width,
-                args.text_width // 64, args.text_layers, args.ssl_mlp_dim, args.ssl_emb_dim)  # fmt: skip
+    text_width = args.text_width
+    if text_width % 64:
+        raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
+    visual = VisionTransformer(args.image_size, patch_size, width, layers, heads)
+    return SLIP(
+        args.embed_dim, visual, width,
+        args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers,
+        args.ssl_mlp_dim, args.ssl_emb_dim,
+    )  # fmt: skip
 
 
 def image_encoder(model: SLIP) -> nn.Module:
@@ -331,16 +392,18 @@ def image_encoder(model: SLIP) -> nn.Module:
     return model.visual
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 # Copied from clip.py: clip_loss
 def clip_loss(image_embed, text_embed, logit_scale, gather_grad=True):
     """Symmetric cross-entropy (Fig. 3 of CLIP) over the global batch, in nats; chance level ln B.
 
-    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number or 0-dim
-    tensor. Call it outside autocast, whose products are in half precision. -> the mean over this process's
-    rows: the mean over processes is the loss of the global batch. Memory grows with b x B. gather_grad=False:
-    gathered features are constants (official SLIP): with several processes each is an anchor only."""
-    image, text = F.normalize(image_embed.float(), dim=-1), F.normalize(text_embed.float(), dim=-1)  # (b, E)
+    image_embed, text_embed: (b, E) of this process, any length; logit_scale: s = exp(t), a number
+    or 0-dim tensor. Call it outside autocast, whose products are in half precision. Returns the
+    mean over this process's rows: the mean over processes is the loss of the global batch. Memory
+    grows with b x B. gather_grad=False: gathered features are constants, as in the official SLIP
+    code; with several processes each feature then learns as an anchor only."""
+    image = F.normalize(image_embed.float(), dim=-1)  # (b, E)
+    text = F.normalize(text_embed.float(), dim=-1)
     all_image, all_text = all_gather(image), all_gather(text)  # (B, E)
     b, first = len(image), 0
     if len(all_image) > b:
@@ -374,26 +437,34 @@ def nt_xent_loss(z1, z2, temperature):
     return (loss1 + loss2) / 2
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 # Copied from clip.py: replay_backward
 def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
-    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, 2101.06983).
+    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, arXiv
+    2101.06983).
 
-    The features of all pieces are computed without graph; the loss sees all of them and gives their gradient;
-    then each piece is encoded again to carry that gradient into the encoder. encode(piece) -> tuple of (b,
-    ...) tensors; loss_of(*features) -> (loss, anything), returned. Needs an encoder without batch norm or
-    dropout, and a `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
+    The features of all pieces are computed without graph; the loss sees all of them and gives
+    their gradient; then each piece is encoded again to carry that gradient into the encoder.
+    pieces: tuples of inputs; encode(*piece) -> tuple of (b, ...) tensors; loss_of(*features) ->
+    (loss, anything), which is returned. Needs an encoder without batch norm or dropout, and a
+    `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
     with torch.no_grad():
-        encoded = [encode(piece) for piece in pieces]
-    features = [torch.cat(parts).requires_grad_() for parts in zip(*encoded)]
+        encoded = [encode(*piece) for piece in pieces]
+    features = []  # of the whole batch, in the order in which encode() returns them
+    for parts in zip(*encoded):
+        features.append(torch.cat(parts).requires_grad_())
     loss, terms = loss_of(*features)
     scaler.scale(loss).backward()
-    grads = [f.grad.split([len(part) for part in parts]) for f, parts in zip(features, zip(*encoded))]
-    for piece, *piece_grads in zip(pieces, *grads):
-        torch.autograd.backward(encode(piece), piece_grads)
-    for p in model.parameters() if world_size() > 1 else []:
-        if p.grad is not None:
-            p.grad = all_reduce_mean(p.grad)
+    first = 0
+    for piece in pieces:
+        outputs = encode(*piece)
+        last = first + len(outputs[0])
+        torch.autograd.backward(outputs, [f.grad[first:last] for f in features])
+        first = last
+    if world_size() > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad = all_reduce_mean(p.grad)
     return loss, terms
 
 
@@ -404,62 +475,84 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
 
     # data
-    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    dataset = open_dataset(args.data, args.data_dir)
+    val = evaluation_set(args)
     text_source = captions(dataset) if args.tokenizer == "train" else None
-    tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir)
+    tokenizer = Tokenizer(
+        args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir
+    )
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
+    area = (0.5, 1.0)  # official main.py: at least half of the image
     views = {
-        # official code: at least half of the area
-        "image": LanguageView(args.image_size, (0.5, 1.0), "bilinear", IMAGENET_MEAN, IMAGENET_STD),
+        "image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
         "view1": SSLView(args.image_size),
         "view2": SSLView(args.image_size),
     }
-    loader = Loader(dataset, views, {"text": tokenizer}, args.batch_size, args.seed, args.workers, device)
+    texts = {"text": tokenizer}
+    loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
     b = args.batch_size // world_size()
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
     if b % args.accum_steps:
-        raise UserError(f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process")
+        raise UserError(
+            f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
+        )
     if args.compile:
         model.compile()
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]  # gains, biases, logit_scale
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+    trained = list(model.parameters())
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True
+    )
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("slip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model) if world_size() > 1 and args.accum_steps == 1 else model
+    ddp = model
+    if world_size() > 1 and args.accum_steps == 1:  # replay_backward averages by itself
+        ddp = DistributedDataParallel(model)
+    clip_chance = math.log(args.batch_size)
+    ssl_chance = math.log(2 * args.batch_size - 1)
+    chance = clip_chance + args.ssl_scale * ssl_chance
 
-    def encode(piece):
+    def encode(image, text, view1, view2):
         with autocast:
-            return ddp(image[piece], text[piece], view1[piece], view2[piece])
+            return ddp(image, text, view1, view2)
 
     def loss_of(image_embed, text_embed, features1, features2):
-        clip = clip_loss(image_embed, text_embed, model.logit_scale.exp(), args.gather_grad)
+        scale = model.logit_scale.exp()
+        clip = clip_loss(image_embed, text_embed, scale, args.gather_grad)
         with autocast:  # not in forward: batch norm sees the whole batch, each view on its own
-            view1_embed, view2_embed = model.image_mlp(features1), model.image_mlp(features2)
+            view1_embed = model.image_mlp(features1)
+            view2_embed = model.image_mlp(features2)
         ssl = nt_xent_loss(view1_embed, view2_embed, args.temperature)
-        loss = clip + args.ssl_scale * ssl
-        clip_chance, ssl_chance = math.log(args.batch_size), math.log(2 * args.batch_size - 1)
-        chance = clip_chance + args.ssl_scale * ssl_chance
-        return loss, {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
+        loss = clip + args.ssl_scale * ssl  # Algorithm 1
+        terms = {"loss": (loss, chance)}
+        terms["clip_loss"] = clip, clip_chance
+        terms["ssl_loss"] = ssl, ssl_chance
+        return loss, terms
 
     for step, batch in run.batches():
         image, view1, view2 = (views[name](*batch[name]) for name in views)
-        text = batch["text"]
+        inputs = image, batch["text"], view1, view2
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, args.lr, 1e-6, args.min_lr, True)
+            group["lr"] = lr = warmup_cosine(
+                step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
+            )
 
         if args.accum_steps == 1:
-            loss, terms = loss_of(*encode(slice(None)))
+            loss, terms = loss_of(*encode(*inputs))
             scaler.scale(loss).backward()
         else:
-            pieces = torch.arange(b, device=device).chunk(args.accum_steps)
+            pieces = list(zip(*[x.chunk(args.accum_steps) for x in inputs]))
             loss, terms = replay_backward(model, encode, loss_of, pieces, scaler)
         if args.clip_grad:
             scaler.unscale_(optimizer)
@@ -468,7 +561,8 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # 1 <= s <= 100 (official code)
+            # s <= 100 (CLIP Sec. 2.5), and s >= 1 (official main.py)
+            model.logit_scale.clamp_(0, math.log(100))
 
         run.end_step(terms, logit_scale=model.logit_scale.detach().exp(), lr=lr)
         if val and run.due(args.eval_every):
