@@ -161,9 +161,8 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
-        self.resblocks = nn.ModuleList()
-        for _ in range(layers):
-            self.resblocks.append(ResidualAttentionBlock(width, heads))
+        blocks = [ResidualAttentionBlock(width, heads) for _ in range(layers)]
+        self.resblocks = nn.ModuleList(blocks)
         self.causal = causal
 
     def forward(self, x):
@@ -334,8 +333,7 @@ class CLIP(nn.Module):
         return self.visual(image)
 
     def encode_text(self, text):
-        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
-        normalised."""
+        """(B, N <= context_length) token ids, padded after the end -> (B, E), not normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
@@ -384,10 +382,8 @@ def build_model(args) -> CLIP:
     else:
         known = args.arch in ARCHS
     if not known:
-        choices = ", ".join(ARCHS)
-        raise UserError(
-            f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {choices}"
-        )
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {names}")
     patch_size = int(patch) if patch else None
     stride = patch_size or 32  # pixels of the image for one token
     if args.image_size % stride:
@@ -482,10 +478,9 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     val = evaluation_set(args)
-    text_source = captions(dataset) if args.tokenizer == "train" else None
-    tokenizer = Tokenizer(
-        args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir
-    )
+    source = captions(dataset) if args.tokenizer == "train" else None
+    vocab_size = args.vocab_size
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     views = {"image": LanguageView(args.image_size)}
@@ -512,17 +507,15 @@ def train(args: Args) -> dict:
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True
-    )
+    betas = (0.9, args.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("clip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = model
-    if world_size() > 1 and args.accum_steps == 1:  # replay_backward averages by itself
-        ddp = DistributedDataParallel(model)
+    wrap = world_size() > 1 and args.accum_steps == 1  # replay_backward averages by itself
+    ddp = DistributedDataParallel(model) if wrap else model
     chance = math.log(args.batch_size)
 
     def encode(image, text):

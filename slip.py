@@ -162,8 +162,7 @@ class SSLView:
         factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        kernel_size = 13  # 3 sigma on either side
-        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
+        x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 
@@ -217,9 +216,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.patch_embed = nn.Sequential()
         self.patch_embed.add_module("proj", nn.Conv2d(3, dim, patch_size, stride=patch_size))
-        self.blocks = nn.Sequential()
-        for _ in range(depth):
-            self.blocks.append(Block(dim, heads))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -270,9 +267,8 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
-        self.resblocks = nn.ModuleList()
-        for _ in range(layers):
-            self.resblocks.append(ResidualAttentionBlock(width, heads))
+        blocks = [ResidualAttentionBlock(width, heads) for _ in range(layers)]
+        self.resblocks = nn.ModuleList(blocks)
         self.causal = causal
 
     def forward(self, x):
@@ -321,8 +317,7 @@ class SLIP(nn.Module):
         return self.visual(image) @ self.image_projection
 
     def encode_text(self, text):
-        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
-        normalised."""
+        """(B, N <= context_length) token ids, padded after the end -> (B, E), not normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         x = self.ln_final(self.transformer(x))
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
@@ -331,8 +326,7 @@ class SLIP(nn.Module):
 
     def forward(self, image, text, view1, view2):
         """-> embeddings of image and text (B, E), features of both views (B, D), for image_mlp."""
-        features = self.visual(torch.cat([image, view1, view2]))  # (3B, D)
-        image, view1, view2 = features.chunk(3)
+        image, view1, view2 = self.visual(torch.cat([image, view1, view2])).chunk(3)
         return image @ self.image_projection, self.encode_text(text), view1, view2
 
 
@@ -366,24 +360,22 @@ ARCHS = {
 def build_model(args) -> SLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    known = name in ARCHS and patch.isdecimal() and int(patch) > 0
-    if not known:
-        choices = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {choices}")
-    patch_size = int(patch)
-    if args.image_size % patch_size:
+    if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {names}")
+    patch = int(patch)
+    if args.image_size % patch:
         raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {patch_size} ({args.arch})"
+            f"--image-size {args.image_size} is not a multiple of {patch} ({args.arch})"
         )
     layers, width, heads = ARCHS[name]
     text_width = args.text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
-    visual = VisionTransformer(args.image_size, patch_size, width, layers, heads)
+    visual = VisionTransformer(args.image_size, patch, width, layers, heads)
     return SLIP(
-        args.embed_dim, visual, width,
-        args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers,
-        args.ssl_mlp_dim, args.ssl_emb_dim,
+        args.embed_dim, visual, width, args.context_length, args.vocab_size, text_width,
+        text_width // 64, args.text_layers, args.ssl_mlp_dim, args.ssl_emb_dim,
     )  # fmt: skip
 
 
@@ -477,10 +469,9 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     val = evaluation_set(args)
-    text_source = captions(dataset) if args.tokenizer == "train" else None
-    tokenizer = Tokenizer(
-        args.tokenizer, args.context_length, text_source, args.vocab_size, args.data_dir
-    )
+    source = captions(dataset) if args.tokenizer == "train" else None
+    vocab_size = args.vocab_size
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     area = (0.5, 1.0)  # official main.py: at least half of the image
@@ -508,17 +499,15 @@ def train(args: Args) -> dict:
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True
-    )
+    betas = (0.9, args.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("slip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = model
-    if world_size() > 1 and args.accum_steps == 1:  # replay_backward averages by itself
-        ddp = DistributedDataParallel(model)
+    wrap = world_size() > 1 and args.accum_steps == 1  # replay_backward averages by itself
+    ddp = DistributedDataParallel(model) if wrap else model
     clip_chance = math.log(args.batch_size)
     ssl_chance = math.log(2 * args.batch_size - 1)
     chance = clip_chance + args.ssl_scale * ssl_chance
@@ -535,10 +524,8 @@ def train(args: Args) -> dict:
             view2_embed = model.image_mlp(features2)
         ssl = nt_xent_loss(view1_embed, view2_embed, args.temperature)
         loss = clip + args.ssl_scale * ssl  # Algorithm 1
-        terms = {"loss": (loss, chance)}
-        terms["clip_loss"] = clip, clip_chance
-        terms["ssl_loss"] = ssl, ssl_chance
-        return loss, terms
+        terms = {"clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
+        return loss, {"loss": (loss, chance), **terms}
 
     for step, batch in run.batches():
         image, view1, view2 = (views[name](*batch[name]) for name in views)
