@@ -22,22 +22,23 @@ class UserError(Exception):
 @contextlib.contextmanager
 def user_errors():
     """Around a script's work: a mistake ends it with one sentence and status 2, without traceback."""
+    import trouble  # only here: scripts need it, functions that were pasted elsewhere do not
+    out, err = trouble.Stream(1, sys.stdout), trouble.Stream(2, sys.stderr)
     try:
-        yield
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
     except KeyboardInterrupt:  # it comes before a Run handles signals, so there is nothing to save
         os._exit(130)
-    except (UserError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
-        text = str(error)
-        if isinstance(error, ModuleNotFoundError):
-            text += f"; `pip install {error.name}` or leave its flag out"
-        elif isinstance(error, torch.OutOfMemoryError):
-            text = text.split(". ")[0] + ": lower --batch-size"
+    except Exception as error:
+        if not (text := trouble.sentence(error)):
+            raise
         # Most errors occur in all processes alike, and the first one reports them for all.
-        alone = getattr(error, "alone", not isinstance(error, UserError))
-        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+        first = "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+        if first or getattr(error, "alone", not isinstance(error, UserError)):
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=err, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
     finally:
+        out.flush()
         if dist.is_initialized():
             time.sleep(0.2)  # gloo's threads free tensors; destroying them holds the GIL they need
             dist.destroy_process_group()
@@ -67,6 +68,10 @@ def init_distributed(device: str = "") -> torch.device:
             raise UserError(f"there is no {kind} among {torch.cuda.device_count()}, lower --nproc_per_node")
         torch.cuda.set_device(kind)
         torch.set_float32_matmul_precision("high")
+    if "MASTER_ADDR" not in os.environ:
+        import trouble
+        if wrong := trouble.launched(os.environ):
+            raise UserError(wrong)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo")
         all_reduce_mean(torch.zeros(1))  # connects all of them, so one that leaves early disturbs no other

@@ -9,6 +9,7 @@ A method file opens a dataset (sources.py says from where), names its views and 
         x, ids = view(pixels, params), batch["text"]     # float (b, 3, S, S), int64 (b, L)
 """
 
+import contextlib
 import gzip
 import html
 import importlib.util
@@ -29,7 +30,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common import UserError, rank, world_size
@@ -46,6 +47,8 @@ def decode(image):
     try:
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))  # reads the header and checks the number of pixels
+            with contextlib.suppress(Exception):  # EXIF data may be damaged; a damaged picture fails below
+                ImageOps.exif_transpose(image, in_place=True)
         if isinstance(image, Image.Image):
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
@@ -71,7 +74,8 @@ class Loader:
         if batch_size % world_size():
             raise UserError(f"batch size {batch_size} cannot be divided among {world_size()} processes")
         if len(dataset) < batch_size:
-            raise UserError(f"{dataset.name} has {len(dataset)} samples, less than a batch of {batch_size}")
+            few = f"{dataset.name} has {len(dataset)} samples, less than a batch of {batch_size}"
+            raise UserError(f"{few}: lower --batch-size, or choose a --recipe for small data")
         if texts and not dataset.captioned:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where they are looked for")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
@@ -91,12 +95,17 @@ class Loader:
         for step in range(start, stop):
             begin = time.perf_counter()
             torch.set_num_threads(threads if self.workers else 1)  # small crops are slower on several
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except (UserError, RuntimeError) as error:
+                import trouble
+                if not (text := trouble.sentence(error)):
+                    raise
+                failed, batches = UserError(text), None  # ends the workers
+                failed.alone = True  # others may read better ones
+                raise failed from None
             torch.set_num_threads(threads)
             self.wait += time.perf_counter() - begin
-            if isinstance(batch, UserError):
-                batch.alone, batches = True, None  # others may read better ones; end the workers
-                raise batch
             if step // self.steps_per_epoch != self.epoch:
                 self.epoch, self.bad_before, self.bad = step // self.steps_per_epoch, self.bad, 0
             for skipped in batch.pop("skipped"):
@@ -140,8 +149,8 @@ class Loader:
                 break
             except (OSError, ValueError) as error:
                 skipped[where] = f"{name}: {error}"
-        else:  # returned, since what a worker raises arrives as a page of traceback
-            return UserError(f"a hundred samples of {self.dataset.name} in a row are bad: {skipped[index]}")
+        else:
+            raise UserError(f"a hundred samples of {self.dataset.name} in a row are bad: {skipped[index]}")
 
         def rng(use):
             return random.Random(f"{self.seed} {epoch} {index} {use}")
@@ -157,8 +166,6 @@ class Loader:
 
     def collate(self, samples):
         """In a worker: list of samples -> batch."""
-        if errors := [s for s in samples if isinstance(s, UserError)]:
-            return errors[0]
         batch = {"skipped": [s["skipped"] for s in samples]}
         batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
         for name in self.views:
@@ -170,7 +177,7 @@ class Loader:
             longest = max(len(s[name]) for s in samples)
             length = min(-(-longest // 8) * 8, getattr(text, "context_length", 2**31))  # few lengths
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
-        return batch
+        return share(batch)
 
     def to_device(self, x):
         if isinstance(x, dict):
@@ -178,6 +185,21 @@ class Loader:
         if isinstance(x, tuple | list):  # pinning makes lists of tuples
             return tuple(map(self.to_device, x))
         return x.to(self.device, non_blocking=self.device.type == "cuda")
+
+
+def share(batch):
+    """Called in a worker: moves all tensors in a batch to shared memory. The thread that sends the
+    batch would do it too, but the main process would not hear of its errors and wait for ever."""
+    if isinstance(batch, dict | tuple | list):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            share(part)
+    elif torch.is_tensor(batch) and torch.utils.data.get_worker_info():
+        try:
+            batch.share_memory_()
+        except RuntimeError as error:
+            advice = "raise --shm-size (Docker) or lower --workers or --batch-size"
+            raise UserError(f"/dev/shm is too small for the batches of the workers: {advice}") from error
+    return batch
 
 
 def ignore_signals(worker):
@@ -189,7 +211,8 @@ def ignore_signals(worker):
         os._exit(0)
 
     sys.excepthook = lambda *_: None  # of the thread that hands tensors over, when nobody takes them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=wait, daemon=True).start()
@@ -339,7 +362,8 @@ def clip_bpe(merges=(), captions=None, vocab_size=49408):
     # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given.
     given = {"initial_alphabet": start, "special_tokens": end, "end_of_word_suffix": "</w>"}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, show_progress=False, **given)
-    bpe.train_from_iterator(captions, trainer)
+    # Training takes the square of a word's length, and no word has a thousand letters.
+    bpe.train_from_iterator((re.sub(r"(\S{1000})\S+", r"\1", text) for text in captions), trainer)
     return clip_bpe(json.loads(bpe.to_str())["model"]["merges"])
 
 

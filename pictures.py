@@ -11,6 +11,15 @@ import torchvision
 from PIL import Image, ImageDraw
 
 
+def save_batch(directory, batch, views):
+    """Writes views.png of a batch of the loader."""
+    images = {}
+    for name, view in views.items():
+        pixels, params = batch[name]
+        images[name] = view(pixels[:8], {key: value[:8] for key, value in params.items()})
+    save_views(directory, images, views)
+
+
 def save_views(directory, images, views):
     """Writes views.png: the first eight samples of a batch, with a row for each view, as the model
     sees them. images: name -> float (b, 3, S, S), as normalised by views[name]."""

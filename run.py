@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import importlib.metadata
 import inspect
 import json
@@ -46,6 +45,21 @@ class RunArgs:
     tensorboard: bool = False  # write the log for TensorBoard too
     wandb: bool = False  # send the log to Weights & Biases too
     profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+
+
+# Least and most of flags whose other values nobody means: they abort, or train nonsense
+RANGES = {
+    **dict.fromkeys(["image_size", "local_size"], (8, 4096)),
+    **dict.fromkeys(["embed_dim", "text_width", "hidden_dim", "out_dim", "head_dim", "mlp_dim"], (0, 2**20)),
+    **dict.fromkeys(["ssl_dim", "ssl_mlp_dim", "ssl_emb_dim", "predictor_dim", "vocab_size"], (0, 2**20)),
+    **dict.fromkeys(["text_layers", "head_layers", "projector_layers", "local_crops"], (0, 1000)),
+    **dict.fromkeys(["momentum", "key_momentum", "tau", "tau_end", "teacher_momentum"], (0, 1)),
+    **dict.fromkeys(["teacher_momentum_end", "center_momentum", "bn_momentum", "ema", "mass"], (0, 1)),
+    **dict.fromkeys(["mask_prob", "mask_ratio", "crop_split", "min_area", "label_smoothing"], (0, 1)),
+    **dict.fromkeys(["drop_path", "drop_connect", "erase", "beta2"], (0, 0.9999)),
+    **dict.fromkeys(["temperature", "teacher_temp", "warmup_teacher_temp"], (0.001, 1000)),
+    "context_length": (3, 4096),
+}
 
 
 def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.ArgumentParser:
@@ -112,6 +126,9 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         if isinstance(value, int | float) and not least <= value < 2**63:
             bound = "above" if least else "at least"
             refuse(f"--{name.replace('_', '-')} {value} must be {bound} 0 and finite")
+        least, most = RANGES.get(name, (0, 0))
+        if most and isinstance(value, int | float) and not least <= value <= most:
+            refuse(f"--{name.replace('_', '-')} {value} must lie between {least} and {most}")
     return args
 
 
@@ -150,6 +167,16 @@ def replace_text(path: Path, text: str):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def hold(file):
+    """Keeps a file from other processes until this one ends. Raises OSError if another has it."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Run:
     """The directory of one run: args.json, env.json, metrics.jsonl, checkpoint.pt, pictures.
 
@@ -170,80 +197,99 @@ class Run:
         self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.time()
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
             importlib.import_module(name)  # a missing one ends all processes, before anything is written
-        self._open_together()
+        self._load(self._first_does(self._open))
         quiet = rank() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
-        self.writers = self._writers() if rank() == 0 and self.step < self.last else []
+        self.writers = []
+        if self.step < self.last:
+            self._first_does(self._start_log)
         size, n, at = args.batch_size, len(loader.dataset), f", continued at {self.step}" if self.step else ""
         at += ", which leaves nothing to do" if self.step >= self.last else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-        self.say(f"{method}: {n:,} samples, batch {size} = {world_size()} x {size // world_size()}, "
+        self.say(f"{loader.dataset.name}: {n:,} samples")
+        self.say(f"{method}: batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
                 on_trace_ready=lambda profile: profile.export_chrome_trace(str(self.dir / "trace.json")))
             self.profiler.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed
+        if signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup wants it so
+            signal.signal(hangup, self._on_signal)
         self._restart_clock()
 
-    def _open_together(self):
-        """The first process opens the directory; all load its checkpoint or raise its error."""
-        opened = ["", "", False]  # directory, error, whether it has a checkpoint
+    def _first_does(self, work):
+        """work() in the first process; all return what it returns, or raise its error."""
+        done = [None, ""]
         if rank() == 0:
             try:
-                opened[0] = str(self._open())
-                opened[2] = Path(opened[0], "checkpoint.pt").exists()
+                done[0] = work()
             except UserError as error:
-                opened[1] = str(error)
+                done[1] = str(error)
             except (OSError, ValueError) as error:
-                opened[1] = f"{self.args.output_dir or 'runs/'} can hold no run ({error}), use another"
+                done[1] = f"{self.args.output_dir or 'runs/'} can hold no run ({error}), use another"
         if dist.is_initialized():
-            dist.broadcast_object_list(opened)
-        if opened[1]:
-            raise UserError(opened[1])
-        self.dir = Path(opened[0])
-        if opened[2]:
-            saved = load_checkpoint(self.dir)
-            try:
-                for name, item in self.state.items():
-                    item.load_state_dict(saved[name])
-                self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
-            except (LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise UserError(f"{self.dir}/checkpoint.pt does not fit, use another --output-dir") from error
-            if (before := saved.get("data", self.data)) != self.data:
-                was, now = (f"{n:,} samples with checksum {checksum}" for n, checksum in (before, self.data))
-                raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds {now}: "
-                                "bring the data back or use another --output-dir")
+            dist.broadcast_object_list(done)
+        if done[1]:
+            raise UserError(done[1])
+        return done[0]
+
+    def _load(self, directory):
+        """Continues from the checkpoint of this directory if it has one."""
+        self.dir = Path(directory)
+        if not self._first_does((self.dir / "checkpoint.pt").exists):
+            return
+        saved = load_checkpoint(self.dir)
+        try:
+            for name, item in self.state.items():
+                item.load_state_dict(saved[name])
+            self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
+            if type(self.step) is not int or self.step < 0:
+                raise ValueError("its step is no number of steps")
             torch.set_rng_state(rng[0])
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.dir}/checkpoint.pt does not fit, use another --output-dir") from error
+        if (before := saved.get("data", self.data)) != self.data:
+            was, now = (f"{n:,} samples with checksum {checksum}" for n, checksum in (before, self.data))
+            raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds {now}: "
+                            "bring the data back or use another --output-dir")
 
-    def _open(self) -> Path:
+    def _open(self) -> str:
         if self.args.batch_size < 2:
             raise UserError("--batch-size 1 leaves no other sample to compare with: use at least 2")
         args = {"method": self.method, **vars(self.args)}
         name = "_".join([self.method, Path(args["data"]).stem, args["arch"], f"s{args['seed']}"])
-        path = Path(args["output_dir"] or f"runs/{name}_{time.strftime('%Y%m%d-%H%M%S')}")
+        when, run_id = time.strftime("%Y%m%d-%H%M%S"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # it is to find the same folder
+            when = run_id if run_id != "none" else f"torchrun{os.getppid()}"
+        path = Path(args["output_dir"] or f"runs/{name}_{when}").expanduser()
         path.mkdir(parents=True, exist_ok=True)
         if (path / "args.json").exists():
-            before = json.loads((path / "args.json").read_text())
+            before = json.loads((path / "args.json").read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise UserError(f"{path}/args.json is damaged: choose another --output-dir")
             changed = [k for k in args if k not in self.MAY_CHANGE and before.get(k) != args[k]]
             if changed:
                 was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)
                 raise UserError(f"{path} holds a run with {was}: use those values or another --output-dir")
         elif {file.name for file in path.iterdir()} - {".lock"}:
             raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
-        self.lock = open(path / ".lock", "w")
+        self.lock = open(path / ".lock", "w", encoding="utf-8")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            hold(self.lock)
+        except (BlockingIOError, PermissionError):
             raise UserError(f"{path} is in use by a running process: choose another --output-dir") from None
-        return path
+        except OSError:  # a file system without locks
+            pass
+        return str(path)
 
-    def _writers(self) -> list:
-        """Writes args.json and env.json, cuts the log back; -> functions that write a row somewhere."""
+    def _start_log(self):
+        """Writes args.json and env.json, cuts the log back; fills self.writers, which write a row."""
         env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                "torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
@@ -257,33 +303,38 @@ class Run:
         for name, text in self.extra.items():  # the tokenizer, for example
             replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one off
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        try:  # a kill may cut the last line off
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            rows = [row for row in rows if row["step"] <= self.step]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): mend it or use another --output-dir") from error
         if self.step < self.last:  # what was written only because the run ended there goes too
             rows = [row for row in rows if "end" not in row]
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step))
-        file = open(path, "a", buffering=1)
-        writers = [lambda row: file.write(json.dumps(row) + "\n")]
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        file = open(path, "a", buffering=1, encoding="utf-8")
+        self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
         if self.args.tensorboard:
             board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir)
-            writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
+            self.writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
         if self.args.wandb:
             wandb = importlib.import_module("wandb")
             wandb.init(project=self.method, config=vars(self.args), id=self.dir.name, resume="allow")
-            writers.append(lambda row: wandb.log(row, step=row["step"]))
-        return writers
+            self.writers.append(lambda row: wandb.log(row, step=row["step"]))
 
     def batches(self):
         """Yields (step, batch) from the step at which the run stands to its last. Wrong augmentations
         are found by looking at them, so it writes views.png before the first step of all."""
-        for step, batch in self.loader.batches(self.step, self.last):
-            if step == 0 and rank() == 0:
-                images = {}
-                for name, view in self.loader.views.items():
-                    pixels, params = batch[name]
-                    images[name] = view(pixels[:8], {key: value[:8] for key, value in params.items()})
-                importlib.import_module("pictures").save_views(self.dir, images, self.loader.views)
-            yield step, batch
+        try:
+            for step, batch in self.loader.batches(self.step, self.last):
+                if step == 0 and rank() == 0:
+                    importlib.import_module("pictures").save_batch(self.dir, batch, self.loader.views)
+                yield step, batch
+        except UserError as error:  # of the loader; the weights are those of the step before
+            if world_size() > 1 or self.step == 0:  # saving takes all processes
+                raise
+            self.save()
+            raise UserError(f"{error}; step {self.step} is saved in {self.dir}") from error
 
     def end_step(self, terms: dict, **numbers):
         """Counts one optimizer step; every --log-every steps it writes terms and numbers to the log.
@@ -362,8 +413,12 @@ class Run:
         self._restart_clock()  # evaluation is not training time
 
     def _on_signal(self, number, frame):
+        if self.signal and time.time() - self.signalled > 10:  # it hangs: nothing can be saved
+            os._exit(128 + number)
+        self.signalled = self.signalled if self.signal else time.time()
         self.signal = number
-        os.write(2, b"\nsaving after this step; a second Ctrl-C ends without saving\n")
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            os.write(2, b"\nsaving after this step; a second Ctrl-C ends without saving\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it; launchers repeat SIGTERM
 
     def agree_to_stop(self) -> bool:

@@ -113,8 +113,10 @@ def test_imports_run_one_way():
     while ready := [name for name, needs in edges.items() if name not in done and needs - {name} <= done]:
         done |= set(ready)
     assert done == set(edges), {name: needs - done for name, needs in edges.items() if name not in done}
-    assert edges["common"] == set() and edges["run"] == {"common"} and edges["scenes"] == edges["pictures"] == set()
-    assert edges["sources"] == {"common", "scenes"} and edges["data"] == {"common", "sources"}
+    assert edges["common"] == {"trouble"} and edges["run"] == {"common"}
+    assert edges["scenes"] == edges["trouble"] == edges["pictures"] == set()
+    assert edges["sources"] == {"common", "layouts", "scenes"} and edges["layouts"] == {"common"}
+    assert edges["data"] == {"common", "sources", "trouble"}
     assert edges["monitor"] <= {"common", "data", "run"}
     for name in METHOD_NAMES:
         assert edges[name] <= {"common", "data", "monitor", "run", "sources"}, name

@@ -1,0 +1,353 @@
+"""How the files of a layout become samples: reads them through, once, for sources.py to index.
+
+Only sources.py uses it, when a run reads files at all. What it leaves out it counts, in `left_out`."""
+
+import contextlib
+import csv
+import functools
+import itertools
+import json
+import os
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image
+
+from common import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes do not wait for each other there
+    fcntl = None
+
+INDEX_VERSION = 2  # an index that an older version of this file wrote is made again
+
+# Pillow reads .avif not everywhere, and the last three only with a plugin.
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
+            ".heic", ".heif", ".jxl")  # fmt: skip
+
+
+# ---------------------------------------- pictures ----------------------------------------
+def ending_of(name):
+    return os.path.splitext(name)[1].lower()
+
+
+@functools.cache
+def readable(ending):
+    return ending in PICTURES and Image.registered_extensions().get(ending) in Image.OPEN
+
+
+def why(name):
+    """Why a file is no sample, as it stands behind a count."""
+    if name.startswith("."):
+        return "hidden"
+    ending = ending_of(name)
+    if ending in PICTURES:
+        return f"{ending[1:]}: Pillow cannot read them"
+    return ending[1:] or "without an ending"
+
+
+def pictures(folder, left_out):
+    """Paths of the pictures below folder, relative to it, each once, whatever links there are.
+    Counts the other files in left_out."""
+
+    def fail(error):  # os.walk would pass over a folder that it may not read
+        raise error
+
+    base, seen = os.path.join(os.path.realpath(folder), ""), set()
+    cut = len(os.path.join(folder, ""))
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.join(os.path.realpath(where), "")
+        # A link to another part of this tree, which is visited anyway, or to a folder around it
+        back = os.path.islink(where) and seen and (real.startswith(base) or base.startswith(real))
+        if back or real in seen:
+            left_out["linked folders that are here already"] += 1
+            folders.clear()
+            continue
+        seen.add(real)
+        left_out["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and readable(ending_of(name)):
+                yield os.path.join(where, name)[cut:]
+            elif name != "classnames.txt":
+                left_out[why(name)] += 1
+
+
+# ---------------------------------------- tables ----------------------------------------
+def table_rows(path, keys):
+    """.csv and .tsv with a header -> (picture, its rows as dicts), of rows that follow each other.
+    Read strictly, as a stray quote would swallow the rows behind it."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = strict_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
+        header = [name.strip() for name in next(rows, [])]
+        key = next((key for key in keys if key in header), None)
+        if key is None:
+            raise UserError(f"the columns of {path} are {header}, none of {', '.join(keys)}")
+        table = (dict(zip(header, fields)) for fields in rows)
+        for image, same in itertools.groupby(table, lambda row: row[key]):
+            yield image, list(same)
+
+
+def strict_rows(file, delimiter):
+    """The rows of a table, lists of one length. ValueError names a line that is not so."""
+    table = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+    advice = "put a text with a comma or a quote in quotes, and write the quote in it twice"
+    width = 0
+    try:
+        for fields in table:
+            width = width or len(fields)
+            if fields and len(fields) != width:
+                found = f"line {table.line_num} has {len(fields)} fields, the header {width}"
+                raise ValueError(f"{found}: {advice}")
+            if any(holds_rows(field, delimiter) for field in fields if "\n" in field):
+                found = f"the quote that ends in line {table.line_num} begins in a row before it"
+                raise ValueError(f"{found}: {advice}")
+            if fields:
+                yield fields
+    except csv.Error as error:
+        raise ValueError(f"line {table.line_num}: {error}: {advice}") from error
+
+
+def holds_rows(text, delimiter):
+    """Whether one of the lines of a text that was read as one field names a picture of its own."""
+    pieces = [line.split(delimiter) for line in text.split("\n")[1:]]
+    names = [piece.strip('" \r').lower() for line in pieces if len(line) > 1 for piece in line]
+    return any(name.endswith(PICTURES) for name in names)
+
+
+def array_rows(path):
+    """A JSON array of rows."""
+    for i, row in enumerate(json.loads(path.read_bytes())):
+        if not isinstance(row, dict):
+            raise ValueError(f"element {i} of the array is not a JSON object")
+        yield row
+
+
+def karpathy_rows(path, split):
+    """dataset_{coco,flickr8k,flickr30k}.json; the pictures are beside it or in a folder beside it."""
+    images = json.loads(path.read_bytes())["images"]
+    images = [image for image in images if image["split"].replace("restval", "train") == split]
+    names = [os.path.join(x.get("filepath", ""), x["filename"]) for x in images]
+    places = [path.parent, *sorted(p for p in path.parent.iterdir() if p.is_dir())]
+    place = next((p for p in places if names and (p / names[0]).exists()), path.parent)
+    for name, image in zip(names, images):
+        captions = [sentence["raw"] for sentence in image["sentences"]]
+        yield {"image": str(place.relative_to(path.parent) / name), "captions": captions}
+
+
+def coco_rows(path):
+    """captions_{train,val}2017.json."""
+    tables, captions = json.loads(path.read_bytes()), {}
+    for row in tables["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for image in tables["images"]:
+        yield {"image": image["file_name"], "captions": captions.get(image["id"], [])}
+
+
+def slip_rows(path):
+    """Pickled list of (index, title, description). An empty one of the two is kept, as SLIP's code
+    does."""
+    with open(path, "rb") as file:
+        for index, title, description in _Plain(file).load():
+            digits = f"{int(index):08d}"
+            name = f"{digits[:2]}/{digits[2:5]}.zip/{digits[5:]}.jpg"
+            yield {"image": name, "captions": [title or "", description or ""]}
+
+
+class _Plain(pickle.Unpickler):
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in ("dtype", "scalar"):
+            return np.dtype if name == "dtype" else lambda dtype, data: np.frombuffer(data, dtype)[0]
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, not only numbers and texts")
+
+
+# ---------------------------------------- archives ----------------------------------------
+def index_archive(shard, start, samples, left_out):
+    """Adds the samples of the archive that starts there -> the start of the next one or None."""
+    kinds = {".txt": 1, ".json": 2, ".cls": 3}
+    shard.seek(start)
+    with tarfile.open(fileobj=shard, mode="r:") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            key, _, ending = name.partition(".")  # WebDataset: the first dot ends a sample's name
+            if not member.isfile():
+                continue
+            kind = 0 if readable(f".{ending.lower()}") else kinds.get(f".{ending.lower()}")
+            if kind is None or not key:
+                left_out["with a second dot" if key and "." in ending else why(name)] += 1
+                continue
+            row = samples.setdefault((start, folder, key), np.zeros((4, 2), np.uint32))
+            left_out["of a name that comes again"] += bool(row[kind, 0])
+            row[kind] = member.offset_data // 512, member.size
+    shard.seek(tar.offset)
+    if shard.read(512) != bytes(512):
+        raise tarfile.ReadError("it is cut off")
+    position = shard.tell()
+    while block := shard.read(2**20):
+        if rest := block.lstrip(b"\0"):
+            return position + (len(block) - len(rest)) // 512 * 512
+        position += len(block)
+    return None
+
+
+def read_zip(path, name, read):
+    """A member of a zip; read(path, start, size) reads bytes. zipfile would parse the whole
+    directory: 2.3 ms for 1,000 members, this 0.1 ms."""
+    size = os.path.getsize(path)
+    tail = read(path, max(0, size - 2**17), min(size, 2**17))  # the directory is at the end
+    entry = tail[max(0, tail.rfind(name.encode()) - 46) :][:46]
+    try:
+        if len(entry) == 46 and entry[:4] == b"PK\1\2":
+            method, stored, length, start = struct.unpack("<10xH8xI4xH12xI", entry)
+            if length == len(name.encode()) and method in (0, 8):
+                start += 30 + sum(struct.unpack("<HH", read(path, start + 26, 4)))
+                data = read(path, start, stored)
+                return zlib.decompress(data, -15) if method else data
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except Exception as error:  # zipfile raises anything on a damaged file
+        raise ValueError(f"{path} is damaged or does not hold {name}: {error}") from error
+
+
+# ---------------------------------------- indices ----------------------------------------
+@contextlib.contextmanager
+def locked(path):
+    """Waits until no other process is here with this path, if files can be locked (not on some NFS)."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def index(path, ending, write):
+    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in ~/.cache
+    if that may not be written. The stamp in it has size and time of `path`; when these change it is
+    made again."""
+    path, stamp = os.path.abspath(path), [INDEX_VERSION, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    cache = os.path.expanduser("~/.cache/contrastive/")
+    places = [path + ending, cache + re.sub(r"\W", "_", path)[-200:] + ending]
+    with locked(path):
+        for place in places:
+            with contextlib.suppress(Exception), open(place, "rb") as file:
+                npz = ending == ".idx.npz"
+                if stamp == (np.load(file)["stamp"].tolist() if npz else json.loads(file.readline())):
+                    return Path(place)
+        for place in places:
+            draft = Path(f"{place}.{os.urandom(6).hex()}")
+            try:
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                if not draft.parent.stat().st_mode & 0o222:
+                    continue  # marked read-only: root, who could write there, leaves it alone too
+                file = open(draft, "wb")
+            except OSError:
+                continue
+            try:
+                with file:
+                    write(file, stamp)
+                os.replace(draft, place)  # processes that do not wait see the whole index or none
+                return Path(place)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+            finally:
+                draft.unlink(missing_ok=True)
+    raise UserError(f"the index of {path} can be written neither beside it nor in ~/.cache: allow one")
+
+
+def index_rows(path, make, *args):
+    """Index of JSON lines: the stamp, then the rows that make(path, *args) yields."""
+
+    def write(file, stamp):
+        rows = itertools.chain([stamp], make(path, *args))
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+    return index(path, "".join(f".{a}" for a in args) + ".idx", write)
+
+
+def index_tar(path):
+    """Index with "members" (samples, 4, 2): where, in blocks of 512 bytes, and how long the picture,
+    .txt, .json and .cls of a sample are, 0 where there is none; and "left_out", a JSON object."""
+
+    def write(file, stamp):
+        samples, left_out, start = {}, Counter(), 0
+        with open(path, "rb") as shard:
+            while start is not None:  # cat joins archives to one file
+                start = index_archive(shard, start, samples, left_out)
+        members = [row for row in samples.values() if row[0, 0]]
+        left_out["without a picture"] = len(samples) - len(members)
+        members = np.array(members, np.uint32).reshape(-1, 4, 2)
+        np.savez(file, stamp=stamp, members=members, left_out=json.dumps(+left_out))
+
+    return index(path, ".idx.npz", write)
+
+
+# ---------------------------------------- arrays ----------------------------------------
+class Npz:
+    captioned = False
+
+    def __init__(self, path, classes, Sample):
+        self.Sample = Sample  # (image, captions, label, key), see sources.py
+        try:
+            with np.load(path) as arrays:
+                self.jpeg, self.offsets, self.labels = (arrays[key] for key in ("jpeg", "offsets", "labels"))
+            good = len(self.offsets) == len(self.labels) + 1 and (np.diff(self.offsets) >= 0).all()
+            good = good and self.jpeg.dtype == np.uint8 and self.offsets[-1] <= len(self.jpeg)
+        except Exception:  # numpy raises anything on a damaged file
+            good = False
+        if not good:
+            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1, rising) and labels (n)")
+        if classes and self.labels.max(initial=0) >= len(classes):
+            raise UserError(f"{path} has label {self.labels.max()}, but classnames.txt {len(classes)} lines")
+        self.path, self.classes = path, classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        data = self.jpeg[self.offsets[i] : self.offsets[i + 1]].tobytes()
+        return self.Sample(data, [], int(self.labels[i]), f"{self.path.name}[{i}]")
+
+
+# ---------------------------------------- torchvision ----------------------------------------
+class Torchvision:
+    """cifar10, cifar100, stl10 (what is labelled), food101; downloaded when missing, by one
+    process while others wait."""
+
+    captioned = False
+
+    def __init__(self, root, kind, split, Sample):
+        self.Sample = Sample  # (image, captions, label, key), see sources.py
+        part = "train" if split == "train" else "test"
+        part = {"train": part == "train"} if "cifar" in root.name else {"split": part}
+        make = functools.partial(getattr(torchvision.datasets, kind), root, **part)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root):
+                self.data = make(download=True)  # what is there is only checked
+        except (OSError, RuntimeError) as error:
+            missing = f"{root} does not hold {root.name}, nor can it be downloaded"
+            raise UserError(f"{missing}: {error}") from error
+        self.classes = [name.replace("_", " ") for name in self.data.classes]
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        image, label = self.data[i]
+        return self.Sample(image, [], int(label), f"sample {i}")

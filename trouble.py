@@ -1,0 +1,93 @@
+"""When something is wrong that is neither a UserError nor a mistake in this project: a machine with
+too little memory, a full disk, processes that were started in a way that cannot work, nobody who
+reads what is printed. Only user_errors and init_distributed (common.py) use it."""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+
+import torch
+import torch.distributed as dist
+
+MEMORY = "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
+MEMORY += "|numel: integer multiplication overflow|Unable to allocate|buffer size"
+
+
+def sentence(error):
+    """One line that says what to do, or "" for an error that should show its traceback."""
+    if type(error).__name__ == "UserError":  # one that a loader worker raised comes with a traceback
+        return str(error).split("UserError: ")[-1].strip()
+    first = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in first:
+        return f"a loader worker died ({first}): lower --workers, as its memory may be used up"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{first}; `pip install {error.name}` or leave its flag out"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"{first.split('. ')[0] or 'out of memory'}: lower {smaller()}"
+    if isinstance(error, RuntimeError) and re.search(MEMORY, str(error)):
+        return f"{re.sub(r'^.*?(DefaultCPUAllocator: |$)', '', first) or first}: lower {smaller()}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        full = ", free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{where}{error.strerror}{full}"
+    if isinstance(error, ValueError) and first.endswith("expected, but not set"):
+        return f"{first}: start with torchrun"
+    if isinstance(error, dist.DistError):
+        return f"the processes do not find each other: {first}"
+    return ""
+
+
+def smaller():
+    """The flags of this script that say how much memory it takes."""
+    Args = getattr(sys.modules["__main__"], "Args", None)
+    names = ["batch_size", "train_batch", "image_size", "embed_dim", "vocab_size"]
+    flags = ["--" + name.replace("_", "-") for name in names if hasattr(Args, name)]
+    return " or ".join(flags[:3]) or "--batch-size"
+
+
+def launched(environ):
+    """One line on variables that speak of several processes without what torchrun sets, or ""."""
+    how = "start with torchrun (docs/running.md), or unset it for one process"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if name in environ:
+            return f"{name} is set without MASTER_ADDR: {how}"
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environ.get(name, "1") != "1":
+            each = f"{name} is {environ[name]}, and each of these processes would train the whole run alone"
+            return f"{each}: start one torchrun on each machine (docs/running.md), or unset it"
+    return ""
+
+
+class Stream:
+    """stdout or stderr. Once nobody reads it (| head, a closed terminal), it leads nowhere."""
+
+    def __init__(self, number, stream):
+        self.number, self.stream = number, stream
+        if stream is None:  # closed before Python began
+            self._lead_nowhere()
+            self.stream = open(number, "w", encoding="utf-8", closefd=False)
+        with contextlib.suppress(AttributeError):  # not a stream of text, as in a notebook
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._or_nowhere(self.stream.write, text)
+
+    def flush(self):
+        return self._or_nowhere(self.stream.flush)
+
+    def _or_nowhere(self, do, *args):
+        try:
+            return do(*args)
+        except OSError:
+            return self._lead_nowhere()
+
+    def _lead_nowhere(self):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.number)
+        if nowhere != self.number:
+            os.close(nowhere)
