@@ -1,0 +1,271 @@
+"""Three real steps of every method's loop, watched: moving averages, who is called with which weights, learning
+rates, weight decay, queues, and how a loss is put together. The official numbers of whole steps start with two
+equal encoders, so that an average that is left out, inverted or late moves nothing in them: here it shows."""
+
+import math
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import run
+from runs import FLAGS, METHODS, make_photos, module_of, rows
+
+STEPS = 4
+EPOCH = 6  # steps of an epoch of the photos
+TOTAL = 4 * EPOCH  # of the whole schedule, whose warm-up is the first epoch
+FASTER = {  # than in other tests: an average has to move by more than the rounding
+    "mocov3": ["--base-lr", "0.03"],
+    "dino": ["--base-lr", "0.16", "--freeze-last-layer", "0"],
+    "ibot": ["--base-lr", "0.16", "--freeze-last-layer", "0"],
+    "dinov2": ["--base-lr", "0.06"],
+}
+
+
+class Trace:
+    """What a run of STEPS steps did. states[t]: the model after t steps; called[t]: a weight of the averaged
+    network when step t called it first; groups[t]: what the optimizer was given for step t."""
+
+    def __init__(self, args, model):
+        self.args, self.model = args, model
+        self.states, self.called, self.groups, self.rows = [clone(model)], [], [], []
+
+
+def clone(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def traced(name, photos, directory, averaged, *flags):
+    module, found = module_of(name), []
+    start, end_step = run.Run.__init__, run.Run.end_step
+
+    def watch(self, method, args, loader, state, *rest):
+        start(self, method, args, loader, state, *rest)
+        trace = Trace(args, state["model"])
+        found.append(trace)
+        if averaged:
+            network = trace.model.get_submodule(averaged)
+            probe = list(network.parameters())[0]
+
+            def called(*_):
+                if len(trace.called) < len(trace.states):
+                    trace.called.append(probe.detach().clone())
+
+            for part in network.modules():
+                part.register_forward_pre_hook(called)
+
+    def record(self, *terms, **numbers):
+        end_step(self, *terms, **numbers)
+        found[0].states.append(clone(found[0].model))
+
+    def given(optimizer, *_):
+        found[0].groups.append([
+            {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": list(group["params"]),
+             "grads": [None if p.grad is None else p.grad.clone() for p in group["params"]],
+             "exclude": group.get("exclude")}
+            for group in optimizer.param_groups
+        ])  # fmt: skip
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(run.Run, "__init__", watch)
+    patch.setattr(run.Run, "end_step", record)
+    hook = register_optimizer_step_pre_hook(given)
+    argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *FASTER.get(name, []),
+            "--max-steps", str(STEPS), "--eval-every", "0", "--save-every", "0", *flags]  # fmt: skip
+    try:
+        module.train(module.parse_args(module.Args, module.RECIPES, argv))
+    finally:
+        hook.remove()
+        patch.undo()
+    found[0].rows = [row for row in rows(directory) if "loss" in row]
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+AVERAGED = {"moco": "encoder_k", "mocov3": "momentum_encoder", "byol": "target", "dino": "teacher",
+            "ibot": "teacher", "dinov2": "teacher"}  # fmt: skip
+ONLINE = {"moco": "encoder_q", "mocov3": "base_encoder", "byol": "online", "dino": "student", "ibot": "student",
+          "dinov2": "student"}  # fmt: skip
+TRACES = {}
+
+
+@pytest.fixture(params=METHODS)
+def step_trace(request, photos, tmp_path):
+    """One run of a method serves all tests of this file."""
+    name = request.param
+    if name not in TRACES:
+        TRACES[name] = traced(name, photos, tmp_path / name, AVERAGED.get(name))
+    return name, TRACES[name]
+
+
+def half_cosine(start, end, share):
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def momentum(name, args, step):
+    """Of the average in 0-based `step`, from the papers: constant in MoCo, on half a cosine to 1 elsewhere."""
+    if name == "moco":
+        return args.key_momentum
+    start = {"byol": "tau", "mocov3": "key_momentum"}.get(name, "teacher_momentum")
+    return half_cosine(getattr(args, start), 1.0, step / TOTAL)
+
+
+def test_the_average_follows_the_online_network(step_trace):
+    """theta_k <- m theta_k + (1 - m) theta_q: with the weights that gave q in MoCo (official code), with those
+    after the optimizer's step elsewhere."""
+    name, trace = step_trace
+    if name not in AVERAGED:
+        assert not any(part in key for key in trace.states[0] for part in ("teacher", "target", "momentum"))
+        return
+    key, online = AVERAGED[name], ONLINE[name]
+    weights = [n for n, _ in trace.model.get_submodule(key).named_parameters()]
+    assert len(weights) > 10
+    moved = 0.0
+    for step in range(STEPS):
+        m = momentum(name, trace.args, step)
+        before, after = trace.states[step], trace.states[step + 1]
+        source = before if name in ("moco", "mocov3") else after
+        for w in weights:
+            old, new = before[f"{key}.{w}"].double(), source[f"{online}.{w}"].double()
+            torch.testing.assert_close(after[f"{key}.{w}"].double(), m * old + (1 - m) * new, rtol=1e-6, atol=1e-7)
+            moved = max(moved, float((1 - m) * (new - old).abs().max()))
+    assert moved > 1e-5  # otherwise an average that is left out would pass
+
+
+def test_which_weights_give_the_targets(step_trace):
+    """MoCo's keys come from the encoder that was just updated, the targets of the others from the last step's."""
+    name, trace = step_trace
+    if name not in AVERAGED:
+        assert trace.called == []
+        return
+    weight = next(iter(dict(trace.model.get_submodule(AVERAGED[name]).named_parameters())))
+    path = f"{AVERAGED[name]}.{weight}"
+    differ = 0.0
+    for step in range(STEPS):
+        before, after = trace.states[step][path], trace.states[step + 1][path]
+        assert torch.equal(trace.called[step], after if name in ("moco", "mocov3") else before)
+        differ = max(differ, float((before - after).abs().max()))
+    assert differ > 0
+
+
+def test_averaged_networks_get_no_gradient(step_trace):
+    name, trace = step_trace
+    given = {id(p) for group in trace.groups[0] for p in group["params"]}
+    trained = {id(p) for p in trace.model.parameters() if p.requires_grad}
+    assert given == trained
+    if name in AVERAGED:
+        for p in trace.model.get_submodule(AVERAGED[name]).parameters():
+            assert id(p) not in given and p.grad is None
+
+
+WARMUP = {"clip": (1e-6, 5), "slip": (1e-6, 5), "declip": (1e-5, 5), "dino": (0, 5), "ibot": (0, 5), "dinov2": (0, 5)}
+
+
+def peak(name, args):
+    if name in ("clip", "slip", "declip", "align", "moco"):
+        return args.lr
+    if name == "dinov2":
+        return args.base_lr * (args.batch_size / 1024) ** 0.5
+    return args.base_lr * args.batch_size / 256
+
+
+def test_learning_rate_of_every_step(step_trace):
+    name, trace = step_trace
+    args = trace.args
+    for step in range(STEPS):
+        start, steps = WARMUP.get(name, (0, 6))  # an inclusive linspace has the peak in its last step
+        want = start + (peak(name, args) - start) * step / steps
+        assert trace.rows[step]["lr"] == pytest.approx(want, rel=1e-6), step
+        rates = [group["lr"] for group in trace.groups[step]]
+        if name == "simsiam":  # the predictor's learning rate is not scheduled (Sec. 4.2)
+            assert rates.pop() == pytest.approx(peak(name, args))
+        assert max(rates) == pytest.approx(want, rel=1e-6), step
+
+
+def test_what_is_decayed(step_trace):
+    """Weight decay spares biases, norms and other vectors wherever the paper's code does; LARS does not scale them."""
+    name, trace = step_trace
+    spared = {id(p) for p in trace.model.parameters() if p.ndim == 1}
+    if name in ("moco", "mocov3", "simsiam"):  # their official code decays everything
+        spared = set()
+    elif name == "align":  # everything but batch norms
+        norms = [m for m in trace.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        spared = {id(p) for norm in norms for p in norm.parameters()}
+        assert len(spared) > 10
+    for group in trace.groups[0]:
+        decayed = group["weight_decay"] > 0 and not group["exclude"]
+        if decayed:
+            assert group["weight_decay"] == pytest.approx(trace.args.weight_decay)
+        for p in group["params"]:
+            if p.ndim > 0:  # of a scalar, the temperature, the papers say nothing
+                assert decayed == (id(p) not in spared), p.shape
+
+
+def test_gradients_are_fresh_and_finite(step_trace):
+    """A gradient that is not set back to zero would be the sum of two steps'."""
+    _, trace = step_trace
+    for groups in trace.groups:
+        grads = [grad for group in groups for grad in group["grads"] if grad is not None]
+        assert grads and all(torch.isfinite(grad).all() for grad in grads)
+    assert all(p.grad is None for p in trace.model.parameters())
+
+
+def test_the_loss_is_the_sum_the_paper_names(step_trace):
+    name, trace = step_trace
+    args = trace.args
+    for row in trace.rows:
+        if name == "slip":
+            want = row["clip_loss"] + args.ssl_scale * row["ssl_loss"]
+        elif name == "declip":
+            assert args.nns_weight == args.ssl_weight == 0.2  # alpha = beta = gamma = 0.2 (Eq. 6)
+            self_supervised = row["iss_loss"] + row["tss_loss"]
+            want = 0.4 * row["clip_loss"] + 0.2 * (self_supervised + row["mvs_loss"] + row["nns_loss"])
+        elif name == "ibot":
+            want = args.cls_weight * row["cls_loss"] + args.patch_weight * row["patch_loss"]
+        elif name == "dinov2":
+            want = row["cls_loss"] + args.patch_weight * row["patch_loss"] + args.koleo_weight * row["koleo"]
+        elif name == "dino":
+            want = row["teacher_entropy"] + row["kl"]
+        else:
+            return
+        assert row["loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_moco_s_queue_takes_the_keys_of_the_step(photos, tmp_path):
+    name, trace = "moco", TRACES.get("moco") or traced("moco", photos, tmp_path / "moco", "encoder_k")
+    b = trace.args.batch_size * (2 if trace.args.symmetric else 1)
+    for step in range(STEPS):
+        before, after = trace.states[step]["queue"], trace.states[step + 1]["queue"]
+        changed = (before != after).any(0).nonzero().flatten()
+        first = step * b
+        assert changed.tolist() == list(range(first, first + b)), name
+        assert int(trace.states[step + 1]["queue_ptr"]) == first + b
+        torch.testing.assert_close(after[:, changed].norm(dim=0), torch.ones(b))
+
+
+@pytest.mark.parametrize("name", ["clip", "slip", "declip"])
+def test_the_logit_scale_is_held_at_100(name, photos, tmp_path):
+    """ln 100 is the largest; a learning rate of 1 would take it beyond in the first steps."""
+    trace = traced(name, photos, tmp_path / name, None, "--lr", "1", "--clip-grad", "1e-3", "--warmup-epochs", "0")
+    scales = [float(state["logit_scale"]) for state in trace.states]
+    assert max(scales) <= math.log(100) + 1e-6 and scales[0] == pytest.approx(math.log(1 / 0.07), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_clipping_bounds_the_gradient(name, photos, tmp_path):
+    """All of it together, or each network or weight by itself as DINO's official code does; 0 switches it off."""
+    trace = traced(name, photos, tmp_path / name, None, "--max-steps", "1", "--clip-grad", "1e-4")
+    grads = [g for group in trace.groups[0] for g in group["grads"] if g is not None]
+    norms = torch.stack([g.double().norm() for g in grads])
+    limit = 1e-4 * 1.001
+    if name in ("dino", "ibot"):
+        assert norms.max() <= limit and (norms > 0.9e-4).sum() > 5  # each weight reaches the bound
+    elif name == "dinov2":
+        parts = list(trace.model.student.values())
+        assert norms.norm() <= limit * len(parts) ** 0.5
+    else:
+        assert 0.9e-4 < norms.norm() <= limit
