@@ -1,27 +1,36 @@
 """DeCLIP: Supervision Exists Everywhere, a data efficient CLIP (Li et al. 2021, arXiv 2110.05208).
 
-Where CLIP learns from one pairing per sample, a sample gives four kinds of supervision: its image alone, its
-text alone, two views of each, and the nearest neighbour of its text among those of earlier samples.
+CLIP learns from one pairing per sample. Here a sample gives four kinds of supervision: its image
+alone, its text alone, two views of each, and a similar text of an earlier sample.
 
-Loss, with I1, I2 embeddings of two views of an image, T of its text, T' of the text augmented, N and N' the
-entries of a queue nearest to T and T', s = exp(t), alpha = beta = gamma = 0.2:
+Loss (Sec. 3), with I1, I2 embeddings of two views of an image, T of its text, T' of the augmented
+text, N and N' the entries of a queue nearest to T and T', s = exp(t), alpha = beta = gamma = 0.2:
     L = (1 - alpha - beta - gamma) C(I1, T) + alpha (L_ISS + L_TSS) + beta L_MVS + gamma L_NNS
-    C(I, T) = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ], y = (0, ..., B-1), unit lengths,  chance level ln B
-    L_MVS = C(I1, T') + C(I2, T) + C(I2, T'),  chance 3 ln B;  L_NNS = 1/2 [ C(I1, N) + C(I2, N) ],  ln B
-    L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z); no gradient through z
-    L_TSS = mean over the masked tokens of -log p(token),  chance level ln V
-B global batch, b = B / processes, D a width, E of embeddings, K length of the queue, V tokens there are.
+    C(I, T) = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ], unit lengths (CLIP Fig. 3),  chance ln B
+    L_MVS = C(I1, T') + C(I2, T) + C(I2, T'),  chance 3 ln B
+    L_NNS = 1/2 [ C(I1, N) + C(I2, N) ],  chance ln B
+    L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z), and no gradient
+        through z (SimSiam Eq. 2)
+    L_TSS = mean over the masked tokens of -log p(token),  chance ln V
+B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K length of the
+queue, V number of tokens.
 
-Laptop, 1 GPU   torchrun declip.py    torchrun declip.py --data flickr8k
-8 GPUs          torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
+Laptop        torchrun declip.py
+1 GPU         torchrun declip.py --data flickr8k
+8 GPUs        torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
+Own data      torchrun declip.py --data path/to/captions.csv --recipe flickr8k
 
-Official checkpoints load strictly (evaluation.weights.load_released). With --released, as in that code:
+Official checkpoints load strictly (evaluation.weights.load_released). The default follows the text
+of the paper. With --released the following is done as in the released code:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
- - L_NNS from image to text alone, and over N' too; the queue takes T' as well. The paper enqueues T.
- - One masked text serves L_TSS and T, and a random token in it may end it. Here T sees it unmasked.
- - s is at least exp(3) = 20; a ViT's patch embedding is not trained.
-Not even then: batch norm and queue of each process alone, a queue that is lost at a restart and drops what is
-too long for its end, L_TSS averaged over processes, not tokens. Runs would depend on their number.
+ - L_NNS goes from image to text only, and over N' too; the queue takes T' as well. In the paper
+   both directions and T alone.
+ - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
+   the text encoder then pools at. By default T is the embedding of the text without masks.
+ - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
+Never reproduced, even with --released: per-process batch norm and queue; a queue that is lost at a
+restart and drops entries that do not fit before its end; L_TSS averaged over processes, not over
+tokens. All of these would make a run depend on the number of processes or restarts.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -30,9 +39,7 @@ import copy
 import functools
 import json
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -43,14 +50,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
 from common import user_errors, warmup_cosine, world_size
-from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, color_jitter, draw_jitter
-from data import gaussian_blur, grayscale, hflip, normalize, open_dataset, random_resized_crop
-from data import to_float
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
+from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from monitor import EvalView, captions, evaluation_set, language_eval
 from run import Run, RunArgs, parse_args
+from synonyms import open_synonyms
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "shapes"  # named dataset or path, see docs/data.md
@@ -58,120 +65,104 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_base_patch32"  # image encoder: a key of ARCHS, a ViT with _patchP behind it
     embed_dim: int = 0  # width of the joint embedding (0: the architecture's; 3072 in the 88M ViT)
-    text_width: int = 512  # width of the text transformer, with heads of 64 (official code)
-    text_layers: int = 12  # blocks of the text transformer (official code)
+    text_width: int = 512  # width of the text transformer, with heads of 64 (CLIP Sec. 2.4)
+    text_layers: int = 12  # blocks of the text transformer (CLIP Sec. 2.4)
     context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
-    ssl_dim: int = 1024  # width of projector and predictor, their hidden layer has half (official)
-    ssl_weight: float = 0.2  # alpha, weight of L_ISS and of L_TSS
-    mvs_weight: float = 0.2  # beta, weight of L_MVS (--released: 0.2 is C's share, the 88M ViT 0)
-    nns_weight: float = 0.2  # gamma, weight of L_NNS
-    queue_size: int = 65536  # K, embeddings in the queue of texts
-    released: bool = False  # objective and behaviour of the released code, see the top of this file
+    ssl_dim: int = 1024  # width of the projector, twice the predictor's (SimSiam Sec. 3)
+    ssl_weight: float = 0.2  # alpha, weight of L_ISS and of L_TSS (Sec. 3)
+    mvs_weight: float = 0.2  # beta, weight of L_MVS (--released: part of C's; 0 in its 88M ViT)
+    nns_weight: float = 0.2  # gamma, weight of L_NNS (Sec. 3)
+    queue_size: int = 65536  # K, embeddings in the queue of texts (Sec. 3)
+    released: bool = False  # objective and behaviour of the released code, see top of this file
     synonyms: str = ""  # file of lines "word, synonym, ..." (default: WordNet, if it is installed)
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
     vocab_size: int = 49409  # V, CLIP's tokens and a mask; for --tokenizer train the most tokens
     image_size: int = 224  # side of an image in pixels
-    epochs: int = 32  # passes over the data (Sec. 4.1); officially 128,000 steps of YFCC15M
+    epochs: int = 32  # passes over the data (Sec. 4.1); official code: 128,000 steps of YFCC15M
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
-    batch_size: int = 4096  # pairs of a step, over all processes (official)
+    batch_size: int = 4096  # pairs of a step, over all processes (official code)
     accum_steps: int = 1  # more is refused: batch norm, negatives and queue need the whole batch
-    lr: float = 1e-3  # peak learning rate (official)
-    min_lr: float = 0.0  # learning rate at the end of the cosine (official)
-    warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official)
-    weight_decay: float = 0.1  # of everything but gains and biases (official)
+    lr: float = 1e-3  # peak learning rate (official code)
+    min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
+    warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
+    weight_decay: float = 0.1  # of everything but gains and biases (official code)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     seed: int = 0  # random seed of weights, order, crops, choice of captions and masks
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train", lr=1e-3)
-SMALL |= dict(batch_size=128, warmup_epochs=0.2, ssl_dim=512, queue_size=4096)
+SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train")
+SMALL |= dict(batch_size=128, lr=1e-3, warmup_epochs=0.2, ssl_dim=512, queue_size=4096)
+# our choice for photos with several captions each: no published run trains on these alone
+PHOTOS = dict(arch="vit_small_patch16", text_layers=6, tokenizer="train", vocab_size=16384)
+PHOTOS |= dict(epochs=30, batch_size=1024, lr=1e-3, warmup_epochs=2.0, queue_size=16384)
+# Beside CC3M and CC12M: ImageNet zero-shot accuracy in the paper, whose ResNet-50, batch and epochs
+# these are. We do not know the other hyperparameters of its runs: the warm-up is our choice.
+RESNET = dict(arch="resnet50", eval_data="imagenet", warmup_epochs=1.0)
 RECIPES = {
-    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2),
+    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2,
+                   epochs=2),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
-    "yfcc15m": dict(eval_data="imagenet"),
+    "flickr30k": PHOTOS,
+    "coco": PHOTOS,
+    "cc3m": dict(RESNET, batch_size=2048),  # 27.8%
+    "cc12m": RESNET,  # 41.0%
+    "yfcc15m": dict(eval_data="imagenet"),  # official README: 43.2%, with what --released does
+    "redcaps": dict(eval_data="imagenet", warmup_epochs=1.0),  # our choice: no published run
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 # Adapted from slip.py: SSLView, crops from 20%
 class SSLView:
-    """One view of an image, MoCo v2's, as in the official code. Both kinds of loss see the same two views."""
+    """One view of an image: MoCo v2's augmentation (official code). Image and caption losses and
+    L_ISS see the same two views."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.mean, self.std = size, mean, std
+        self.size = size
+        self.mean = mean
+        self.std = std
 
     def crop(self, image, rng):
-        return random_resized_crop(image, rng, self.size, scale=(0.2, 1.0), interpolation="bilinear")
+        scale = (0.2, 1.0)
+        return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
     def sample(self, rng):
-        return {"flip": rng.random() < 0.5, "jitter": rng.random() < 0.8, "gray": rng.random() < 0.2,
-                "blur": rng.random() < 0.5, "sigma": rng.uniform(0.1, 2.0),  # pixels
-                **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)}  # fmt: skip
+        return {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < 0.5,
+            "sigma": rng.uniform(0.1, 2.0),  # pixels
+            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+        }
 
     def __call__(self, x, params):
         x = hflip(to_float(x), params["flip"])
         factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
+        kernel_size = 13  # 3 sigma on either side
+        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
         return normalize(x, self.mean, self.std)
 
 
-# Words that WordNet knows as something else ("in": inch)
-STOP_WORDS = """a an the in on at by to of off up out over is are was be am as it its he his she who have
-has no not so or and but for from with do does can will more most some than then"""
-
-
-def open_synonyms(path=""):
-    """-> function from a word in lower case to a list of its synonyms (or None): those of a file with a line
-    "word, synonym, ..." for each, else WordNet's; None where nltk or its WordNet is not there. UserError."""
-    if path:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--synonyms {path} cannot be read as text ({error})") from error
-        rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
-        return {row[0]: row[1:] for row in rows if row}.get
-    try:
-        return wordnet().get
-    except (ImportError, LookupError, OSError):
-        return None
-
-
-def wordnet(debian=Path("/usr/share/wordnet")):
-    """-> {word: its synonyms} of WordNet, without inflected forms: Debian's wordnet-base, else nltk's."""
-    parts = [debian / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
-    if not parts[0].exists():
-        import nltk  # only to find the files: its reader would share open ones with forked workers
-
-        parts = [nltk.data.find(f"corpora/wordnet/{part.name}") for part in parts]
-    table, stop_words = {}, set(STOP_WORDS.split())
-    for part in parts:
-        with part.open("rb") if isinstance(part, Path) else part.open() as file:
-            lines = file.read().decode().splitlines()
-        for line in lines:
-            if not line.startswith(" "):  # not the licence
-                fields = line.split()  # offset, file, kind, count, then word, id for each
-                words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-                words = {re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words}
-                for word in words - stop_words:
-                    table.setdefault(word, set()).update(words - {word})
-    return {word: sorted(synonyms) for word, synonyms in table.items()}
-
-
 def augmented_text(tokenizer, synonyms, caption, rng):
-    """-> ids of the caption after one operation of EDA (arXiv 1901.11196), without insertion as officially.
-    synonyms: function from a word to a list of words or None; without it only the other two are there."""
+    """-> ids of the caption after one operation of EDA (arXiv 1901.11196, Sec. 2); no word
+    insertion, like the official code. synonyms: function from a word to a list of words or None;
+    None: swapping and deleting alone."""
     words = caption.split()
-    if len(words) > 1:
-        operation = rng.choice(["swap", "delete", "replace"][: 3 if synonyms else 2])
-        if operation == "swap":
-            i, j = rng.sample(range(len(words)), 2)
-            words[i], words[j] = words[j], words[i]
-        elif operation == "delete":
-            words = [word for word in words if rng.random() > 0.1] or [rng.choice(words)]
-        elif known := [word for word in words if synonyms(word.lower())]:
+    operations = ["swap", "delete", "replace"] if synonyms else ["swap", "delete"]
+    operation = rng.choice(operations) if len(words) > 1 else ""  # a single word stays
+    if operation == "swap":
+        i, j = rng.sample(range(len(words)), 2)
+        words[i], words[j] = words[j], words[i]
+    elif operation == "delete":
+        stay = [word for word in words if rng.random() > 0.1]
+        words = stay or [rng.choice(words)]
+    elif operation == "replace":
+        known = [word for word in words if synonyms(word.lower())]
+        if known:
             old = rng.choice(known)
             new = rng.choice(synonyms(old.lower()))
             words = [new if word == old else word for word in words]
@@ -179,132 +170,210 @@ def augmented_text(tokenizer, synonyms, caption, rng):
 
 
 def masked_text(tokenizer, any_id, caption, rng):
-    """-> ids with BERT's masks: a token is chosen with p 0.15 and stored as ~id, which is below 0. Its id is
-    the mask with p 0.8, a random one with 0.1, or stays. any_id: even a mask, start or end token."""
-    ids, mask = tokenizer(caption), tokenizer.sot - 1  # see add_mask_token
+    """-> (ids, labels) of BERT's masked language model (its Sec. 3.1): a token is chosen with p
+    0.15. Of a chosen one the label is its id, and in ids stands the mask with p 0.8, a random token
+    with p 0.1, or it stays. The label of all others is -100. any_id: a random token may also be a
+    mask, start or end token (official code)."""
+    ids = tokenizer(caption)
+    labels = [-100] * len(ids)
+    mask = tokenizer.sot - 1  # see add_mask_token
     for i in range(1, len(ids) - 1):  # neither start nor end
         if rng.random() < 0.15:
+            labels[i] = ids[i]
             other = rng.randrange(tokenizer.vocab_size if any_id else mask)
-            ids[i] = ~rng.choices([mask, other, ids[i]], [0.8, 0.1, 0.1])[0]
-    return ids
+            ids[i] = rng.choices([mask, other, ids[i]], [0.8, 0.1, 0.1])[0]
+    return ids, labels
+
+
+def masked_row(tokenizer, any_id, caption, rng):
+    """Both lists of masked_text, padded to the context length, as the one row that Loader takes."""
+    ids, labels = masked_text(tokenizer, any_id, caption, rng)
+    padding = tokenizer.context_length - len(ids)
+    ids = ids + [0] * padding
+    labels = labels + [-100] * padding
+    return ids + labels
 
 
 def add_mask_token(tokenizer):
-    """-> a Tokenizer with <|mask|> in front of start and end, whose ids go up by one, as officially."""
-    if (tokenizer.sot, tokenizer.eot) != (tokenizer.vocab_size - 2, tokenizer.vocab_size - 1):
-        raise UserError("the last two ids of --tokenizer are not its start and end tokens: use clip or train")
-    form = json.loads(tokenizer.to_json()) | {"post_processor": None}  # never used, and holds ids
+    """-> a Tokenizer with <|mask|> in front of start and end, whose ids go up by one, as in the
+    official code."""
+    last_two = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    if (tokenizer.sot, tokenizer.eot) != last_two:
+        raise UserError(
+            "the last two ids of --tokenizer are not its start and end tokens: use clip or train"
+        )
+    form = json.loads(tokenizer.to_json())
+    form["post_processor"] = None  # it is never used, and holds the old ids
+    vocab = form["model"]["vocab"]
     for token in form["added_tokens"]:
-        token["id"] += token["id"] >= tokenizer.sot
-        form["model"]["vocab"][token["content"]] = token["id"]
-    form["model"]["vocab"]["<|mask|>"] = tokenizer.sot
+        if token["id"] >= tokenizer.sot:
+            token["id"] += 1
+        vocab[token["content"]] = token["id"]
+    vocab["<|mask|>"] = tokenizer.sot
     return Tokenizer(json.dumps(form), tokenizer.context_length)
 
 
 def eval_view(args) -> EvalView:
-    return EvalView(args.image_size, args.image_size * 256 // 224, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+    resize = args.image_size * 256 // 224
+    return EvalView(args.image_size, resize, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 # Adapted from clip.py: ResidualAttentionBlock, QuickGELU in forward, initialised here
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block; causal: a token sees itself and the ones before it. (B, N, D) -> same."""
+    """Pre-norm block; causal: a token sees itself and those before it. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width, layers, causal=False):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
-        self.ln_1, self.ln_2, self.causal = nn.LayerNorm(width), nn.LayerNorm(width), causal
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.ln_1 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.causal = causal
+        self.mlp = nn.Module()
+        self.mlp.c_fc = nn.Linear(width, 4 * width)
+        self.mlp.c_proj = nn.Linear(4 * width, width)
+        std_out = (2 * layers * width) ** -0.5  # of the last layer of each residual branch
         nn.init.normal_(self.attn.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(self.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
-        nn.init.normal_(self.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp["c_proj"].weight, std=(2 * layers * width) ** -0.5)
+        nn.init.normal_(self.attn.out_proj.weight, std=std_out)
+        nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.mlp.c_proj.weight, std=std_out)
 
     def forward(self, x):
         y = self.ln_1(x)
-        mask = x.new_full([x.shape[1]] * 2, float("-inf")).triu(1) if self.causal else None
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)[0]
-        y = self.mlp["c_fc"](self.ln_2(x))
-        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
+        mask = None
+        if self.causal:
+            tokens = x.shape[1]
+            mask = x.new_full((tokens, tokens), float("-inf")).triu(1)
+        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)
+        x = x + y
+        y = self.mlp.c_fc(self.ln_2(x))
+        y = y * torch.sigmoid(1.702 * y)  # QuickGELU
+        return x + self.mlp.c_proj(y)
+
+
+# Adapted from clip.py: Transformer, blocks that make the mask
+class Transformer(nn.Module):
+
+    def __init__(self, width, layers, causal=False):
+        super().__init__()
+        self.resblocks = nn.Sequential()
+        for _ in range(layers):
+            self.resblocks.append(ResidualAttentionBlock(width, layers, causal))
+
+    def forward(self, x):
+        return self.resblocks(x)
 
 
 # Adapted from clip.py: VisionTransformer, initialised as the text encoder is (official code)
 class VisionTransformer(nn.Module):
-    """OpenAI's ViT: no bias in the patch embedding, a norm before the first block. (B, 3, S, S) -> (B, E)."""
+    """OpenAI's ViT (CLIP Sec. 2.4): no bias in the patch embedding, a norm before the first block.
+    (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, patch_size, width, layers, embed_dim):
         super().__init__()
-        scale, tokens = width**-0.5, (image_size // patch_size) ** 2 + 1
+        scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        tokens = (image_size // patch_size) ** 2 + 1
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(tokens, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        blocks = [ResidualAttentionBlock(width, layers) for _ in range(layers)]
-        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
+        self.ln_pre = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def pool(self, x):
         """-> the class token after the last norm, (B, D): the features of linear probes."""
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
-        return self.ln_post(self.transformer["resblocks"](self.ln_pre(x))[:, 0])
+        class_token = self.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([class_token, x], dim=1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0])
 
     def forward(self, x):
         return self.pool(x) @ self.proj
 
 
+# Adapted from clip.py: Bottleneck, made of torchvision's
+class Bottleneck(torchvision.models.resnet.Bottleneck):
+    """torchvision's block without strides: a mean over 2 x 2 pixels before the last convolution
+    and before the shortcut's takes their place (CLIP Sec. 2.4)."""
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None, *args, **kwargs):
+        super().__init__(inplanes, planes, 1, downsample, *args, **kwargs)
+        self.avgpool = nn.AvgPool2d(stride)
+        if downsample is not None:
+            downsample[0].stride = (1, 1)
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(self.avgpool(x))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return F.relu(x + shortcut)
+
+
 # Adapted from clip.py: AttentionPool2d, heads of 64
 class AttentionPool2d(nn.Module):
-    """Attention pooling: the mean token is the only query. (B, D, H, W) -> (B, E)."""
+    """Attention pooling (CLIP Sec. 2.4), the mean token asks alone. (B, D, H, W) -> (B, E)."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
         for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
-            self.add_module(name, nn.Linear(width, embed_dim if name == "c_proj" else width))
-            nn.init.normal_(getattr(self, name).weight, std=width**-0.5)
+            linear = nn.Linear(width, embed_dim if name == "c_proj" else width)
+            nn.init.normal_(linear.weight, std=width**-0.5)
+            self.add_module(name, linear)
 
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding.to(x)
+        mean = x.mean(1, keepdim=True)
+        x = torch.cat([mean, x], dim=1) + self.positional_embedding.to(x)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (-1, 64)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N, 64)
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
+        q, k, v = (t.unflatten(-1, (-1, 64)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, 64)
+        return self.c_proj(x.flatten(1))
 
 
+# Adapted from clip.py: ModifiedResNet, with a classifier that is never used
 class ModifiedResNet(torchvision.models.ResNet):
-    """clip.py's, made of torchvision's: a stem of three convolutions, 2 x 2 means in place of strides, and
-    attention pooling. (B, 3, S, S) -> (B, E)."""
+    """ResNet with a stem of three convolutions and attention pooling (CLIP Sec. 2.4).
+    (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, layers, embed_dim):
-        super().__init__(torchvision.models.resnet.Bottleneck, layers, embed_dim, zero_init_residual=True)
-        self.fc.requires_grad_(False)  # in official files, never used
-        for i, (inputs, outputs) in enumerate([(3, 32), (32, 32), (32, 64)], 1):
-            self.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, 3, 1 + (i == 1), padding=1, bias=False))
-            self.add_module(f"bn{i}", nn.BatchNorm2d(outputs))
-        for block in (self.layer2[0], self.layer3[0], self.layer4[0]):
-            block.conv2.stride = block.downsample[0].stride = (1, 1)
-            for layer in (block.conv3, block.downsample):
-                layer.register_forward_pre_hook(lambda module, x: F.avg_pool2d(x[0], 2))
-        self.apply(lambda m: isinstance(m, nn.Conv2d) and m.reset_parameters())  # not torchvision's
+        super().__init__(Bottleneck, layers, embed_dim, zero_init_residual=True)
+        self.fc.requires_grad_(False)  # torchvision's classifier: in official files, never used
+        self.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(64)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()  # torch's own initialisation in place of torchvision's
         self.attnpool = AttentionPool2d(image_size // 32, 2048, embed_dim)
 
     def forward(self, x):
-        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = F.relu(bn(conv(x)))
-        return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2))))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.avg_pool2d(x, 2)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        return self.attnpool(x)
 
-    pool = forward
+    pool = forward  # no projection follows
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text encoder as a module of its own; its projection has a bias."""
+    """CLIP's text encoder (its Sec. 2.4) as a module of its own; the projection has a bias."""
 
     def __init__(self, context_length, vocab_size, width, layers, embed_dim):
         super().__init__()
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
-        blocks = [ResidualAttentionBlock(width, layers, causal=True) for _ in range(layers)]
-        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
+        self.transformer = Transformer(width, layers, causal=True)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, embed_dim)
@@ -312,72 +381,89 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.text_projection.weight, std=width**-0.5)
 
     def forward(self, text, return_words=False):
-        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not normalised, and
-        on request (B, N, D), what each token has become."""
+        """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
+        normalised, and on request the output for every token, (B, N, D)."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer["resblocks"](x))
-        end = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]  # the end token, the largest id
-        return (self.text_projection(end), x) if return_words else self.text_projection(end)
+        x = self.ln_final(self.transformer(x))
+        end = text.argmax(dim=-1)  # position of the end token, which has the largest id
+        rows = torch.arange(len(x), device=x.device)
+        embed = self.text_projection(x[rows, end])
+        if return_words:
+            return embed, x
+        return embed
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 class DeCLIP(nn.Module):
     """visual: images -> (B, E); text: a TextTransformer."""
 
     def __init__(self, embed_dim, visual, text, ssl_dim=1024):
         super().__init__()
-        self.visual, self.encode_text = visual, text
-        self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # t
-        self.projector, self.predictor = nn.Sequential(), nn.Sequential()
+        self.visual = visual
+        self.encode_text = text
+        self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # t; CLIP Sec. 2.5
+        # SimSiam's (its Sec. 3), on the embedding I, which is not normalised (official code)
+        self.projector = nn.Sequential()
         for i, dim in ((1, embed_dim), (2, ssl_dim), (3, ssl_dim)):
             self.projector.add_module(f"linear{i}", nn.Linear(dim, ssl_dim))
             self.projector.add_module(f"bn{i}", nn.BatchNorm1d(ssl_dim))
             if i < 3:
                 self.projector.add_module(f"relu{i}", nn.ReLU())
+        self.predictor = nn.Sequential()
         self.predictor.add_module("linear1", nn.Linear(ssl_dim, ssl_dim // 2))
         self.predictor.add_module("bn1", nn.BatchNorm1d(ssl_dim // 2))
         self.predictor.add_module("relu", nn.ReLU())
         self.predictor.add_module("layer2", nn.Linear(ssl_dim // 2, ssl_dim))
-        self.text_label_predictor = nn.Linear(*text.token_embedding.weight.T.shape)
+        vocab_size, width = text.token_embedding.weight.shape
+        self.text_label_predictor = nn.Linear(width, vocab_size)
 
     def encode_image(self, image):
         """(B, 3, S, S) -> (B, E), not normalised."""
         return self.visual(image)
 
-    def forward(self, view1, view2, text, text_aug, masked):
-        """-> (I1, I2), (T, T') each (B, E); (p1, p2), (z1, z2) each (B, ssl_dim); logits (M, V) of the tokens
-        below 0 in `masked`, see masked_text. text None: T is that of the masked caption."""
-        images = self.visual(view1), self.visual(view2)
-        z = self.projector(images[0]), self.projector(images[1])
-        masked_embed, words = self.encode_text(masked.where(masked >= 0, ~masked), return_words=True)
-        texts = masked_embed if text is None else self.encode_text(text), self.encode_text(text_aug)
-        p = self.predictor(z[0]), self.predictor(z[1])
-        return images, texts, p, z, self.text_label_predictor(words[masked < 0])
+    def forward(self, view1, view2, text, text_aug, masked, labels):
+        """-> (I1, I2), (T, T') each (B, E); (p1, p2), (z1, z2) each (B, ssl_dim); logits (M, V) of
+        the M tokens whose label, see masked_text, is not -100. text None: T is that of `masked`."""
+        image1 = self.visual(view1)
+        image2 = self.visual(view2)
+        z1 = self.projector(image1)
+        z2 = self.projector(image2)
+        masked_embed, words = self.encode_text(masked, return_words=True)
+        text_embed = masked_embed if text is None else self.encode_text(text)
+        text_aug_embed = self.encode_text(text_aug)
+        p1 = self.predictor(z1)
+        p2 = self.predictor(z2)
+        logits = self.text_label_predictor(words[labels != -100])
+        return (image1, image2), (text_embed, text_aug_embed), (p1, p2), (z1, z2), logits
 
 
 class TextQueue(nn.Module):
-    """The last K text features of all processes, of unit length, first in first out; random ones at first."""
+    """The last K text features of all processes, of unit length; random ones at the start."""
 
     def __init__(self, size, dim):
         super().__init__()
-        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=-1))  # (K, E)
+        features = F.normalize(torch.randn(size, dim), dim=-1)
+        self.register_buffer("features", features)  # (K, E)
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # of the next one
 
     @torch.no_grad()
     def nearest(self, text_embed):
-        """(b, E) of any length -> (b, E): of each, the entry of largest cosine."""
-        return self.features[(text_embed.float() @ self.features.T).argmax(dim=1)]
+        """(b, E) of any length -> (b, E): for each, the entry of largest cosine."""
+        similarity = text_embed.float() @ self.features.T  # (b, K)
+        return self.features[similarity.argmax(dim=1)]
 
     @torch.no_grad()
     def enqueue(self, features):
         """(n <= K, E) of unit length, the same on every process."""
+        size = len(self.features)
         rows = torch.arange(len(features), device=features.device) + self.place
-        self.features[rows % len(self.features)] = features
-        self.place.copy_((self.place + len(features)) % len(self.features))
+        self.features[rows % size] = features
+        self.place.copy_((self.place + len(features)) % size)
 
 
-ARCHS = {  # embed_dim, layers, width (below base: our own)
+ARCHS = {  # embed_dim, layers, width (smaller ViTs: our own)
     "vit_micro": (128, 4, 128),
+    "vit_small": (384, 12, 384),
     "vit_base": (512, 12, 768),
     "resnet50": (1024, (3, 4, 6, 3), 2048),
 }
@@ -386,120 +472,191 @@ ARCHS = {  # embed_dim, layers, width (below base: our own)
 def build_model(args) -> DeCLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not (patch.lstrip("0").isdecimal() if name[:3] == "vit" else name == args.arch):
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {', '.join(ARCHS)}")
-    if args.image_size % (int(patch or 32)) or args.text_width % 64:
-        raise UserError(f"--image-size must be a multiple of {patch or 32} ({args.arch}), --text-width of 64")
+    if name.startswith("vit"):
+        known = name in ARCHS and patch.isdecimal() and int(patch) > 0
+    else:
+        known = args.arch in ARCHS
+    if not known:
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {names}")
+    patch_size = int(patch) if patch else None
+    stride = patch_size or 32  # pixels of the image for one token
+    if args.image_size % stride:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {stride} ({args.arch})"
+        )
+    text_width = args.text_width
+    if text_width % 64:
+        raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
     embed_dim, layers, width = ARCHS[name]
     embed_dim = args.embed_dim or embed_dim
-    visual = (ModifiedResNet(args.image_size, layers, embed_dim) if not patch
-              else VisionTransformer(args.image_size, int(patch), width, layers, embed_dim))  # fmt: skip
-    text = TextTransformer(args.context_length, args.vocab_size, args.text_width, args.text_layers, embed_dim)
+    if patch_size:
+        visual = VisionTransformer(args.image_size, patch_size, width, layers, embed_dim)
+    else:
+        visual = ModifiedResNet(args.image_size, layers, embed_dim)
+    text = TextTransformer(
+        args.context_length, args.vocab_size, text_width, args.text_layers, embed_dim
+    )
     return DeCLIP(embed_dim, visual, text, args.ssl_dim)
 
 
 def image_encoder(model: DeCLIP) -> nn.Module:
-    """Module from images to pooled features: a ViT's before the projection, a ResNet's attention pooling."""
-    encoder = copy.copy(model.visual)  # with the same parameters
-    encoder.forward = encoder.pool
+    """Module from images to pooled features, those of a ViT before its projection."""
+    encoder = copy.copy(model.visual)  # a second module with the same parameters ...
+    encoder.forward = encoder.pool  # ... whose output is the features in place of the embedding
     return encoder
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 # Adapted from clip.py: clip_loss, several images and texts per sample, directions apart
 def info_nce(images, texts, logit_scale):
-    """InfoNCE of every image view with every text over the global batch, in nats; chance level ln B.
+    """InfoNCE of every image view with every text over the global batch, in nats; chance ln B.
 
-    images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose products are
-    in half precision. -> image to text and text to image, (images, texts) each: means over this process's
-    rows; the mean over processes is that of the global batch."""
-    images, texts = ([F.normalize(x.float(), dim=-1) for x in side] for side in (images, texts))
-    all_images, all_texts = ([all_gather(x) for x in side] for side in (images, texts))  # (B, E) each
-    b = len(images[0])
-    first = b * torch.distributed.get_rank() if len(all_images[0]) > b else 0
-    y = torch.arange(first, first + b, device=images[0].device)
-    to_text = [F.cross_entropy(logit_scale * i @ t.T, y) for i in images for t in all_texts]
-    to_image = [F.cross_entropy(logit_scale * t @ i.T, y) for i in all_images for t in texts]
-    return (torch.stack(losses).view(len(images), len(texts)) for losses in (to_text, to_image))
+    images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose
+    products are in half precision. Returns two matrices (images, texts) of losses, image to text
+    and text to image: means over this process's rows, whose mean over processes is that of the
+    global batch."""
+    images = [F.normalize(image.float(), dim=-1) for image in images]  # (b, E) each
+    texts = [F.normalize(text.float(), dim=-1) for text in texts]
+    all_images = [all_gather(image) for image in images]  # (B, E) each
+    all_texts = [all_gather(text) for text in texts]
+    b, first = len(images[0]), 0
+    if len(all_images[0]) > b:
+        first = b * torch.distributed.get_rank()
+    labels = torch.arange(first, first + b, device=images[0].device)
+    to_text = []
+    for image in images:
+        for all_text in all_texts:
+            to_text.append(F.cross_entropy(logit_scale * image @ all_text.T, labels))
+    to_image = []
+    for all_image in all_images:
+        for text in texts:
+            to_image.append(F.cross_entropy(logit_scale * text @ all_image.T, labels))
+    shape = len(images), len(texts)
+    return torch.stack(to_text).view(shape), torch.stack(to_image).view(shape)
 
 
 def simsiam_loss(p1, p2, z1, z2):
-    """L_ISS (SimSiam, Eq. 2): 0 for unrelated directions, -1 at best. (b, D) each, any length."""
-    p1, p2, z1, z2 = p1.float(), p2.float(), z1.detach().float(), z2.detach().float()
-    return -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+    """L_ISS (SimSiam Eq. 2): 0 for unrelated directions, -1 at best. (b, D) each, any length."""
+    z1 = z1.detach().float()
+    z2 = z2.detach().float()
+    cosine1 = F.cosine_similarity(p1.float(), z2).mean()
+    cosine2 = F.cosine_similarity(p2.float(), z1).mean()
+    return -(cosine1 + cosine2) / 2
 
 
 def mlm_loss(logits, labels):
-    """L_TSS: logits (M, V), labels (M,) of this process's masked tokens, M another on each; chance ln V.
-    -> what has as its mean over processes the mean over all masked tokens (0 if there are none)."""
-    counts = all_gather(torch.full((1,), float(len(labels)), device=logits.device))  # (processes,)
-    return F.cross_entropy(logits.float(), labels, reduction="sum") * len(counts) / counts.sum().clamp(min=1)
+    """L_TSS (BERT Sec. 3.1), chance level ln V: logits (M, V), labels (M,) of this process's masked
+    tokens. Returns a value whose average over processes is the loss over all masked tokens."""
+    count = torch.full((1,), float(len(labels)), device=logits.device)
+    counts = all_gather(count)  # (processes,)
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total * len(counts) / counts.sum().clamp(min=1)
 
 
-# -------------------------------------------- training --------------------------------------------
+# Copied from byol.py: feature_std
+def feature_std(z):
+    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
+    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
+    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
+
+
+# ---------------------------------------- training ----------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
-    clip_weight, mvs_weight = 1 - args.ssl_weight - args.mvs_weight - args.nns_weight, args.mvs_weight
+    mvs_weight = args.mvs_weight
+    clip_weight = 1 - args.ssl_weight - mvs_weight - args.nns_weight
     if clip_weight < 0:
-        raise UserError("--ssl-weight, --mvs-weight and --nns-weight are above 1 in sum, lower them")
+        raise UserError("--ssl-weight, --mvs-weight, --nns-weight are above 1 in sum, lower them")
     if args.released:  # all four pairs alike
         clip_weight = mvs_weight = clip_weight / 4
     if args.accum_steps > 1:
-        raise UserError("--accum-steps is refused: batch norm, negatives, queue need the whole batch, use 1")
-    if args.queue_size < args.batch_size * (1 + args.released):
+        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
+    entries = 2 * args.batch_size if args.released else args.batch_size  # of a step, into the queue
+    if args.queue_size < entries:
         raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
 
     # data
-    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
-    text_source, most = captions(dataset) if args.tokenizer == "train" else None, args.vocab_size - 1
+    dataset = open_dataset(args.data, args.data_dir)
+    val = evaluation_set(args)
+    text_source = captions(dataset) if args.tokenizer == "train" else None
+    most = args.vocab_size - 1  # the mask token is one more
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, most, args.data_dir)
-    tokenizer, synonyms = add_mask_token(tokenizer), open_synonyms(args.synonyms)
-    views = {"view1": SSLView(args.image_size), "view2": SSLView(args.image_size)}
-    texts = {"text": tokenizer, "text_aug": functools.partial(augmented_text, tokenizer, synonyms),
-             "masked": functools.partial(masked_text, tokenizer, args.released)}  # fmt: skip
+    tokenizer = add_mask_token(tokenizer)
+    synonyms = open_synonyms(args.synonyms)
+    views = {
+        "view1": SSLView(args.image_size),
+        "view2": SSLView(args.image_size),
+    }
+    texts = {
+        "text": tokenizer,
+        "text_aug": functools.partial(augmented_text, tokenizer, synonyms),
+        "masked": functools.partial(masked_row, tokenizer, args.released),
+    }
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
-    model.visual.conv1.requires_grad_(not (args.released and "_patch" in args.arch))
+    if args.released and isinstance(model.visual, VisionTransformer):
+        model.visual.conv1.requires_grad_(False)
     queue = TextQueue(args.queue_size, model.encode_text.text_projection.out_features).to(device)
     if args.compile:
         model.compile()
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "queue": queue, "optimizer": optimizer, "scaler": scaler}
     run = Run("declip", args, loader, state, {"tokenizer": tokenizer.to_json()})
     if synonyms is None:
-        run.say("no --synonyms and no WordNet: captions are augmented by swapping and deleting words alone")
-    warmup, total = round(args.warmup_epochs * loader.steps_per_epoch) - 1, run.total - 1  # as officially
+        run.say("no --synonyms and no WordNet: captions are augmented by swaps and deletions alone")
+    # one less each: the official code counts steps from 1 and reaches min_lr in the last one
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1
+    total = run.total - 1
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
-    clip_chance, tss_chance = math.log(args.batch_size), math.log(args.vocab_size)
-    chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance + args.ssl_weight * tss_chance
+    clip_chance = math.log(args.batch_size)
+    tss_chance = math.log(args.vocab_size)
+    chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance
+    chance += args.ssl_weight * tss_chance
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
-        text, text_aug, masked = (batch[name][:, : args.context_length] for name in texts)
+        text = batch["text"]
+        text_aug = batch["text_aug"][:, : args.context_length]
+        length = text.shape[1]  # of the longest caption
+        masked = batch["masked"][:, :length]
+        labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, total, warmup, args.lr, args.lr / 10, args.min_lr)
+            group["lr"] = lr = warmup_cosine(
+                step, total, warmup, args.lr, start=args.lr / 10, end=args.min_lr
+            )
 
+        seen = None if args.released else text
         with autocast:
-            seen = None if args.released else text
-            image_embeds, text_embeds, p, z, word_logits = ddp(view1, view2, seen, text_aug, masked)
-        known = text_embeds[: 1 + args.released]
-        nearest = [queue.nearest(x) for x in known]
-        to_text, to_image = info_nce(image_embeds, [*text_embeds, *nearest], model.logit_scale.exp())
-        both = (to_text + to_image) / 2  # (I1, I2) x (T, T', N and, as released, N')
-        clip, mvs = both[0, 0], both[0, 1] + both[1, 0] + both[1, 1]
-        nns = (to_text if args.released else both)[:, 2:].mean()
-        iss, tss = simsiam_loss(*p, *z), mlm_loss(word_logits, text[masked < 0])
-        loss = clip_weight * clip + mvs_weight * mvs + args.nns_weight * nns + args.ssl_weight * (iss + tss)
+            outputs = ddp(view1, view2, seen, text_aug, masked, labels)
+        image_embeds, text_embeds, p, z, word_logits = outputs
+        known = text_embeds if args.released else text_embeds[:1]  # T, and T' with --released
+        nearest = [queue.nearest(embed) for embed in known]
+        scale = model.logit_scale.exp()
+        to_text, to_image = info_nce(image_embeds, [*text_embeds, *nearest], scale)
+        both = (to_text + to_image) / 2  # C of (I1, I2) with (T, T', N and, with --released, N')
+        clip = both[0, 0]
+        mvs = both[0, 1] + both[1, 0] + both[1, 1]
+        neighbours = to_text if args.released else both
+        nns = neighbours[:, 2:].mean()
+        iss = simsiam_loss(*p, *z)
+        tss = mlm_loss(word_logits, labels[labels != -100])
+        loss = clip_weight * clip + mvs_weight * mvs + args.nns_weight * nns
+        loss = loss + args.ssl_weight * (iss + tss)
         scaler.scale(loss).backward()
         if args.clip_grad:
             scaler.unscale_(optimizer)
@@ -507,16 +664,28 @@ def train(args: Args) -> dict:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        with torch.no_grad():  # s <= 100 as in CLIP; official: t in [3, 6], then s <= 100
-            model.logit_scale.clamp_(3 if args.released else 0, math.log(100))
-            queue.enqueue(torch.cat([all_gather(F.normalize(x.float(), dim=-1)) for x in reversed(known)]))
-            feature_std = F.normalize(all_gather(z[0].float()), dim=-1).std(0).mean()
+        with torch.no_grad():  # s <= 100 (CLIP Sec. 2.5); official code: t in [3, 6], then s <= 100
+            least = 3 if args.released else 0
+            model.logit_scale.clamp_(least, math.log(100))
+            unit = [F.normalize(embed.float(), dim=-1) for embed in reversed(known)]  # T' before T
+            queue.enqueue(torch.cat([all_gather(features) for features in unit]))
 
-        terms = {"loss": (loss, chance), "clip_loss": (clip, clip_chance), "mvs_loss": (mvs, 3 * clip_chance)}
-        terms |= {"nns_loss": (nns, clip_chance), "iss_loss": (iss, 0.0), "tss_loss": (tss, tss_chance)}
-        terms["nn_cosine"] = F.cosine_similarity(known[0].float(), nearest[0]).mean(), None
-        run.end_step(terms, feature_std=feature_std, feature_std_chance=args.ssl_dim**-0.5,
-                     logit_scale=model.logit_scale.detach().exp(), lr=lr)  # fmt: skip
+        nn_cosine = F.cosine_similarity(known[0].float(), nearest[0]).mean()
+        terms = {
+            "loss": (loss, chance),
+            "clip_loss": (clip, clip_chance),
+            "mvs_loss": (mvs, 3 * clip_chance),
+            "nns_loss": (nns, clip_chance),
+            "iss_loss": (iss, 0.0),
+            "tss_loss": (tss, tss_chance),
+            "nn_cosine": (nn_cosine, None),
+        }
+        numbers = {
+            "feature_std": feature_std(z[0]),
+            "feature_std_chance": args.ssl_dim**-0.5,
+            "logit_scale": model.logit_scale.detach().exp(),
+        }
+        run.end_step(terms, **numbers, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every):

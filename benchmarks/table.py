@@ -38,6 +38,7 @@ SHARED = {
     "sources.py": "where samples come from: folders, tables, shards, named layouts",
     "layouts.py": "how the files of each layout are read, once, to index them",
     "scenes.py": "the drawn sets, which need no download",
+    "synonyms.py": "synonyms from a file or from WordNet, for declip.py alone",
     "run.py": "arguments that change no number, run directory, log, checkpoint",
     "pictures.py": "the pictures of a training run, views.png and curves.png",
     "monitor.py": "accuracy while training: feature extraction, kNN, zero-shot, recall",

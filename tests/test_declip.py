@@ -23,6 +23,7 @@ from data import Tokenizer
 from evaluation.weights import load_released, open_network
 from run import load_checkpoint
 from runs import FLAGS, ROOT, argv_of, command, environment, make_photos, rows, train_here
+from synonyms import wordnet
 from test_golden import close, close_grad, golden, leaves
 from test_resume import assert_same_run
 from test_structure import backward, cut
@@ -121,8 +122,8 @@ def test_schedule():
     peak, total = args["warmup_lr"], args["max_iter"]
     ours = [warmup_cosine(step, total - 1, args["warmup_steps"] - 1, peak, args["base_lr"]) for step in range(total)]
     call = " ".join(Path(declip.__file__).read_text().split())
-    assert "warmup, total = round(args.warmup_epochs * loader.steps_per_epoch) - 1, run.total - 1" in call
-    assert "step, total, warmup, args.lr, args.lr / 10, args.min_lr)" in call  # as train() has it
+    assert "warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1 total = run.total - 1" in call
+    assert "step, total, warmup, args.lr, start=args.lr / 10, end=args.min_lr )" in call  # as train() has it
     close(ours, y["lr"], rtol=1e-6, atol=1e-9)
 
 
@@ -142,9 +143,8 @@ def test_model_and_objective_of_the_released_code():
     model = tiny_model(x, args).train()
     queue = declip.TextQueue(args["nn_size"], args["embed_dim"])
     queue.features.copy_(x["bank0"].T)
-    chosen = x["mlm_labels"] >= 0
-    masked = torch.where(chosen, ~x["masked_ids"], x["masked_ids"])
-    inputs = x["images"][:, :3], x["images"][:, 3:], None, x["aug_ids"], masked
+    labels = torch.where(x["mlm_labels"] >= 0, x["mlm_labels"], -100)
+    inputs = x["images"][:, :3], x["images"][:, 3:], None, x["aug_ids"], x["masked_ids"], labels
     images, texts, p, z, logits = model(*inputs)
     unit = [F.normalize(image, dim=-1) for image in images]
     for ours, key in zip((*unit, *p, *z), ("image_features_1", "image_features_2", "p1", "p2", "z1", "z2")):
@@ -154,7 +154,7 @@ def test_model_and_objective_of_the_released_code():
     to_text, to_image = declip.info_nce(images, [*texts, *nearest], model.logit_scale.exp())
     both = (to_text + to_image) / 2
     clip_loss, nns, iss = both[:, :2].mean(), to_text[:, 2:].mean(), declip.simsiam_loss(*p, *z)
-    tss = declip.mlm_loss(logits, x["mlm_labels"][chosen])
+    tss = declip.mlm_loss(logits, labels[labels != -100])
     for ours, key in ((clip_loss, "clip_loss"), (nns, "nn_text_loss"), (iss, "simsiam_loss"), (tss, "mlm_loss")):
         close(ours, y[key])
     loss = 0.4 * clip_loss + 0.2 * (nns + iss + tss)
@@ -268,8 +268,8 @@ def test_initialisation_of_the_vit_is_the_text_encoders():
     args = declip.Args(arch="vit_base_patch32", image_size=64, vocab_size=600, text_layers=2, text_width=128)
     model = declip.build_model(args)
     block = model.visual.transformer.resblocks[0]
-    for p, std in ((block.attn.in_proj_weight, 768**-0.5), (block.mlp["c_fc"].weight, 1536**-0.5),
-                   (block.mlp["c_proj"].weight, 768**-0.5 * 24**-0.5), (model.visual.positional_embedding, 0.01),
+    for p, std in ((block.attn.in_proj_weight, 768**-0.5), (block.mlp.c_fc.weight, 1536**-0.5),
+                   (block.mlp.c_proj.weight, 768**-0.5 * 24**-0.5), (model.visual.positional_embedding, 0.01),
                    (model.encode_text.text_projection.weight, 128**-0.5), (model.encode_text.token_embedding.weight, 0.02)):  # fmt: skip
         assert p.std().item() == pytest.approx(std, rel=0.05)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
@@ -305,16 +305,21 @@ def test_masks_have_the_statistics_of_the_released_code(any_id, tokenizer):
     ids, mask = tokenizer(caption), tokenizer.sot - 1
     total, kinds, random_ids = 0, {"mask": 0, "same": 0, "other": 0}, set()
     for seed in range(4000):
-        out = declip.masked_text(tokenizer, any_id, caption, random.Random(seed))
-        assert out == declip.masked_text(tokenizer, any_id, caption, random.Random(seed)) and len(out) == len(ids)
+        out, labels = declip.masked_text(tokenizer, any_id, caption, random.Random(seed))
+        assert (out, labels) == declip.masked_text(tokenizer, any_id, caption, random.Random(seed))
+        assert len(out) == len(labels) == len(ids) and labels[0] == labels[-1] == -100
         assert (out[0], out[-1]) == (tokenizer.sot, tokenizer.eot)
-        for a, b in zip(ids[1:-1], out[1:-1]):
+        row = declip.masked_row(tokenizer, any_id, caption, random.Random(seed))
+        assert len(row) == 48 and row[: len(ids)] == out and row[24 : 24 + len(ids)] == labels
+        assert not any(row[len(ids) : 24]) and set(row[24 + len(ids) :]) <= {-100}
+        for a, b, label in list(zip(ids, out, labels))[1:-1]:
             total += 1
-            if b >= 0:
+            if label == -100:
                 assert a == b
                 continue
-            kinds["mask" if ~b == mask else "same" if ~b == a else "other"] += 1
-            random_ids.add(~b)
+            assert label == a  # the token to be predicted is the one that stood there
+            kinds["mask" if b == mask else "same" if b == a else "other"] += 1
+            random_ids.add(b)
     chosen, n = sum(kinds.values()), len(x["tokens"]) - 2
 
     def close_share(ours, theirs, count):  # within four standard deviations of the smaller sample
@@ -388,7 +393,7 @@ def write_wordnet(folder):
 def test_synonyms_from_debians_wordnet(tmp_path):
     """The package wordnet-base; no nltk is needed."""
     write_wordnet(tmp_path / "wordnet")
-    synonyms = declip.wordnet(tmp_path / "wordnet").get
+    synonyms = wordnet(tmp_path / "wordnet").get
     assert synonyms("dog") == ["chase", "domestic dog", "tag"] and synonyms("red") == ["crimson"] and not synonyms("in")
 
 
@@ -506,7 +511,7 @@ def test_paste():
     text = space["TextTransformer"](8, 40, 64, 1, 16)
     model = space["DeCLIP"](16, space["VisionTransformer"](32, 8, 64, 2, 16), text, 32)
     image, ids = torch.randn(4, 3, 32, 32), torch.randint(1, 40, (4, 8))
-    images, texts, p, z, logits = model(image, image, ids, ids, torch.where(torch.rand(4, 8) < 0.5, ~ids, ids))
+    images, texts, p, z, logits = model(image, image, ids, ids, ids, torch.where(torch.rand(4, 8) < 0.5, ids, -100))
     backward(*images, *texts, *p, *z, logits)
     info_nce = cut(["info_nce"], ["all_gather"], file="declip.py")["info_nce"]
     a, b = (torch.randn(4, 8, requires_grad=True) for _ in range(2))

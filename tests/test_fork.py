@@ -15,6 +15,7 @@ import pytest
 from runs import COMMON, FLAGS, METHODS, ROOT, rows
 
 SHARED = ["common.py", "data.py", "layouts.py", "monitor.py", "pictures.py", "run.py", "scenes.py", "sources.py", "trouble.py"]
+MORE = {"declip": ["synonyms.py"]}
 NAMES = [*METHODS, "simclrv2"]
 STEPS = ["--data", "shapes", "--max-steps", "4", "--eval-every", "2", "--save-every", "2"]
 FINETUNE = ["--checkpoint", "../simclr/whole", "--label-fraction", "0.5", "--warmup-epochs", "0", "--base-lr", "0.003"]
@@ -85,7 +86,7 @@ def fork(server, tmp_path_factory):
         if name not in made:
             made[name] = folder = root / name
             folder.mkdir()
-            for file in [f"{name}.py", *SHARED]:
+            for file in [f"{name}.py", *SHARED, *MORE.get(name, [])]:
                 shutil.copy(ROOT / file, folder)
             assert run_in(server, folder, "whole") == 0, (folder / "out.txt").read_text()[-2000:]
         return made[name]
@@ -111,7 +112,7 @@ def test_carried_away(server, fork, name):
     assert {"views.png", "checkpoint.pt", "args.json", "env.json"} <= {p.name for p in (folder / "whole").iterdir()}
     loaded = json.loads((folder / "loaded.json").read_text())
     there = {os.path.relpath(path, folder) for path in loaded if os.path.abspath(path).startswith(f"{folder}/")}
-    assert there == set(SHARED)  # all are needed, and the script itself is __main__
+    assert there == {*SHARED, *MORE.get(name, [])}  # all are needed, and the script itself is __main__
     assert not [path for path in loaded if path.startswith(f"{ROOT}/")]
 
     assert run_in(server, folder, "killed", kill_at=3) == -9
