@@ -33,7 +33,7 @@ def user_errors():
         if not (text := trouble.sentence(error)):
             raise
         # Most errors occur in all processes alike, and the first one reports them for all.
-        first = "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+        first = "MASTER_ADDR" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
         if first or getattr(error, "alone", not isinstance(error, UserError)):
             print(f"{Path(sys.argv[0]).name}: error: {text}", file=err, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train

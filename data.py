@@ -91,7 +91,10 @@ class Loader:
             self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
             pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator(),
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None)  # fmt: skip
-        batches, threads = iter(loader), torch.get_num_threads()
+        try:
+            batches, threads = iter(loader), torch.get_num_threads()
+        except OSError as error:
+            raise UserError(f"{SHM_FULL}: {error}") from error
         for step in range(start, stop):
             begin = time.perf_counter()
             torch.set_num_threads(threads if self.workers else 1)  # small crops are slower on several
@@ -187,6 +190,9 @@ class Loader:
         return x.to(self.device, non_blocking=self.device.type == "cuda")
 
 
+SHM_FULL = "/dev/shm is too small for the loader's workers: raise --shm-size (Docker) or lower --workers"
+
+
 def share(batch):
     """Called in a worker: moves all tensors in a batch to shared memory. The thread that sends the
     batch would do it too, but the main process would not hear of its errors and wait for ever."""
@@ -197,8 +203,7 @@ def share(batch):
         try:
             batch.share_memory_()
         except RuntimeError as error:
-            advice = "raise --shm-size (Docker) or lower --workers or --batch-size"
-            raise UserError(f"/dev/shm is too small for the batches of the workers: {advice}") from error
+            raise UserError(SHM_FULL) from error
     return batch
 
 
@@ -439,6 +444,7 @@ class Tokenizer:
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def __call__(self, caption, rng=None):
+        caption = caption[: 1000 * self.context_length]  # of megabytes, all but that is cut anyway
         ids = [self.sot, *self.encode(caption), self.eot][: self.context_length]
         return [*ids[:-1], self.eot] if self.restore_eot else ids
 

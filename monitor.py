@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, mixed_precision, rank, world_size
-from data import CLIP_MEAN, CLIP_STD, decode, ignore_signals, normalize, open_dataset, to_float
+from data import CLIP_MEAN, CLIP_STD, decode, ignore_signals, normalize, open_dataset, share, to_float
 
 # Prompts for zero-shot classification, {} stands for the class; other datasets take "default"
 TEMPLATES = {
@@ -133,7 +133,7 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     batches = [indices[i : i + batch_size] for i in starts]
     own_generator = torch.Generator()  # the global one must not move
     loader = torch.utils.data.DataLoader(
-        Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=tuple,
+        Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=share,
         num_workers=min(workers, len(batches)), pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals, generator=own_generator)  # fmt: skip
     images_seen, texts_seen, errors = [], [], []

@@ -272,9 +272,9 @@ def export(net, to, folder):
         else:
             torch.save(state, folder / "model.pt")
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=1))
+            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         if net.tokenizer:
-            (folder / "tokenizer.json").write_text(net.tokenizer.to_json())
+            (folder / "tokenizer.json").write_text(net.tokenizer.to_json(), encoding="utf-8")
     except (OSError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be written ({error}), use another --out") from error
     view = net.view

@@ -69,7 +69,7 @@ def save_result(result, path, args):
     if args.json:
         print(line, flush=True)
     try:
-        with open(folder_of(path) / "results.jsonl", "a") as file:
+        with open(folder_of(path) / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
         print(f"not recorded: {error}", file=sys.stderr)

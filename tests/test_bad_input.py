@@ -166,7 +166,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("slip", "--text-width 0", "--text-width 0 must be above 0"),
     ("slip", "--text-width 100", "--text-width 100 is not a multiple of 64"),
     ("simclr", "--head-layers 0", "--head-layers 0 must be above 0"),
-    ("clip", "--recipe yfcc", "unknown recipe yfcc, choose one of shapes, flickr8k, yfcc15m"),
+    ("clip", "--recipe yfcc", "unknown recipe yfcc, choose one of shapes, flickr8k"),
     ("clip", "--arch vit_huge_patch16", "--arch vit_huge_patch16 is unknown, choose"),
     ("clip", "--arch vit_base", "--arch vit_base is unknown"),
     ("clip", "--arch vit_base_patch0", "--arch vit_base_patch0 is unknown"),
