@@ -68,7 +68,7 @@ class Stream:
         if stream is None:  # closed before Python began
             self._lead_nowhere()
             self.stream = open(number, "w", encoding="utf-8", closefd=False)
-        with contextlib.suppress(AttributeError):  # not a stream of text, as in a notebook
+        with contextlib.suppress(AttributeError, OSError):  # not a stream of text, as in a notebook
             self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
