@@ -451,6 +451,8 @@ def train(args: Args) -> dict:
     run = Run("align", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup, chance = round(args.warmup_epochs * loader.steps_per_epoch), 2 * math.log(args.batch_size)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
         image, text = views["image"](*batch["image"]), batch["text"]

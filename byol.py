@@ -52,17 +52,19 @@ from run import Run, RunArgs, parse_args
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "resnet50"  # resnet{18,34,50,101,152}, with x2, x3, x4 behind it wider (w)
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    arch: str = "resnet50"  # resnet{10,18,34,50,101,152}, with x2, x3, x4 behind it wider
+    width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
     hidden_dim: int = 4096  # hidden width of projector and predictor (Sec. 3.3)
     out_dim: int = 256  # E, output width of projector and predictor (Sec. 3.3)
     target: Literal["ema", "random"] = "ema"  # random: the target is never updated (Sec. 3)
     tau: float = 0.996  # the target's EMA momentum in the first step (Sec. 3.3)
     tau_end: float = 1.0  # the target's EMA momentum after the last step (Sec. 3.3)
     image_size: int = 224  # side of a view in pixels
+    crop_min: float = 0.08  # smallest area of a crop, as a share of the image (App. B)
     blur: bool = True  # blur views (App. B); not for CIFAR-10
     epochs: int = 1000  # passes over the data (Sec. 3.3); 300 in the ablations
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -82,6 +84,9 @@ class Args(RunArgs):
 SGD = dict(image_size=32, blur=False, hidden_dim=1024, optimizer="sgd", base_lr=0.12, weight_decay=5e-4,
            warmup_epochs=0.0)
 RECIPES = {
+    "flocks": dict(SGD, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
+                   hidden_dim=512, out_dim=128, tau=0.95, epochs=3, batch_size=96, base_lr=2.0,
+                   weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SGD, arch="resnet18", stem="imagenet", tau=0.97, epochs=1, batch_size=64, base_lr=1.0),
     "cifar10": dict(SGD, arch="resnet18", tau=0.99, tau_end=0.99, epochs=200, batch_size=512),  # as lightly
     "imagenet": {},  # Table 1: linear probe 74.3%
@@ -96,13 +101,16 @@ RECIPES = {
 class BYOLView:
     """One of the two views, which differ in how probable blur and solarisation are (App. B, Table 6)."""
 
-    def __init__(self, size, blur=1.0, solarize=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.blur, self.solarize, self.mean, self.std = size, blur, solarize, mean, std
+    def __init__(self, size, blur=1.0, solarize=0.0, crop_min=0.08,
+                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):  # fmt: skip
+        self.size, self.blur, self.solarize, self.crop_min = size, blur, solarize, crop_min
+        self.mean, self.std = mean, std
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
         and view."""
-        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
+        scale = (self.crop_min, 1.0)
+        return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
@@ -140,18 +148,22 @@ def eval_view(args) -> EvalView:
 # -------------------------------------------- backbone --------------------------------------------
 # Copied from simclr.py: ResNet
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) -> (B, D)."""
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) ->
+    (B, D). stem: "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride
+    1 ("cifar") or 2 ("small")."""
 
-    def __init__(self, block, layers, width=1, cifar_stem=False):
+    def __init__(self, block, layers, width=1.0, stem="imagenet"):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
         self.width = width
         super().__init__(block, layers, zero_init_residual=True)
-        self.conv1 = nn.Conv2d(3, 64 * width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64 * width)
-        if cifar_stem:
-            self.conv1 = nn.Conv2d(3, 64 * width, 3, padding=1, bias=False)
+        channels = round(64 * width)
+        self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        if stem != "imagenet":
+            stride = 2 if stem == "small" else 1
+            self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
             self.maxpool = nn.Identity()
-        self.feature_dim, self.fc = self.fc.in_features * width, nn.Identity()
+        self.feature_dim, self.fc = round(512 * width) * block.expansion, nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
                 std = module.weight[0].numel() ** -0.5 / 0.87962566
@@ -159,20 +171,33 @@ class ResNet(torchvision.models.ResNet):
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64:
-            self.inplanes = 64 * self.width
-        return super()._make_layer(block, planes * self.width, blocks, stride, dilate)
+            self.inplanes = round(64 * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
 
 
 # Copied from simclr.py: resnet
-def resnet(arch, cifar_stem=False):
-    """"resnet50" or, with a width multiplier, "resnet50x2" -> ResNet. Raises UserError for other names."""
+def resnet(arch, stem="imagenet", width=1.0):
+    """"resnet50" or, twice as wide, "resnet50x2" -> ResNet. Raises UserError for other names."""
     basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]), "50": (bottleneck, [3, 4, 6, 3]),
-              "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
+              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
+              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
     match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
     if not match or match[1] not in depths:
-        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101, 152 or wider, resnet50x2")
-    return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
+        names = ", ".join(depths)
+        raise UserError(f"--arch {arch} is unknown, choose resnet{names} or wider, resnet50x2")
+    if 64 * width < 1:
+        raise UserError(f"--width {width} leaves no channel, use 0.5 for half as many")
+    block, layers = depths[match[1]]
+    return ResNet(block, layers, width * int(match[2] or 1), stem)
+
+
+# Copied from simclr.py: chosen_stem
+def chosen_stem(args):
+    """--stem, where "auto" is CIFAR's for images of up to 32 pixels and ImageNet's above."""
+    if args.stem == "auto":
+        return "cifar" if args.image_size <= 32 else "imagenet"
+    return args.stem
 
 
 # -------------------------------------------- model --------------------------------------------
@@ -231,10 +256,8 @@ def update_target(online, target, tau):
 
 
 def build_model(args) -> BYOL:
-    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
-
     def encoder():
-        backbone = resnet(args.arch, cifar_stem)
+        backbone = resnet(args.arch, chosen_stem(args), args.width)
         return Encoder(backbone, mlp(backbone.feature_dim, args.hidden_dim, args.out_dim))
 
     # The target starts with other random weights than the online network, as in the official code
@@ -278,8 +301,8 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
-    views = {"view1": BYOLView(args.image_size, 1.0 * args.blur, solarize=0.0),
-             "view2": BYOLView(args.image_size, 0.1 * args.blur, solarize=0.2)}  # fmt: skip
+    views = {"view1": BYOLView(args.image_size, 1.0 * args.blur, 0.0, args.crop_min),
+             "view2": BYOLView(args.image_size, 0.1 * args.blur, 0.2, args.crop_min)}  # fmt: skip
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
@@ -306,6 +329,8 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4.0
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)

@@ -527,6 +527,9 @@ def train(args: Args) -> dict:
         loss = clip_loss(image_embed, text_embed, scale, args.gather_grad)
         return loss, {"loss": (loss, chance)}
 
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
+
     for step, batch in run.batches():
         image = views["image"](*batch["image"])
         inputs = image, batch["text"]

@@ -621,12 +621,13 @@ def train(args: Args) -> dict:
         run.say("no --synonyms and no WordNet: captions are augmented by swaps and deletions alone")
     # one less each: the official code counts steps from 1 and reaches min_lr in the last one
     warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1
-    total = run.total - 1
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     clip_chance = math.log(args.batch_size)
     tss_chance = math.log(args.vocab_size)
     chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance
     chance += args.ssl_weight * tss_chance
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
@@ -637,7 +638,7 @@ def train(args: Args) -> dict:
         labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(
-                step, total, warmup, args.lr, start=args.lr / 10, end=args.min_lr
+                step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr
             )
 
         seen = None if args.released else text

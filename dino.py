@@ -34,7 +34,6 @@ Diff against: byol.py.
 """
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +54,12 @@ from run import Run, RunArgs, parse_args
 # ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # vit_{micro,tiny,small,base}_patchP, resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
+    width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
     hidden_dim: int = 2048  # hidden width of the head (App. C); the bottleneck after it has 256
@@ -70,7 +70,8 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
     local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
-    crop_split: float = 0.25  # s: area of global crops is (s, 1), of local ones (0.05, s) (App. E)
+    crop_split: float = 0.25  # s: area of global crops is (s, 1), of local ones (--crop-min, s) (App. E)
+    crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
     temperature: float = 0.1  # tau_s, the student's temperature (Sec. 3.2)
     teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up (Sec. 3.2)
@@ -98,6 +99,13 @@ class Args(RunArgs):
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
 RECIPES = {
     # our own, for the embedded data
+    "flocks": dict(
+        arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+        crop_min=0.15, blur=False, hidden_dim=512, out_dim=256, freeze_last_layer=0.0,
+        drop_path=0.0, teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98,
+        center_momentum=0.8, epochs=3, batch_size=64, base_lr=8e-3, warmup_epochs=0.2,
+        weight_decay_end=0.04,
+    ),
     "shapes": dict(
         arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
         blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
@@ -303,6 +311,58 @@ class VisionTransformer(nn.Module):
         return self.norm(x[:, 0])
 
 
+# Copied from moco.py: ResNet
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
+    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
+    or 2 ("small")."""
+
+    def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, **options)
+        channels = round(64 * width)
+        if width != 1:  # torchvision makes these three for width 1
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels)
+            self.fc = nn.Linear(round(512 * width) * block.expansion, self.fc.out_features)
+        if stem != "imagenet":
+            stride = 2 if stem == "small" else 1
+            self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        if width != 1 or stem != "imagenet":
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = round(64 * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
+
+
+# Copied from moco.py: resnet
+def resnet(arch, stem="imagenet", width=1.0, **options):
+    """"resnet50" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
+              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
+              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    depth = arch.removeprefix("resnet")
+    if depth not in depths or depth == arch:
+        raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")
+    if 64 * width < 1:
+        raise UserError(f"--width {width} leaves no channel, use 0.5 for half as many")
+    block, layers = depths[depth]
+    return ResNet(block, layers, width, stem, **options)
+
+
+# Copied from simclr.py: chosen_stem
+def chosen_stem(args):
+    """--stem, where "auto" is CIFAR's for images of up to 32 pixels and ImageNet's above."""
+    if args.stem == "auto":
+        return "cifar" if args.image_size <= 32 else "imagenet"
+    return args.stem
+
+
 # ---------------------------------------- model ----------------------------------------
 class DINOHead(nn.Module):
     """MLP to a bottleneck, unit length, prototypes (App. C). (B, D) -> (B, K), the logits."""
@@ -396,7 +456,8 @@ def teacher_temperature(time, start, end, warmup):
 
 
 ARCHS = {  # layers, width, heads
-    "vit_micro": (4, 128, 4),  # our own
+    "vit_nano": (3, 96, 3),  # our own, like the next
+    "vit_micro": (4, 128, 4),
     "vit_tiny": (12, 192, 3),
     "vit_small": (12, 384, 6),
     "vit_base": (12, 768, 12),
@@ -405,16 +466,11 @@ ARCHS = {  # layers, width, heads
 
 def build_network(args, drop_path=0.0) -> MultiCrop:
     """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
-    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
     name, _, patch = args.arch.partition("_patch")
-    if re.fullmatch("resnet(18|34|50|101|152)", args.arch):
-        backbone = torchvision.models.get_model(args.arch)  # its initial weights (official code)
+    if args.arch.startswith("resnet"):
+        backbone = resnet(args.arch, chosen_stem(args), args.width)
         backbone.feature_dim = backbone.fc.in_features
         backbone.fc = nn.Identity()
-        if cifar_stem:
-            backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            backbone.maxpool = nn.Identity()
-            nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     elif name in ARCHS and patch.lstrip("0").isdecimal():
         patch_size = int(patch)
         if args.image_size % patch_size:
@@ -492,7 +548,7 @@ def train(args: Args) -> dict:
     depth = 0  # blocks for which a view draws numbers: a ResNet has no stochastic depth
     if args.drop_path and hasattr(model.student.backbone, "blocks"):
         depth = len(model.student.backbone.blocks)
-    large, small = (args.crop_split, 1.0), (0.05, args.crop_split)  # shares of the area
+    large, small = (args.crop_split, 1.0), (args.crop_min, args.crop_split)  # shares of the area
     local = DINOView(args.local_size, small, 0.5 * args.blur, 0.0, depth)
     views = {
         "global1": DINOView(args.image_size, large, 1.0 * args.blur, 0.0, depth),
@@ -537,6 +593,8 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     piece = b // args.accum_steps
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]

@@ -48,7 +48,7 @@ from run import Run, RunArgs, parse_args
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_large_patch16"  # a key of ARCHS with _patchP behind it
@@ -63,7 +63,8 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels
     local_crops: int = 8  # L, number of local crops (0: global crops alone)
-    crop_split: float = 0.32  # s: global crops cover (s, 1) of the area, local ones (0.05, s)
+    crop_split: float = 0.32  # s: global crops cover (s, 1) of the area, local ones (--crop-min, s)
+    crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     blur: bool = True  # blur views; not for CIFAR-10
     mask_prob: float = 0.5  # p, share of the global crops that are masked at all
     mask_ratio: float = 0.3  # mean share of masked patches in a masked crop
@@ -93,6 +94,11 @@ class Args(RunArgs):
 
 
 RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
+    "flocks": dict(arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+                   crop_min=0.15, blur=False, layer_scale=1.0, hidden_dim=512, out_dim=256,
+                   freeze_last_layer=0.0, drop_path=0.0, teacher_temp=0.04, warmup_teacher_temp=0.04,
+                   teacher_momentum=0.98, layer_decay=1.0, patch_embed_lr=1.0, epochs=3, batch_size=64,
+                   base_lr=8e-3, warmup_epochs=0.2, weight_decay_end=0.04),
     "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, layer_scale=1.0,
                    blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
                    teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
@@ -307,8 +313,9 @@ class DINOv2(nn.Module):
         return self.student.dino_head(torch.cat(features)), patches, *teacher, features[0]
 
 
-ARCHS = {"vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3), "vit_small": (12, 384, 6),  # micro: our own
-         "vit_base": (12, 768, 12), "vit_large": (24, 1024, 16), "vit_giant": (40, 1536, 24)}
+ARCHS = {"vit_nano": (3, 96, 3), "vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3),  # nano, micro: our own
+         "vit_small": (12, 384, 6), "vit_base": (12, 768, 12),
+         "vit_large": (24, 1024, 16), "vit_giant": (40, 1536, 24)}
 
 
 def build_network(args, drop_path=0.0) -> nn.ModuleDict:
@@ -463,7 +470,7 @@ def train(args: Args) -> dict:
                 ratio=args.mask_ratio, var=args.mask_ratio_var)
     views = {"global1": DINOv2View(args.image_size, (args.crop_split, 1), 0.0, 0.0, depth, mask),
              "global2": DINOv2View(args.image_size, (args.crop_split, 1), 0.9 * args.blur, 0.2, depth, mask)}
-    local = DINOv2View(args.local_size, (0.05, args.crop_split), 0.5 * args.blur, 0.0, depth)
+    local = DINOv2View(args.local_size, (args.crop_min, args.crop_split), 0.5 * args.blur, 0.0, depth)
     views |= {f"local{i + 1}": local for i in range(args.local_crops)}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
@@ -485,6 +492,9 @@ def train(args: Args) -> dict:
     cls_chance = math.log(args.out_dim)
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     temp_warmup = round(args.warmup_teacher_temp_epochs * loader.steps_per_epoch)
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        encoder = whole(image_encoder(model), lambda: build_network(args).backbone)
+        run.log_evaluation(knn_eval(encoder, bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]

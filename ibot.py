@@ -53,7 +53,7 @@ from run import Run, RunArgs, parse_args
 # ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{micro,tiny,small,base}_patchP, P pixels a side
@@ -66,7 +66,8 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
     local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
-    crop_split: float = 0.25  # s: area of global crops is (s, 1), of local ones (0.05, s) (App. B)
+    crop_split: float = 0.25  # s: area of global crops is (s, 1), of local ones (--crop-min, s) (App. B)
+    crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
     mask_shape: Literal["block", "rand"] = "block"  # blocks as in BEiT, or single patches
     mask_prob: float = 0.5  # p, share of the global crops that are masked at all (official code)
@@ -100,6 +101,13 @@ VITB = dict(
 RAND = dict(mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05)
 RECIPES = {
     # our own, for the embedded data
+    "flocks": dict(
+        arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
+        crop_min=0.15, blur=False, hidden_dim=512, out_dim=256, freeze_last_layer=0.0,
+        drop_path=0.0, teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.98,
+        epochs=3, batch_size=64, base_lr=8e-3, warmup_epochs=0.2,
+        weight_decay_end=0.04,
+    ),
     "shapes": dict(
         arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
         blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
@@ -418,7 +426,8 @@ def teacher_temperature(time, start, end, warmup):
 
 
 ARCHS = {  # layers, width, heads
-    "vit_micro": (4, 128, 4),  # our own
+    "vit_nano": (3, 96, 3),  # our own, like the next
+    "vit_micro": (4, 128, 4),
     "vit_tiny": (12, 192, 3),
     "vit_small": (12, 384, 6),
     "vit_base": (12, 768, 12),
@@ -531,7 +540,7 @@ def train(args: Args) -> dict:
         side=args.image_size // patch_size, shape=args.mask_shape, prob=args.mask_prob,
         ratio=args.mask_ratio, var=args.mask_ratio_var,
     )
-    large, small = (args.crop_split, 1.0), (0.05, args.crop_split)  # shares of the area
+    large, small = (args.crop_split, 1.0), (args.crop_min, args.crop_split)  # shares of the area
     local = IBOTView(args.local_size, small, 0.5 * args.blur, 0.0, depth)
     views = {
         "global1": IBOTView(args.image_size, large, 1.0 * args.blur, 0.0, depth, mask),
@@ -564,6 +573,8 @@ def train(args: Args) -> dict:
     run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {cls_chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]

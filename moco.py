@@ -28,7 +28,6 @@ Diff against: simclr.py.
 
 import copy
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,19 +48,20 @@ from run import Run, RunArgs, parse_args
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     version: Literal["1", "2"] = "2"  # 2: MLP head, more augmentation, cosine (arXiv 2003.04297)
-    arch: str = "resnet50"  # resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    arch: str = "resnet50"  # resnet{10,18,34,50,101,152}
+    width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
     head_dim: int = 128  # output width of the head (Sec. 3.3)
     queue_size: int = 65536  # K, keys in the queue, a multiple of the batch (Sec. 4.1)
     key_momentum: float = 0.999  # m, momentum of the key encoder (Eq. 2, Sec. 3.2)
     symmetric: bool = False  # take queries from both views, put keys of both into the queue
     bn_group: int = 32  # samples that batch norm sees together; the papers' batch per GPU
     image_size: int = 224  # side of a view in pixels
-    min_area: float = 0.2  # smallest area of a crop, as a share of the image (official code)
+    crop_min: float = 0.2  # smallest area of a crop, as a share of the image (official code)
     blur: bool = True  # blur views, in version 2 (its Sec. 3)
     temperature: float | None = None  # tau (default: 0.07 in version 1, 0.2 in version 2)
     epochs: int = 200  # passes over the data (Sec. 3.3); 800 for version 2's best
@@ -78,9 +78,12 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-SMALL = dict(arch="resnet18", image_size=32, min_area=0.08, blur=False, temperature=0.1, symmetric=True,
+SMALL = dict(arch="resnet18", image_size=32, crop_min=0.08, blur=False, temperature=0.1, symmetric=True,
              key_momentum=0.99, weight_decay=5e-4)  # lightly's benchmark
 RECIPES = {
+    "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
+                   symmetric=False, queue_size=1024, epochs=3, batch_size=64, lr=0.12,
+                   weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", symmetric=False, queue_size=4096, epochs=2, batch_size=128,
                    lr=0.06),
     "cifar10": dict(SMALL, queue_size=8192, bn_group=64, epochs=200, batch_size=512, lr=0.24),  # kNN 84.7%
@@ -95,13 +98,13 @@ class MoCoView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, version="2", min_area=0.2, blur=True):
-        self.size, self.version, self.min_area, self.blur = size, version, min_area, blur and version == "2"
+    def __init__(self, size, version="2", crop_min=0.2, blur=True):
+        self.size, self.version, self.crop_min, self.blur = size, version, crop_min, blur and version == "2"
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
         and view."""
-        return random_resized_crop(image, rng, self.size, scale=(self.min_area, 1.0))
+        return random_resized_crop(image, rng, self.size, scale=(self.crop_min, 1.0))
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
@@ -136,16 +139,56 @@ def eval_view(args) -> EvalView:
 
 
 # -------------------------------------------- backbone --------------------------------------------
-def resnet(arch, out_dim, cifar_stem=False):
-    """torchvision's ResNet as it is, its classifier `fc` with out_dim outputs (Sec. 3.3): (B, 3, S, S) ->
-    (B, out_dim). Raises UserError for other names."""
-    if not re.fullmatch("resnet(18|34|50|101|152)", arch):
-        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101 or 152")
-    net = getattr(torchvision.models, arch)(num_classes=out_dim)
-    if cifar_stem:
-        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return net
+# Adapted from simclr.py: ResNet, first weights and classifier of torchvision
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
+    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
+    or 2 ("small")."""
+
+    def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, **options)
+        channels = round(64 * width)
+        if width != 1:  # torchvision makes these three for width 1
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels)
+            self.fc = nn.Linear(round(512 * width) * block.expansion, self.fc.out_features)
+        if stem != "imagenet":
+            stride = 2 if stem == "small" else 1
+            self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        if width != 1 or stem != "imagenet":
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = round(64 * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
+
+
+# Adapted from simclr.py: resnet, with options of torchvision's ResNet
+def resnet(arch, stem="imagenet", width=1.0, **options):
+    """"resnet50" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
+              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
+              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    depth = arch.removeprefix("resnet")
+    if depth not in depths or depth == arch:
+        raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")
+    if 64 * width < 1:
+        raise UserError(f"--width {width} leaves no channel, use 0.5 for half as many")
+    block, layers = depths[depth]
+    return ResNet(block, layers, width, stem, **options)
+
+
+# Copied from simclr.py: chosen_stem
+def chosen_stem(args):
+    """--stem, where "auto" is CIFAR's for images of up to 32 pixels and ImageNet's above."""
+    if args.stem == "auto":
+        return "cifar" if args.image_size <= 32 else "imagenet"
+    return args.stem
 
 
 class GroupBatchNorm(nn.BatchNorm2d):
@@ -248,8 +291,8 @@ def shuffled_keys(encoder, x, order):
 
 
 def build_model(args) -> MoCo:
-    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
-    encoder_q, encoder_k = (resnet(args.arch, args.head_dim, cifar_stem) for _ in range(2))
+    stem, options = chosen_stem(args), {"num_classes": args.head_dim}  # fc is the head (Sec. 3.3)
+    encoder_q, encoder_k = (resnet(args.arch, stem, args.width, **options) for _ in range(2))
     return MoCo(encoder_q, encoder_k, args.queue_size, mlp=args.version == "2")
 
 
@@ -301,7 +344,7 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
-    view = MoCoView(args.image_size, args.version, args.min_area, args.blur)
+    view = MoCoView(args.image_size, args.version, args.crop_min, args.blur)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
@@ -320,6 +363,8 @@ def train(args: Args) -> dict:
         run.say("warning: batch norm has one group, so shuffling is in vain, choose a smaller --bn-group")
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)

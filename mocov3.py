@@ -25,7 +25,6 @@ Diff against: moco.py.
 
 import copy
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,17 +45,18 @@ from run import Run, RunArgs, parse_args
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # vit_{micro,small,base}_patchP or resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    arch: str = "vit_small_patch16"  # vit_{nano,micro,small,base}_patchP or resnet{10,18,34,50,101,152}
+    width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
     mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 4.1)
     head_dim: int = 256  # output width of projector and predictor (Sec. 4.1)
     key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
     freeze_patch_embed: bool = True  # a transformer's patch embedding stays as initialised (Sec. 4)
     image_size: int = 224  # side of a view in pixels
-    min_area: float = 0.08  # smallest area of a crop, of the image's; ResNets: 0.2 (official)
+    crop_min: float = 0.08  # smallest area of a crop, of the image's; ResNets: 0.2 (official)
     blur: bool = True  # blur view 1 always and view 2 with probability 0.1
     temperature: float = 0.2  # tau; 1.0 for ResNets (official code)
     epochs: int = 300  # passes over the data (Table 4)
@@ -74,9 +74,12 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-RESNET = dict(min_area=0.2, temperature=1.0, optimizer="lars", warmup_epochs=10.0, weight_decay=1e-6)
+RESNET = dict(crop_min=0.2, temperature=1.0, optimizer="lars", warmup_epochs=10.0, weight_decay=1e-6)
 SMALL = dict(RESNET, arch="resnet18", image_size=32, blur=False, temperature=0.2, trust=0.02, base_lr=0.3)
 RECIPES = {
+    "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
+                   mlp_dim=512, head_dim=128, key_momentum=0.97, epochs=2, batch_size=96,
+                   base_lr=0.6, warmup_epochs=0.2),
     "shapes": dict(SMALL, stem="imagenet", mlp_dim=512, epochs=2, batch_size=128, warmup_epochs=0.2),
     "cifar10": dict(SMALL, epochs=1000, batch_size=256),  # as solo-learn: linear 93.1%
     "imagenet": {},  # ViT-S: linear probe 73.2%
@@ -94,14 +97,14 @@ class MoCoV3View:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, first=True, min_area=0.08, blur=True):
-        self.size, self.min_area, self.blur = size, min_area, blur
+    def __init__(self, size, first=True, crop_min=0.08, blur=True):
+        self.size, self.crop_min, self.blur = size, crop_min, blur
         self.blur_p, self.solarize_p = (1.0, 0.0) if first else (0.1, 0.2)
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
         and view."""
-        return random_resized_crop(image, rng, self.size, scale=(self.min_area, 1.0))
+        return random_resized_crop(image, rng, self.size, scale=(self.crop_min, 1.0))
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
@@ -134,7 +137,8 @@ def eval_view(args) -> EvalView:
 
 
 # -------------------------------------------- backbone --------------------------------------------
-ARCHS = {"vit_micro": (192, 4, 3), "vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}  # D, blocks, heads
+ARCHS = {"vit_nano": (96, 3, 3), "vit_micro": (192, 4, 3), "vit_small": (384, 12, 12),
+         "vit_base": (768, 12, 12)}  # D, blocks, heads; nano and micro are our own
 
 
 # Copied from slip.py: Attention
@@ -215,16 +219,56 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
-def resnet(arch, cifar_stem=False):
-    """torchvision's ResNet, the last norm of each block starting at 0. Raises UserError for other names."""
-    if not re.fullmatch("resnet(18|34|50|101|152)", arch):
-        vits = ", ".join(f"{name}_patch16" for name in ARCHS)
-        raise UserError(f"--arch {arch} is unknown, choose {vits} or resnet18, 34, 50, 101, 152")
-    net = getattr(torchvision.models, arch)(zero_init_residual=True)
-    if cifar_stem:
-        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return net
+# Copied from moco.py: ResNet
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
+    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
+    or 2 ("small")."""
+
+    def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, **options)
+        channels = round(64 * width)
+        if width != 1:  # torchvision makes these three for width 1
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels)
+            self.fc = nn.Linear(round(512 * width) * block.expansion, self.fc.out_features)
+        if stem != "imagenet":
+            stride = 2 if stem == "small" else 1
+            self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        if width != 1 or stem != "imagenet":
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = round(64 * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
+
+
+# Copied from moco.py: resnet
+def resnet(arch, stem="imagenet", width=1.0, **options):
+    """"resnet50" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
+              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
+              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    depth = arch.removeprefix("resnet")
+    if depth not in depths or depth == arch:
+        raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")
+    if 64 * width < 1:
+        raise UserError(f"--width {width} leaves no channel, use 0.5 for half as many")
+    block, layers = depths[depth]
+    return ResNet(block, layers, width, stem, **options)
+
+
+# Copied from simclr.py: chosen_stem
+def chosen_stem(args):
+    """--stem, where "auto" is CIFAR's for images of up to 32 pixels and ImageNet's above."""
+    if args.stem == "auto":
+        return "cifar" if args.image_size <= 32 else "imagenet"
+    return args.stem
 
 
 def make_encoder(args):
@@ -236,7 +280,10 @@ def make_encoder(args):
         dim, depth, heads = ARCHS[name]
         freeze = args.freeze_patch_embed
         return VisionTransformer(args.image_size, int(patch), dim, depth, heads, freeze), "head", dim
-    net = resnet(args.arch, args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32)
+    if not args.arch.startswith("resnet"):
+        vits = ", ".join(f"{name}_patch16" for name in ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, choose {vits} or resnet50")
+    net = resnet(args.arch, chosen_stem(args), args.width, zero_init_residual=True)
     return net, "fc", net.fc.in_features
 
 
@@ -331,7 +378,7 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
     kinds = {"view1": True, "view2": False}
-    views = {k: MoCoV3View(args.image_size, first, args.min_area, args.blur) for k, first in kinds.items()}
+    views = {k: MoCoV3View(args.image_size, first, args.crop_min, args.blur) for k, first in kinds.items()}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
@@ -353,6 +400,8 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4 * args.temperature * math.log(args.batch_size)
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)

@@ -40,14 +40,34 @@ def save_views(directory, images, views):
     page.save(Path(directory) / "views.png")
 
 
+def read_log(directory):
+    text = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def accuracies(directory):
+    """-> what a run came to, a line for each accuracy of its last evaluation, beside the same network
+    with random weights (a row of the log at step 0) and chance."""
+    rows, lines = read_log(directory), []
+    evaluations = [row for row in rows if any(name.endswith("_chance") for name in row) and "loss" not in row]
+    last = evaluations[-1] if evaluations else {}
+    for name, value in last.items():
+        chance = re.split("_top1|@", name)[0] + "_chance"
+        if chance in last:
+            first = evaluations[0]
+            random = f"random weights {first[name]:.1f}, " if first["step"] == 0 else ""
+            title = name.removesuffix("_top1").replace("knn", "kNN")
+            lines.append(f"{title} {value:.1f} ({random}chance {last[chance]:.3g})")
+    return lines
+
+
 def save_curves(directory):
     """Writes curves.png if matplotlib is installed: each column of metrics.jsonl, chance dashed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    text = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = read_log(directory)
     names = dict.fromkeys(name for row in rows for name in row)  # each once, in this order
     names = [n for n in names if n not in ("step", "epoch", "end") and "chance" not in n]
     width, height = min(4, len(names)), math.ceil(len(names) / 4)

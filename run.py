@@ -310,7 +310,7 @@ class Run:
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error!r}): mend it or use another --output-dir") from error
         if self.step < self.last:  # what was written only because the run ended there goes too
-            rows = [row for row in rows if "end" not in row]
+            rows = [row for row in rows if "end" not in row and self.step]  # at step 0: all
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
@@ -467,7 +467,10 @@ class Run:
         (the set of kNN's neighbours) allow it. hint: a better command than that."""
         self.bar.close()
         if rank() == 0:
-            importlib.import_module("pictures").save_curves(self.dir)
+            pictures = importlib.import_module("pictures")
+            pictures.save_curves(self.dir)
+            for line in pictures.accuracies(self.dir):
+                self.say(line)
             self.lock.close()
         hint = hint or self._next_command(protocol, dataset, bank)
         minutes, seconds = divmod(round(time.time() - self.began), 60)

@@ -108,4 +108,37 @@ class Shapes:
         return rng.sample(sorted(wordings), 3)
 
 
-SETS = {"shapes": Shapes}
+class Flocks:
+    """Scenes of four objects of one form, 64 x 64, functions of the index; the class is the form.
+
+    Every crop shows the class. Each picture has the same four colours, each once, on a grey ground,
+    so that colour tells nothing about the class, and little about which picture a crop is from."""
+
+    classes, captioned = SHAPES, False
+    colours = ["red", "yellow", "green", "blue"]
+
+    def __init__(self, split, Sample):
+        self.Sample = Sample  # (image, captions, label, key), see sources.py
+        self.indices = range(20000) if split == "train" else range(20000, 22000)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        index = self.indices[i]
+        rng = random.Random(f"flocks {index}")
+        shape = self.classes[index % 10]
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (64, 64, 1))
+        grey = (rng.uniform(30, 225) + noise).clip(0, 255).astype(np.uint8).repeat(3, 2)
+        # drawn four times as large as the sample, so that the objects get smooth edges
+        image = Image.fromarray(grey).resize((256, 256), Image.Resampling.NEAREST)
+        for name, quarter in zip(rng.sample(self.colours, 4), (16 + 16j, 48 + 16j, 16 + 48j, 48 + 48j)):
+            radius = rng.uniform(10, 15)  # pixels
+            place = quarter + complex(rng.uniform(-4, 4), rng.uniform(-4, 4))
+            corners = 4 * (_outlines()[shape] * radius * np.exp(1j * rng.uniform(-0.8, 0.8)) + place)
+            fill = tuple(min(255, v + rng.randint(-16, 16)) for v in COLOURS[name])
+            ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=fill)
+        return self.Sample(np.array(image.reduce(4)), [], index % 10, f"flocks {index}")
+
+
+SETS = {"shapes": Shapes, "flocks": Flocks}

@@ -52,7 +52,7 @@ from run import Run, RunArgs, load_checkpoint, parse_args
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     stage: Literal["finetune", "distill"] = "finetune"  # distill is set by --recipe NAME-distill
@@ -62,8 +62,9 @@ class Args(RunArgs):
     head_layer: int = 1  # layers of the head to keep (0: none, all labels, students; Sec. 3.1)
     temperature: float = 1.0  # distill: tau; 0.1 for a student as large as its teacher (Sec. 3.1)
     alpha: float = 1.0  # distill: weight of the teacher in Eq. 3; 1 needs no labels
-    arch: str = ""  # resnet{18,34,50,101,152}, maybe x2, x3, x4 (default: that of the start)
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # auto: that of the checkpoint or teacher
+    arch: str = ""  # resnet{10,18,34,50,101,152}, maybe x2, x3, x4 (default: that of the start)
+    width: float = 0.0  # factor of the channels of a ResNet (0: that of the start)
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # auto: that of the start
     image_size: int | None = None  # side of a view in pixels (default: that of the start)
     epochs: int = 60  # passes over the data (Sec. 3.1); 30 with 10% or all labels, 400 to distill
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -84,6 +85,8 @@ DISTILL = dict(stage="distill", head_layer=0, epochs=400, batch_size=4096, base_
                warmup_epochs=20.0)  # Sec. 3.1
 SMALL = dict(DISTILL, temperature=0.1, optimizer="sgd", base_lr=0.01, weight_decay=5e-4, warmup_epochs=0.0)
 RECIPES = {
+    "flocks": dict(label_fraction=0.1, epochs=20, batch_size=128, base_lr=0.02),
+    "flocks-distill": dict(SMALL, epochs=2, batch_size=128),
     "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128, base_lr=0.02),
     "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
@@ -127,18 +130,22 @@ def eval_view(args) -> EvalView:
 # -------------------------------------------- backbone --------------------------------------------
 # Copied from simclr.py: ResNet
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) -> (B, D)."""
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) ->
+    (B, D). stem: "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride
+    1 ("cifar") or 2 ("small")."""
 
-    def __init__(self, block, layers, width=1, cifar_stem=False):
+    def __init__(self, block, layers, width=1.0, stem="imagenet"):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
         self.width = width
         super().__init__(block, layers, zero_init_residual=True)
-        self.conv1 = nn.Conv2d(3, 64 * width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64 * width)
-        if cifar_stem:
-            self.conv1 = nn.Conv2d(3, 64 * width, 3, padding=1, bias=False)
+        channels = round(64 * width)
+        self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        if stem != "imagenet":
+            stride = 2 if stem == "small" else 1
+            self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
             self.maxpool = nn.Identity()
-        self.feature_dim, self.fc = self.fc.in_features * width, nn.Identity()
+        self.feature_dim, self.fc = round(512 * width) * block.expansion, nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
                 std = module.weight[0].numel() ** -0.5 / 0.87962566
@@ -146,20 +153,33 @@ class ResNet(torchvision.models.ResNet):
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64:
-            self.inplanes = 64 * self.width
-        return super()._make_layer(block, planes * self.width, blocks, stride, dilate)
+            self.inplanes = round(64 * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
 
 
 # Copied from simclr.py: resnet
-def resnet(arch, cifar_stem=False):
-    """"resnet50" or, with a width multiplier, "resnet50x2" -> ResNet. Raises UserError for other names."""
+def resnet(arch, stem="imagenet", width=1.0):
+    """"resnet50" or, twice as wide, "resnet50x2" -> ResNet. Raises UserError for other names."""
     basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]), "50": (bottleneck, [3, 4, 6, 3]),
-              "101": (bottleneck, [3, 4, 23, 3]), "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
+              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
+              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
     match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
     if not match or match[1] not in depths:
-        raise UserError(f"--arch {arch} is unknown, choose resnet18, 34, 50, 101, 152 or wider, resnet50x2")
-    return ResNet(*depths[match[1]], width=int(match[2] or 1), cifar_stem=cifar_stem)
+        names = ", ".join(depths)
+        raise UserError(f"--arch {arch} is unknown, choose resnet{names} or wider, resnet50x2")
+    if 64 * width < 1:
+        raise UserError(f"--width {width} leaves no channel, use 0.5 for half as many")
+    block, layers = depths[match[1]]
+    return ResNet(block, layers, width * int(match[2] or 1), stem)
+
+
+# Copied from simclr.py: chosen_stem
+def chosen_stem(args):
+    """--stem, where "auto" is CIFAR's for images of up to 32 pixels and ImageNet's above."""
+    if args.stem == "auto":
+        return "cifar" if args.image_size <= 32 else "imagenet"
+    return args.stem
 
 
 # -------------------------------------------- model --------------------------------------------
@@ -198,7 +218,7 @@ class Classifier(nn.Module):
 
 def build_model(args) -> Classifier:
     """args: as train() completes them."""
-    return Classifier(resnet(args.arch, args.stem == "cifar"), args.head_layer, args.num_classes)
+    return Classifier(resnet(args.arch, args.stem, args.width), args.head_layer, args.num_classes)
 
 
 def image_encoder(model: Classifier) -> nn.Module:
@@ -261,9 +281,9 @@ def earlier_stages(args):
             raise UserError(f"{path} was not written by {method}.py, give a run that was")
     before = (found[0] or found[1])["args"]
     args.arch, args.image_size = args.arch or before["arch"], args.image_size or before["image_size"]
+    args.width = args.width or before.get("width", 1.0)  # runs of before had no such flag
     if args.stem == "auto":
-        cifar_stem = before["stem"] == "cifar" or before["stem"] == "auto" and before["image_size"] <= 32
-        args.stem = "cifar" if cifar_stem else "imagenet"
+        args.stem = chosen_stem(types.SimpleNamespace(**before))
     return found
 
 

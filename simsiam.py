@@ -47,17 +47,19 @@ from run import Run, RunArgs, parse_args
 # -------------------------------------------- arguments --------------------------------------------
 @dataclass
 class Args(RunArgs):
-    data: str = "shapes"  # named dataset or path, see docs/data.md
+    data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "resnet50"  # resnet{18,34,50,101,152}
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"  # cifar: 3x3, no pool; auto: to 32 px
+    arch: str = "resnet50"  # resnet{10,18,34,50,101,152}
+    width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
     projector_layers: int = 3  # layers of the projector (Sec. 3); 2 for CIFAR-10 (App. D)
     hidden_dim: int = 0  # width of the projector's other layers (0: D, as in the official code)
     out_dim: int = 2048  # E, output width of projector and predictor (Sec. 3)
     predictor_dim: int = 512  # hidden width of the predictor, a bottleneck (Sec. 3)
     stop_gradient: Literal["on", "off"] = "on"  # off: the network collapses (Sec. 4.1)
     image_size: int = 224  # side of a view in pixels
+    crop_min: float = 0.2  # smallest area of a crop, as a share of the image (App. A)
     blur: bool = True  # blur views (App. A); not for CIFAR-10 (App. D)
     epochs: int = 100  # passes over the data (Sec. 3); up to 800 in Table 4
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -77,6 +79,9 @@ class Args(RunArgs):
 SMALL = dict(image_size=32, blur=False, arch="resnet18", projector_layers=2, hidden_dim=2048,
              weight_decay=5e-4)
 RECIPES = {
+    "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", crop_min=0.3, hidden_dim=512,
+                   out_dim=512, predictor_dim=128, epochs=4, batch_size=96, base_lr=0.8,
+                   weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", epochs=1, batch_size=64, base_lr=0.2),
     "cifar10": dict(SMALL, fix_pred_lr=False, epochs=200, base_lr=0.03),  # as lightly: kNN 76.4%
     "imagenet": {},  # Table 4: linear probe 68.1%
@@ -89,13 +94,15 @@ RECIPES = {
 class SimSiamView:
     """One of the two views, both drawn alike: MoCo v2's augmentation (App. A)."""
 
-    def __init__(self, size, blur=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.blur, self.mean, self.std = size, blur, mean, std
+    def __init__(self, size, blur=True, crop_min=0.2,
+                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):  # fmt: skip
+        self.size, self.blur, self.crop_min, self.mean, self.std = size, blur, crop_min, mean, std
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
         and view."""
-        return random_resized_crop(image, rng, self.size, scale=(0.2, 1.0), interpolation="bilinear")
+        scale = (self.crop_min, 1.0)
+        return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
@@ -127,18 +134,56 @@ def eval_view(args) -> EvalView:
 
 
 # -------------------------------------------- backbone --------------------------------------------
-# Adapted from simclr.py: resnet, torchvision's own initialisation, no wider ones
-def resnet(arch, cifar_stem=False):
-    """torchvision's ResNet of that name. Raises UserError for others."""
-    names = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
-    if arch not in names:
-        raise UserError(f"--arch {arch} is unknown, choose one of {', '.join(names)}")
-    net = getattr(torchvision.models, arch)(zero_init_residual=True)
-    if cifar_stem:
-        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    return net
+# Copied from moco.py: ResNet
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
+    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
+    or 2 ("small")."""
+
+    def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
+        nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
+        self.width = width
+        super().__init__(block, layers, **options)
+        channels = round(64 * width)
+        if width != 1:  # torchvision makes these three for width 1
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels)
+            self.fc = nn.Linear(round(512 * width) * block.expansion, self.fc.out_features)
+        if stem != "imagenet":
+            stride = 2 if stem == "small" else 1
+            self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        if width != 1 or stem != "imagenet":
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = round(64 * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
+
+
+# Copied from moco.py: resnet
+def resnet(arch, stem="imagenet", width=1.0, **options):
+    """"resnet50" -> ResNet. Raises UserError for other names."""
+    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
+    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
+              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
+              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    depth = arch.removeprefix("resnet")
+    if depth not in depths or depth == arch:
+        raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")
+    if 64 * width < 1:
+        raise UserError(f"--width {width} leaves no channel, use 0.5 for half as many")
+    block, layers = depths[depth]
+    return ResNet(block, layers, width, stem, **options)
+
+
+# Copied from simclr.py: chosen_stem
+def chosen_stem(args):
+    """--stem, where "auto" is CIFAR's for images of up to 32 pixels and ImageNet's above."""
+    if args.stem == "auto":
+        return "cifar" if args.image_size <= 32 else "imagenet"
+    return args.stem
 
 
 # -------------------------------------------- model --------------------------------------------
@@ -177,8 +222,7 @@ class SimSiam(nn.Module):
 
 
 def build_model(args) -> SimSiam:
-    cifar_stem = args.stem == "cifar" or args.stem == "auto" and args.image_size <= 32
-    encoder = resnet(args.arch, cifar_stem)
+    encoder = resnet(args.arch, chosen_stem(args), args.width, zero_init_residual=True)
     dim = encoder.fc.in_features
     encoder.fc = projector(dim, args.hidden_dim or dim, args.out_dim, args.projector_layers)  # official name
     return SimSiam(encoder, predictor(args.out_dim, args.predictor_dim))
@@ -226,7 +270,7 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
-    view = SimSiamView(args.image_size, args.blur)
+    view = SimSiamView(args.image_size, args.blur, args.crop_min)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
@@ -247,6 +291,8 @@ def train(args: Args) -> dict:
     run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if features are spread, 0 if collapsed")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)

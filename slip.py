@@ -527,6 +527,9 @@ def train(args: Args) -> dict:
         terms = {"clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
         return loss, {"loss": (loss, chance), **terms}
 
+    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+        run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
+
     for step, batch in run.batches():
         image, view1, view2 = (views[name](*batch[name]) for name in views)
         inputs = image, batch["text"], view1, view2

@@ -3,7 +3,7 @@
 Only the index is held in memory; pictures and captions are read when a sample is asked for.
 Layouts, told apart by looking at the files (docs/data.md: how to make each):
 
-    shapes                            drawn here, needs no files
+    shapes flocks                     drawn here, need no files
     *.tar                             WebDataset shards of img2dataset: 0.jpg, 0.txt, 0.json, 0.cls
     *.csv *.tsv *.jsonl               image path, caption(s), label
     *.npz                             JPEG files end to end: arrays jpeg, offsets, labels
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from common import UserError, rank, world_size
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101"}
-DRAWN = ["shapes"]  # by scenes.py
+DRAWN = ["shapes", "flocks"]  # by scenes.py
 NAMES = [*DRAWN, *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()]
 SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["test", "val", "validation"]}
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")

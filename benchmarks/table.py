@@ -40,7 +40,7 @@ SHARED = {
     "scenes.py": "the drawn sets, which need no download",
     "synonyms.py": "synonyms from a file or from WordNet, for declip.py alone",
     "run.py": "arguments that change no number, run directory, log, checkpoint",
-    "pictures.py": "the pictures of a training run, views.png and curves.png",
+    "pictures.py": "views.png and curves.png of a training run, and what it came to",
     "monitor.py": "accuracy while training: feature extraction, kNN, zero-shot, recall",
     "trouble.py": "sentences for a full disk, too little memory, processes that do not meet",
     "evaluate.py": "the evaluation command",

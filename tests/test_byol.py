@@ -239,7 +239,7 @@ def test_paste():
     space = cut(["ResNet", "Encoder", "BYOL", "mlp"], file="byol.py")
 
     def encoder():
-        backbone = space["ResNet"](torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], cifar_stem=True)
+        backbone = space["ResNet"](torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], stem="cifar")
         return space["Encoder"](backbone, space["mlp"](512, 32, 8))
 
     model = space["BYOL"](encoder(), encoder(), space["mlp"](8, 32, 8))

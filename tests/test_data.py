@@ -804,6 +804,37 @@ def test_shapes_are_not_told_by_their_colours():
     assert (found == wanted).mean() < 0.2
 
 
+# ------------------------------------------------ flocks ------------------------------------------------
+def test_flocks_are_a_function_of_the_index():
+    first, again, val = open_dataset("flocks"), open_dataset("flocks"), open_dataset("flocks", split="val")
+    picked = [7, 19999, 0, 4321]
+    samples = [first[i] for i in picked]
+    random.seed(1)
+    for sample, i in reversed(list(zip(samples, picked))):
+        assert (again[i].image == sample.image).all() and again[i][1:] == sample[1:]
+        assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
+    assert len(first) == 20000 and len(val) == 2000 and not first.captioned and val[5].key == "flocks 20005"
+    assert first.classes == val.classes == scenes.SHAPES
+    assert [first[i].label for i in range(30)] == [i % 10 for i in range(30)]
+    assert len({d[i].image.tobytes() for d in (first, val) for i in range(100)}) == 200
+    with pytest.raises(IndexError):
+        first[20000]
+
+
+def test_every_flock_has_the_same_four_colours():
+    """Each of the four fills a part of every picture, the ground is grey, and a histogram of colours
+    finds the form no better than the area that an object of the form covers."""
+    dataset = open_dataset("flocks")
+    for i in range(50):
+        pixels = dataset[i].image.reshape(-1, 3).astype(int)
+        colourful = pixels[np.ptp(pixels, 1) > 60]
+        assert 100 < len(colourful) < 3000  # of 4096
+        wanted = np.array([scenes.COLOURS[name] for name in scenes.Flocks.colours])
+        nearest = np.abs(colourful[:, None] - wanted).sum(2).argmin(1)
+        assert (np.bincount(nearest, minlength=4) > 10).all(), i
+        assert (np.ptp(pixels, 1) == 0).mean() > 0.2
+
+
 # ------------------------------------------------ loader ------------------------------------------------
 class ToyView:
     """A random crop and one draw of every kind that a view may have."""

@@ -81,7 +81,7 @@ def test_resnet18_from_a_seed(version):
     """Initialisation in the official order gives the official weights, and these the official loss."""
     x, y, _ = golden(f"moco_v{version}_resnet18_dim32_K64")
     torch.manual_seed(0)
-    model = moco.MoCo(moco.resnet("resnet18", 32), moco.resnet("resnet18", 32), 64, mlp=version == "2")
+    model = moco.MoCo(*(moco.resnet("resnet18", num_classes=32) for _ in range(2)), 64, mlp=version == "2")
     state = model.state_dict()
     assert list(state) == list(x["keys_shapes"])
     for name, mark in y["init_fingerprint"].items():

@@ -1,6 +1,7 @@
 """The same weights give the same outputs in open_clip, timm, torchvision and transformers, loaded strictly both ways."""
 
 import argparse
+import importlib
 
 import pytest
 import timm
@@ -162,6 +163,20 @@ def test_resnet_width():
     assert two.feature_dim == 4096 and two(torch.randn(2, 3, 32, 32)).shape == (2, 4096)
     convs = [[m for m in net.modules() if isinstance(m, torch.nn.Conv2d)] for net in (one, two)]
     assert all(b.out_channels == 2 * a.out_channels for a, b in zip(*convs, strict=True))
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_small_resnets(method):
+    """Ten layers, half as wide, and a stem for small images that halves them once."""
+    module = importlib.import_module(method)
+    net, full = module.resnet("resnet10", "small", 0.5), module.resnet("resnet10")
+    convs = [[m for m in n.modules() if isinstance(m, torch.nn.Conv2d)] for n in (net, full)]
+    assert [2 * c.out_channels for c in convs[0]] == [c.out_channels for c in convs[1]]
+    assert list(net.state_dict()) == list(full.state_dict()) and len(convs[0]) == 12
+    last = []
+    net.layer4.register_forward_hook(lambda module, inputs, output: last.append(output.shape))
+    assert net(torch.randn(2, 3, 48, 48)).shape[0] == 2
+    assert last == [(2, 256, 3, 3)]  # 48 / 16
 
 
 def test_lightly_loss():

@@ -53,6 +53,20 @@ def test_five_and_five(name, photos, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_random_weights_are_evaluated_once(photos, tmp_path, capsys):
+    """As step 0 of the log, also when a run starts anew after it was killed, and the end repeats it."""
+    for _ in range(2):
+        train_here("clip", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "2")
+        (tmp_path / "run/checkpoint.pt").unlink()
+    found = [row for row in rows(tmp_path / "run") if "recall@1" in row]
+    assert [row["step"] for row in found] == [0, 2]
+    before, after = (row["recall@1"] for row in found)
+    assert f"recall@1 {after:.1f} (random weights {before:.1f}, chance 8.33)" in capsys.readouterr().out
+    train_here("clip", photos, tmp_path / "other", "--max-steps", "2", "--eval-every", "0")
+    assert [row["step"] for row in rows(tmp_path / "other") if "recall@1" in row] == [2]
+    assert f"recall@1 {after:.1f} (chance 8.33)" in capsys.readouterr().out
+
+
 def start(name, photos, directory, *flags, processes=1):
     argv = argv_of(f"{name}.py", "--data", photos, "--output-dir", directory, *FLAGS[name], *flags, processes=processes)
     return subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

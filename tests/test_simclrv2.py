@@ -346,7 +346,7 @@ def test_status_2_and_no_traceback(photos, stages, tmp_path):
 def test_layout_and_paste():
     assert BANNER.findall(Path(simclrv2.__file__).read_text()) == SECTIONS
     space = cut(["ResNet", "Classifier"], file="simclrv2.py")
-    backbone = space["ResNet"](space["torchvision"].models.resnet.BasicBlock, [1, 1, 1, 1], cifar_stem=True)
+    backbone = space["ResNet"](space["torchvision"].models.resnet.BasicBlock, [1, 1, 1, 1], stem="cifar")
     backward(space["Classifier"](backbone, 1, 10)(torch.randn(4, 3, 32, 32)))
     loss = cut(["supervised_loss"], ["all_gather"], file="simclrv2.py")["supervised_loss"]
     loss(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()

@@ -131,6 +131,9 @@ def test_method_files_say_the_same_thing_with_the_same_line():
         for line in ("class Args(RunArgs):", "    for step, batch in run.batches():", "        run.end_step(",
                      "        if run.agree_to_stop() or run.due(args.save_every):", "    return run.finish("):  # fmt: skip
             assert text.count(line) == 1, (name, line)
+        if name != "simclrv2":  # it starts from trained weights
+            line = "    if val and run.step == 0 and run.due(args.eval_every):  # random weights"
+            assert text.count(line) == 1, name
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -190,7 +193,7 @@ def test_paste_clip_and_slip():
 
 def test_paste_simclr():
     space = cut(["ResNet", "ProjectionHead", "SimCLR"], file="simclr.py")
-    backbone = space["ResNet"](torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], width=2, cifar_stem=True)
+    backbone = space["ResNet"](torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], width=2, stem="cifar")
     backward(space["SimCLR"](backbone, space["ProjectionHead"](backbone.feature_dim))(torch.randn(4, 3, 32, 32)))
     for file in ("simclr.py", "slip.py"):
         loss = cut(["nt_xent_loss"], ["all_gather"], file=file)["nt_xent_loss"]
