@@ -87,6 +87,8 @@ class Args:
     ema: float = 0.0  # finetune, semi: score averaged weights with this decay, as 0.9999 (0: off)
     C: float = 0.0  # logreg: inverse regularisation strength (0: search)
     heads: int = 0  # attention heads of an external ViT (0: infer)
+    text_heads: int = 0  # attention heads of an external text encoder (0: infer)
+    gelu: Literal["", "quick", "exact"] = ""  # of an external CLIP: OpenAI's is quick, LAION's exact
     images: int = 4  # pictures: how many samples are shown, the same ones in every run
     samples: str = ""  # pictures: samples to show, by their number in the split, as 3,14,15
     size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures: 480)
@@ -147,7 +149,8 @@ def export(args, path, *others):
     """Writes a checkpoint's network for another project and prints the lines that load it there."""
     if others:
         raise UserError("export takes one checkpoint at a time")
-    net = open_network(path, torch.device("cpu"), args.head_layer, heads=args.heads, text=False)
+    given = {"heads": args.heads, "text_heads": args.text_heads, "gelu": args.gelu}
+    net = open_network(path, torch.device("cpu"), args.head_layer, text=False, **given)
     folder = args.out or folder_of(Path(path)) / f"export_{args.to}"
     print(exports.export(net, args.to, folder))
 
@@ -181,7 +184,9 @@ def main(argv: list[str]):
         for kind in kinds:
             random_weights = kind == "random weights"
             texts = {"text": with_text, "tokenizer": args.tokenizer, "data_dir": args.data_dir}
-            net = open_network(path, device, args.head_layer, random_weights, args.heads, **texts)
+            given = {"heads": args.heads, "text_heads": args.text_heads, "gelu": args.gelu}
+            options = {**texts, **given}
+            net = open_network(path, device, args.head_layer, random_weights, **options)
             if with_text and not net.tokenizer:
                 raise UserError(
                     f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s"

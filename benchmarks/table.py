@@ -51,6 +51,8 @@ SHARED = {
     "evaluation/pictures.py": "pictures of what a network sees",
     "evaluation/results.py": "tables, results.jsonl and the files of pictures",
     "evaluation/weights.py": "reads checkpoints, those of other projects too",
+    "evaluation/recognise.py": "says whose weights a file holds, and what the tensors do not tell",
+    "evaluation/names.py": "names of tensors in other projects and here, in both directions",
     "evaluation/exports.py": "writes weights for other projects",
 }
 START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations

@@ -7,13 +7,14 @@ names used here, in model.safetensors."""
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import torch
 
 from common import UserError
-from evaluation.weights import depth, family
+from evaluation.names import clip_to_transformers, vit_to_torchvision
+from evaluation.names import vit_to_transformers
+from evaluation.recognise import depth, family
 
 DEPTHS = {("BasicBlock", 2, 2, 2, 2): "resnet18", ("BasicBlock", 3, 4, 6, 3): "resnet34",
           ("Bottleneck", 3, 4, 6, 3): "resnet50", ("Bottleneck", 3, 4, 23, 3): "resnet101",
@@ -57,70 +58,6 @@ def encoder_state(net, to):
             f"{net.method}'s {net.arch} has no counterpart in {to}, try open_clip or safetensors"
         )
     return state, "ViT" in found
-
-
-# -------------------------------------------- names --------------------------------------------
-def torchvision_names(state):
-    """A ViT's state dict with timm's names -> with torchvision's."""
-    renamed = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
-               "norm": "encoder.ln", r"blocks\.(\d+)": r"encoder.layers.encoder_layer_\1",
-               "patch_embed.proj": "conv_proj"}  # fmt: skip
-    inner = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_",
-             "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0",
-             "mlp.fc2": "mlp.3"}  # fmt: skip
-    out = {}
-    for key, value in state.items():
-        if key.startswith("blocks."):
-            for old, new in inner.items():
-                key = key.replace(old, new)
-        for old, new in renamed.items():
-            key = re.sub(f"^{old}", new, key)
-        out[key] = value
-    return out
-
-
-def transformers_vit_names(state):
-    """A ViT's state dict with timm's names -> with those of transformers' ViTModel, as on the
-    hub."""
-    renamed = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-               "patch_embed.proj": "embeddings.patch_embeddings.projection",
-               "blocks.": "encoder.layer.", "norm1": "layernorm_before", "norm2": "layernorm_after",
-               "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
-               "mlp.fc2": "output.dense"}  # fmt: skip
-    out = {}
-    for key, value in state.items():
-        key = re.sub("^norm", "layernorm", key)
-        for old, new in renamed.items():
-            key = key.replace(old, new)
-        if "attn.qkv" not in key:
-            out[key] = value
-            continue
-        for name, part in zip(("query", "key", "value"), value.chunk(3)):
-            out[key.replace("attn.qkv", f"attention.attention.{name}")] = part
-    return out
-
-
-def transformers_clip_names(state):
-    """A CLIP's state dict with OpenAI's names -> with those of transformers' CLIPModel."""
-    renamed = {"transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1",
-               "ln_2": "layer_norm2", "c_fc": "fc1", "c_proj": "fc2", "attn.": "self_attn.",
-               "ln_final": "final_layer_norm", "ln_pre": "pre_layrnorm",
-               "ln_post": "post_layernorm", "conv1": "embeddings.patch_embedding",
-               "token_embedding": "embeddings.token_embedding",
-               "class_embedding": "embeddings.class_embedding",
-               "positional_embedding": "embeddings.position_embedding.weight"}  # fmt: skip
-    out = {"logit_scale": state["logit_scale"], "visual_projection.weight": state["visual.proj"].T,
-           "text_projection.weight": state["text_projection"].T}  # fmt: skip
-    for key, value in state.items():
-        if key in ("logit_scale", "visual.proj", "text_projection"):
-            continue
-        tower = "vision_model." if key.startswith("visual.") else "text_model."
-        key = key.removeprefix("visual.")
-        for old, new in renamed.items():
-            key = key.replace(old, new)
-        parts = zip("qkv", value.chunk(3)) if "in_proj_" in key else [("", value)]
-        out |= {tower + key.replace("in_proj_", f"{name}_proj."): part for name, part in parts}
-    return out
 
 
 # -------------------------------------------- other projects --------------------------------------
@@ -170,7 +107,7 @@ def to_torchvision(net):
         sizes = f"{size}, {patch}, {layers}, {heads}, {width}, {4 * width}"
         make = f"model = torchvision.models.VisionTransformer({sizes})\n"
         make += "model.heads = nn.Identity()\n"
-        state = torchvision_names(state)
+        state = vit_to_torchvision(state)
     else:
         name, small = resnet_name(state)
         make = f"model = torchvision.models.{name}()\nmodel.fc = nn.Identity()\n{small}"
@@ -213,7 +150,7 @@ def to_transformers(net):
               "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width,
               "intermediate_size": 4 * width, "layer_norm_eps": 1e-6,
               "hidden_act": "gelu"}  # fmt: skip
-    return transformers_vit_names(state), {"config.json": config}, (
+    return vit_to_transformers(state), {"config.json": config}, (
         "from transformers import ViTModel\n"
         'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)\n'
         "features = model(images).last_hidden_state[:, 0]")  # fmt: skip
@@ -241,7 +178,7 @@ def to_transformers_clip(net):
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text,
               "vision_config": vision, "projection_dim": clip_config["embed_dim"]}  # fmt: skip
     return (
-        transformers_clip_names(state),
+        clip_to_transformers(state),
         {"config.json": config},
         ('from transformers import CLIPModel\nmodel = CLIPModel.from_pretrained("FOLDER")'),
     )

@@ -1,18 +1,18 @@
 """Weights in: opens a checkpoint of one of our method files, or published weights of another
-project, as a network that is ready to be evaluated. Whose weights a file holds is recognised by the
-names of its tensors.
+project, as a network that is ready to be evaluated. evaluation/recognise.py says whose weights a
+file holds, evaluation/names.py translates the names of its tensors.
 
     net = open_network("runs/dino_shapes", device)  # or dino_deitsmall16_pretrain.pth, RN50.pt, ...
     features = net.encoder(net.view(pixels, {}))    # uint8 (b, 3, S, S), as net.view.crop() returns
 
 Only tensors, numbers and argparse's Namespace are ever unpickled, so that a file cannot run code.
-Everything is loaded with strict=True; tensors that are not needed, such as heads, are removed by
-name before that."""
+Everything is loaded strictly; tensors that are not needed, such as heads, are removed by name and
+counted before that."""
 
 import argparse
 import importlib
 import math
-import re
+import sys
 import types
 import warnings
 import zipfile
@@ -22,16 +22,55 @@ import torch
 import torchvision
 from torch import nn
 
-from common import UserError
+from common import UserError, rank
 from data import Tokenizer
+from evaluation.names import align_state
+from evaluation.recognise import FAMILIES, HEADS, Known, beside, depth, family, other, state_of
+from monitor import EvalView
 from run import load_checkpoint
 
 ROOT = Path(__file__).parent.parent  # where the method files are
+# What a folder may hold, ours first and then as transformers and open_clip call their files
+FILES = ("checkpoint.pt", "model.safetensors", "model.pt", "open_clip_model.safetensors",
+         "open_clip_pytorch_model.bin", "pytorch_model.bin")  # fmt: skip
+
+
+# -------------------------------------------- files -----------------------------------------------
+class Ignored:
+    """Stands for an object beside the weights that is of no use here."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Objects that other projects save beside their weights, such as the best accuracy as numpy's number
+# or the output folder as a Path. They become Ignored; argparse's Namespace is read as it is.
+HARMLESS = ["numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "pathlib.WindowsPath",
+            "pathlib._local.PosixPath", "pathlib._local.WindowsPath"]  # fmt: skip
+HARMLESS += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
+             for name in ("scalar", "_reconstruct")]  # fmt: skip
+
+
+def stand_in(name):
+    """A class that the unpickler takes for the one with this name."""
+    module, _, own = name.rpartition(".")
+    return type(own, (Ignored,), {"__module__": module})
+
+
+def file_of(path):
+    """The file of weights in a run directory or in a folder that another project wrote."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
 
 
 def read(path):
-    """-> the dict in a file or run directory, which may be written by torch.save, be a safetensors
-    file or one of OpenAI's TorchScript archives. Raises UserError."""
+    """-> the dict in a file, which may be written by torch.save, be a safetensors file or one of
+    OpenAI's TorchScript archives. Raises UserError."""
     if str(path).endswith(".safetensors"):
         load_file = importlib.import_module("safetensors.torch").load_file
         try:
@@ -46,126 +85,103 @@ def read(path):
                 return torch.jit.load(path, map_location="cpu").state_dict()
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace, *map(stand_in, HARMLESS)]):
         saved = load_checkpoint(path)
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
     return saved
 
 
-def state_of(saved):
-    """The state dict in a dict that another project saved, without the prefix that data parallelism
-    adds."""
-    for key in ("teacher", "state_dict", "model"):  # DINO, iBOT; SLIP, MoCo, SimSiam; DeiT, MAE
-        if isinstance(saved.get(key), dict):
-            saved = saved[key]
-    state = {str(k).removeprefix("module."): v for k, v in saved.items() if torch.is_tensor(v)}
-    for key in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
-        state.pop(key, None)
-    return state
+def some(words):
+    """At most three of these words, and how many more there are."""
+    words = list(words)
+    rest = f" and {len(words) - 3} more" if len(words) > 3 else ""
+    return ", ".join(words[:3]) + rest
 
 
-# -------------------------------------------- whose it is -----------------------------------------
-# Family: (prefix that one of its tensors' names has, prefix of the evaluated encoder, method file
-# whose preprocessing it takes). The first family whose prefix occurs is taken.
-FAMILIES = {
-    "SLIP": ("visual.cls_token", "visual.", "slip"),
-    "DeCLIP": ("encode_text.text_projection.", "visual.", "declip"),
-    "Hugging Face's ALIGN": ("vision_model.embeddings.convolution.", "vision_model.", "align"),
-    "CLIP": ("visual.", "visual.", "clip"),
-    "MoCo v3": ("momentum_encoder.", "base_encoder.", "mocov3"),
-    "MoCo": ("encoder_q.", "encoder_q.", "moco"),
-    "SimSiam": ("predictor.", "encoder.", "simsiam"),
-    "SimCLR": ("head.linears.", "backbone.", "simclr"),
-    "DINO or iBOT": ("head.last_layer.", "backbone.", "dino"),
-    "DINOv2": ("blocks.0.ls1.", "", "dinov2"),
-    "torchvision's ViT": ("conv_proj.", "", "dino"),
-    "a ViT with timm's names": ("patch_embed.proj.", "", "dino"),
-    "a ViT backbone with timm's names": ("backbone.patch_embed.proj.", "backbone.", "dino"),
-    "a ResNet with torchvision's names": ("layer1.0.conv1.", "", "dino"),
-    "a ResNet backbone with torchvision's names": ("backbone.layer1.0.conv1.", "backbone.", "dino"),
-}
+def load_strictly(model, state):
+    """Copies a state dict into a model; half precision becomes single. Raises ValueError, which
+    names up to three tensors of a kind and counts the others."""
+    own, problems = model.state_dict(), []
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in own]
+    differ = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if missing:
+        problems.append(f"it lacks {some(missing)}")
+    if unknown:
+        problems.append(f"it also holds {some(unknown)}")
+    if differ:
+        shapes = (tuple(x[differ[0]].shape) for x in (state, own))
+        problems.append("{} has the shape {}, not {}".format(some(differ), *shapes))
+    if problems:
+        raise ValueError("; ".join(problems))
+    model.load_state_dict(state)
+
+
+# -------------------------------------------- encoders --------------------------------------------
 # heads beside an encoder, which are never evaluated
-HEADS = ("fc.", "head.", "heads.", "head_dist.", "masked_embed")
+BESIDE_ENCODERS = ("fc.", "head.", "heads.", "head_dist.", "pre_logits.", "masked_embed",
+                   "decoder_", "prototypes.", "projection_head.")  # fmt: skip
 
 
-def family(state):
-    """-> the key of FAMILIES that a state dict belongs to, or None."""
-    for name, (mark, _, _) in FAMILIES.items():
-        if any(key.startswith(mark) for key in state):
-            return name
-    return None
+def fit_linear(net, state):
+    """Gives the feed-forward layers of `net` the sizes of the tensors, for transformers whose
+    hidden layer is not four times as wide as the others (ViT-g, ViT-bigG)."""
+    for name, module in list(net.named_modules()):
+        weight = state.get(f"{name}.weight")
+        if isinstance(module, nn.Linear) and ".mlp." in name and weight is not None:
+            if weight.ndim == 2 and weight.shape != module.weight.shape:
+                parent, _, own = name.rpartition(".")
+                setattr(net.get_submodule(parent), own, nn.Linear(weight.shape[1], len(weight)))
 
 
-def depth(state, prefix):
-    """How many modules prefix0, prefix1, ... a state dict has."""
-    return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+def has_sines(state):
+    """Whether positions are MoCo v3's, which are fixed: a grid of sines and cosines."""
+    mocov3 = importlib.import_module("mocov3")
+    positions = state["pos_embed"].float()
+    side = math.isqrt(positions.shape[1] - 1)
+    if positions.shape[2] % 4 or side**2 != positions.shape[1] - 1:
+        return False
+    sines = mocov3.sincos_position_embedding(side, positions.shape[2])
+    return torch.allclose(positions, sines, atol=2e-3)  # as half precision has them
 
 
-def timm_names(state):
-    """A ViT's state dict with torchvision's names -> with timm's."""
-    renamed = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
-               "encoder.ln": "norm", "conv_proj": "patch_embed.proj",
-               r"encoder.layers.encoder_layer_(\d+)": r"blocks.\1",
-               "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
-               "ln_([12])": r"norm\1", r"mlp.(0|linear_1)\.": "mlp.fc1.",
-               r"mlp.(3|linear_2)\.": "mlp.fc2."}  # fmt: skip
-    out = {}
-    for key, value in state.items():
-        for old, new in renamed.items():
-            key = re.sub(rf"(?:^|(?<=\.)){old}", new, key)
-        out[key] = value
-    return out
-
-
-def vit_of(state, heads=0):
+def vit_of(state, known, table):
     """A state dict with timm's names -> dino.VisionTransformer with the sizes of its tensors, image
-    size.
-
-    The tensors do not tell the number of attention heads. It is one for 64 channels, except for the
-    ViT-S of MoCo v3 and of SLIP, which have 12: they would load with 6 and give other features.
-    MoCo v3's is recognised by its positions, which are fixed; for others there is `heads`."""
+    size. Of 384 channels MoCo v3 has 12 heads, as others have not."""
     dino = importlib.import_module("dino")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    fixed = not state["pos_embed"][:, 0].any()  # sines and cosines have zeros for the class token
-    usual = next((heads for _, w, heads in dino.ARCHS.values() if w == width), max(1, width // 64))
-    if not heads:
-        heads = 12 if width == 384 and fixed else usual
-    if width % heads:
-        raise UserError(f"--heads {heads} does not divide the width {width} of this transformer")
+    heads = known.heads_of(width, table, 12 if width in (384, 768) and has_sines(state) else 0)
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    return dino.VisionTransformer(
-        side * patch, patch, width, depth(state, "blocks."), heads
-    ), side * patch
+    net = dino.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads)
+    fit_linear(net, state)
+    return net, side * patch
 
 
-def dinov2_of(state, heads=0):
+def dinov2_of(state, known, table):
     """A state dict with DINOv2's names -> dinov2.VisionTransformer with the sizes of its tensors,
-    image size. There is one head for 64 channels unless `heads` says otherwise. The image size is
-    224, as in DINOv2's evaluations, although the last part of its training had 518."""
+    image size. The image size is 224, as in DINOv2's evaluations, although the last part of its
+    training had 518."""
     dinov2 = importlib.import_module("dinov2")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     swiglu = "blocks.0.mlp.w12.weight" in state
-    heads = heads or max(1, width // 64)
-    if width % heads:
-        raise UserError(f"--heads {heads} does not divide the width {width} of this transformer")
+    heads = known.heads_of(width, table)
     net = dinov2.VisionTransformer(side * patch, patch, width, depth(state, "blocks."), heads,
                                    registers=registers, swiglu=swiglu)  # fmt: skip
-    return net, 224
+    fit_linear(net, state)
+    return net, 224 if 224 % patch == 0 else side * patch
 
 
-def resnet_of(state):
+def resnet_of(state, known, table):
     """A state dict with torchvision's names -> ResNet without classifier, image size. The weights
     do not tell the image size; it is 32 with CIFAR's stem and 224 otherwise."""
+    if known.heads:
+        raise UserError("a ResNet has no attention heads: leave --heads out")
     layers = [depth(state, f"layer{i}.") for i in (1, 2, 3, 4)]
-    if layers not in (
-        [2, 2, 2, 2],
-        [3, 4, 6, 3],
-        [3, 4, 23, 3],
-        [3, 8, 36, 3],
-    ):  # blocks are missing
+    usual = [2, 2, 2, 2], [3, 4, 6, 3], [3, 4, 23, 3], [3, 8, 36, 3]
+    if layers not in usual:  # blocks are missing
         raise ValueError(f"no ResNet has {layers} blocks")
     block, options = torchvision.models.resnet.BasicBlock, {}
     if "layer1.0.conv3.weight" in state:
@@ -180,218 +196,227 @@ def resnet_of(state):
     return net, 32
 
 
-def encoder_of(state, name, heads=0):
+def encoder_of(state, name, known):
     """-> the image encoder of a family with random weights, image size, the part of the state dict
     that fits."""
-    prefix = FAMILIES[name][1]
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    state = timm_names(state) if name == "torchvision's ViT" else state
-    state = {k: v for k, v in state.items() if not k.startswith(HEADS)}
-    if name == "DINOv2":
-        encoder, image_size = dinov2_of(state, heads)
-        return encoder, image_size, state
-    is_vit = any(key.startswith("patch_embed.") for key in state)
-    encoder, image_size = vit_of(state, heads) if is_vit else resnet_of(state)
-    return encoder, image_size, state
+    marks, prefix, method, rename = FAMILIES[name]
+    every = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    every = rename(every) if rename else every
+    fitting = {k: v for k, v in every.items() if not k.startswith(BESIDE_ENCODERS)}
+    if method != "dinov2":
+        fitting.pop("mask_token", None)
+    left_out = [k for k in every if k not in fitting]
+    left_out += [k for k in state if not k.startswith(prefix)]
+    if left_out:
+        known.notes.append(f"without {some(left_out)}")
+    if any(key.startswith("patch_embed.") for key in fitting):
+        build = dinov2_of if method == "dinov2" else vit_of
+        table = HEADS | {128: 4}  # as in our smallest ones
+        table = table | {384: 12} if method == "slip" or name == "MoCo v3" else table
+    else:
+        build, table = resnet_of, {}
+    encoder, image_size = build(fitting, known, table)
+    return encoder, image_size, fitting
 
 
-def clip_of(state):
+# -------------------------------------------- language and image ----------------------------------
+def text_of(state, known):
+    """Context length, vocabulary size, width, heads and layers of CLIP's text encoder."""
+    width = state["text_projection"].shape[0]
+    context_length = len(state["positional_embedding"])
+    vocab_size = len(state["token_embedding.weight"])
+    heads, layers = known.text_heads_of(width), depth(state, "transformer.resblocks.")
+    return context_length, vocab_size, width, heads, layers
+
+
+def clip_of(state, known):
     """A state dict with OpenAI's names -> clip.CLIP with the sizes of its tensors, image size."""
     clip = importlib.import_module("clip")
+    embed_dim = state["text_projection"].shape[1]
     if "visual.proj" in state:
         width, _, patch, _ = state["visual.conv1.weight"].shape
         layers = depth(state, "visual.transformer.resblocks.")
-        tokens = state["visual.positional_embedding"]
+        image_size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        heads = known.heads_of(width)
+        model = clip.CLIP(embed_dim, 32, 0, 64, 32, *text_of(state, known))
+        sizes = image_size, patch, width, layers, heads, embed_dim
+        model.visual = clip.VisionTransformer(*sizes)  # CLIP itself has one for 64 channels
     else:
-        width, patch = len(state["visual.conv3.weight"]), None
+        width = len(state["visual.conv3.weight"])
         layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-        tokens = state["visual.attnpool.positional_embedding"]
-    image_size = (patch or 32) * math.isqrt(len(tokens) - 1)
-    text_width, embed_dim = state["text_projection"].shape
-    context_length = len(state["positional_embedding"])
-    vocab_size = len(state["token_embedding.weight"])
-    text_layers = depth(state, "transformer.resblocks.")
-    text = context_length, vocab_size, text_width, text_width // 64, text_layers
-    model = clip.CLIP(embed_dim, image_size, layers, width, patch, *text)
-    return model, image_size
+        image_size = 32 * math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
+        model = clip.CLIP(embed_dim, image_size, layers, width, None, *text_of(state, known))
+        model.visual.attnpool.heads = known.heads_of(32 * width, {})
+    fit_linear(model, state)
+    if known.exact_gelu():
+        for module in model.modules():
+            if isinstance(module, clip.ResidualAttentionBlock):
+                module.mlp.gelu = nn.GELU()
+    return model, image_size, state
 
 
-def slip_of(state):
-    """A state dict with the names of SLIP_VIT{S,B,L}16 -> slip.SLIP with the sizes of its tensors,
-    image size."""
+def slip_of(state, known):
+    """A state dict with the names of {SLIP,CLIP}_VIT{S,B,L}16 -> slip.SLIP with the sizes of its
+    tensors, image size. The CLIP baseline has no image_mlp."""
     slip = importlib.import_module("slip")
     width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
-    heads = next((heads for _, w, heads in slip.ARCHS.values() if w == width), width // 64)
+    heads = known.heads_of(width, HEADS | {w: heads for _, w, heads in slip.ARCHS.values()})
     image_size = patch * math.isqrt(state["visual.pos_embed"].shape[1] - 1)
     visual = slip.VisionTransformer(image_size, patch, width, depth(state, "visual.blocks."), heads)
-    text_width, embed_dim = state["text_projection"].shape
-    context_length = len(state["positional_embedding"])
-    vocab_size = len(state["token_embedding.weight"])
-    ssl_emb_dim, ssl_mlp_dim = state["image_mlp.layer3.weight"].shape
-    text_layers = depth(state, "transformer.resblocks.")
-    text = context_length, vocab_size, text_width, text_width // 64, text_layers
-    model = slip.SLIP(embed_dim, visual, width, *text, ssl_mlp_dim, ssl_emb_dim)
-    return model, image_size
+    embed_dim, ssl = state["text_projection"].shape[1], (1, 1)
+    if "image_mlp.layer3.weight" in state:
+        ssl = reversed(state["image_mlp.layer3.weight"].shape)
+    model = slip.SLIP(embed_dim, visual, width, *text_of(state, known), *ssl)
+    if "image_mlp.layer3.weight" not in state:
+        del model.image_mlp
+    return model, image_size, state
 
 
-def declip_of(state):
+def set_heads(module, heads):
+    """Gives every attention layer in a module this number of heads; no weight depends on it."""
+    for layer in module.modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            layer.num_heads, layer.head_dim = heads, layer.embed_dim // heads
+
+
+def declip_of(state, known):
     """A state dict with DeCLIP's names, of either image encoder -> declip.DeCLIP with the sizes of
     its tensors, image size."""
     declip = importlib.import_module("declip")
     embed_dim, text_width = state["encode_text.text_projection.weight"].shape
+    width = len(state["visual.conv1.weight"])
+    if any(w % 64 for w in (text_width, width) if "visual.proj" in state):
+        raise ValueError("declip.py has widths that are multiples of 64")
     if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
+        patch = state["visual.conv1.weight"].shape[-1]
         size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
         layers = depth(state, "visual.transformer.resblocks.")
         visual = declip.VisionTransformer(size, patch, width, layers, embed_dim)
+        set_heads(visual, known.heads_of(width))
     else:
         size = 32 * math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
         layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
         visual = declip.ModifiedResNet(size, layers, embed_dim)
+        if known.heads:
+            raise UserError("DeCLIP's ResNet has heads of 64 channels: leave --heads out")
     context_length = len(state["encode_text.positional_embedding"])
     vocab_size = len(state["encode_text.token_embedding.weight"])
     text_layers = depth(state, "encode_text.transformer.resblocks.")
     text = declip.TextTransformer(context_length, vocab_size, text_width, text_layers, embed_dim)
+    set_heads(text, known.text_heads_of(text_width))
     model = declip.DeCLIP(embed_dim, visual, text, len(state["projector.linear1.weight"]))
-    return model, size
+    return model, size, state
 
 
-def align_modules(model):
-    """-> {module of an align.ALIGN: the module of Hugging Face's AlignModel that holds the same
-    tensors}."""
-    names = {"text_projection": "text_projection", "text.norm": "text_model.embeddings.LayerNorm",
-             "visual.features.0.0": "vision_model.embeddings.convolution",
-             "visual.features.0.1": "vision_model.embeddings.batchnorm"}  # fmt: skip
-    names |= {f"text.{kind}_embeddings": f"text_model.embeddings.{kind}_embeddings"
-              for kind in ("word", "position", "token_type")}  # fmt: skip
-    parts = {"self_attn": "attention.self", "self_attn.out_proj": "attention.output.dense",
-             "norm1": "attention.output.LayerNorm", "linear1": "intermediate.dense",
-             "linear2": "output.dense", "norm2": "output.LayerNorm"}  # fmt: skip
-    for i in range(len(model.text.layers)):
-        for ours, theirs in parts.items():
-            names[f"text.layers.{i}.{ours}"] = f"text_model.encoder.layer.{i}.{theirs}"
-    parts = ["expansion.expand_conv", "expansion.expand_bn"]
-    parts += ["depthwise_conv.depthwise_conv", "depthwise_conv.depthwise_norm"]
-    parts += ["squeeze_excite.reduce", "squeeze_excite.expand"]
-    parts += ["projection.project_conv", "projection.project_bn"]
-    modules = dict(model.named_modules())
-    blocks = [name for name in modules if re.fullmatch(r"visual(\.\w+){3}\.block", name)]
-    for i, block in enumerate(blocks):
-        ours = []  # two layers of each step; the first step is missing where nothing is expanded
-        for j, step in enumerate(modules[block]):
-            ends = ("fc1", "fc2") if hasattr(step, "fc1") else ("0", "1")
-            ours += [f"{block}.{j}.{end}" for end in ends]
-        for our, their in zip(ours, parts[-len(ours) :]):
-            names[our] = f"vision_model.encoder.blocks.{i}.{their}"
-    return names
-
-
-def align_state(model, theirs=None):
-    """Translates between the state dicts of Hugging Face's AlignModel and of `model`, an
-    align.ALIGN of the same sizes; the result loads strictly. With `theirs`, an AlignModel's state
-    dict -> one for `model`. Without it, the model's own state dict -> one for an AlignModel.
-
-    AlignModel computes q, k and v with three layers, where we have one. It also has a pooler that
-    is never used: we leave it out, and fill it with zeros for an AlignModel."""
-    modules, out = align_modules(model), {}
-    for key, tensor in model.state_dict().items():
-        module, _, kind = key.rpartition(".")
-        names = [f"{modules[module]}.{kind}" if module else key]
-        if kind.startswith("in_proj_"):
-            names = [f"{modules[module]}.{part}.{kind[8:]}" for part in ("query", "key", "value")]
-        if theirs:
-            parts = [theirs[name] for name in names]
-            out[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        else:
-            out |= zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor])
-    if not theirs:
-        bias = torch.zeros_like(model.text.norm.bias)
-        out |= {
-            "text_model.pooler.dense.weight": torch.diag(bias),
-            "text_model.pooler.dense.bias": bias,
-        }
-    return out
-
-
-def align_of(state):
-    """The state dict of an AlignModel with one of EfficientNet's sizes -> align.ALIGN of that size,
-    and 289, the size of the images it was trained with."""
+def align_of(state, known):
+    """The state dict of an AlignModel, or of ours, with one of EfficientNet's sizes -> align.ALIGN
+    of that size, 289, the size of the images it was trained with, and the state dict that fits."""
     align = importlib.import_module("align")
-    vocab_size, width = state["text_model.embeddings.word_embeddings.weight"].shape
-    context_length = len(state["text_model.embeddings.position_embeddings.weight"])
-    text = align.BERT(context_length, vocab_size, width, depth(state, "text_model.encoder.layer."))
-    blocks = depth(state, "vision_model.encoder.blocks.")
-    dim = len(state[f"vision_model.encoder.blocks.{blocks - 1}.projection.project_conv.weight"])
-    for sizes in align.ARCHS.values():
+    ours = "text.word_embeddings.weight" in state
+    embeddings = "text." if ours else "text_model.embeddings."
+    vocab_size, width = state[f"{embeddings}word_embeddings.weight"].shape
+    context_length = len(state[f"{embeddings}position_embeddings.weight"])
+    layers = depth(state, "text.layers." if ours else "text_model.encoder.layer.")
+    text = align.BERT(context_length, vocab_size, width, layers)
+    set_heads(text, known.text_heads_of(width))
+    if known.heads:
+        raise UserError("ALIGN's EfficientNet has no attention heads: leave --heads out")
+    embed_dim = len(state["text_projection.weight"])
+    side = "visual." if ours else "vision_model."
+    shapes = [v.shape for k, v in state.items() if k.startswith(side) and v.ndim == 4]
+    for name, sizes in align.ARCHS.items():
         with torch.device("meta"):
             visual = align.EfficientNet(*sizes)
-        if (visual.dim, sum(map(len, visual.features[1:]))) == (dim, blocks):
-            return align.ALIGN(dim, align.EfficientNet(*sizes), text, width), 289
-    raise ValueError(f"no EfficientNet has {blocks} blocks and {dim} features")
+        # the sizes differ in the number of convolutions or in their shapes
+        if sorted(v.shape for v in visual.state_dict().values() if v.ndim == 4) == sorted(shapes):
+            known.notes.append(name)
+            model = align.ALIGN(embed_dim, align.EfficientNet(*sizes), text, width)
+            return model, 289, state if ours else align_state(model, state)
+    raise ValueError("its image encoder has the size of no EfficientNet")
 
 
-CONTEXT = r"^(encode_text\.)?positional_embedding$|^text_model\.embeddings\.position_embeddings"
-TOKENS = r"^(encode_text\.)?token_embedding\.|^text_model\.embeddings\.word_embeddings"
 # Families that are loaded with their text encoder: (function that builds it, published tokenizer)
+BERT = "google-bert/bert-base-uncased"
 LANGUAGE_IMAGE = {
-    "SLIP": (slip_of, "clip"),
-    "CLIP": (clip_of, "clip"),
-    "DeCLIP": (declip_of, "clip"),
-    "Hugging Face's ALIGN": (align_of, "google-bert/bert-base-uncased"),
-}
+    "SLIP": (slip_of, "clip"), "SLIP's CLIP": (slip_of, "clip"), "DeCLIP": (declip_of, "clip"),
+    "CLIP": (clip_of, "clip"), "transformers' CLIP": (clip_of, "clip"),
+    "open_clip's CLIP": (clip_of, "clip"), "ALIGN": (align_of, BERT),
+    "Hugging Face's ALIGN": (align_of, BERT)}  # fmt: skip
 
 
 # -------------------------------------------- networks --------------------------------------------
 def reason_of(error):
     """Why weights do not fit, in a few words."""
     if isinstance(error, KeyError):
-        return f"{error} is missing"
+        return f"it lacks {error.args[0]}"
     return str(error).splitlines()[-1].strip()
 
 
-def language_image_model(state, name):
+def language_image_model(state, name, known):
     """-> the model of a family of LANGUAGE_IMAGE with random weights, image size, the state dict
     that fits it."""
     build, _ = LANGUAGE_IMAGE[name]
-    model, image_size = build(state)
-    if "ALIGN" in name:
-        state = align_state(model, state)
+    rename = FAMILIES[name].rename
+    model, image_size, state = build(rename(state) if rename else state, known)
+    if known.gelu and FAMILIES[name].method != "clip":
+        raise UserError(f"--gelu is for CLIP's weights, these look like {name}'s: leave it out")
     return model, image_size, state
 
 
-def load_released(path):
+def refuse_others(path, state):
+    if other(state):
+        raise UserError(f"{path} looks like {other(state)}, which no method file here computes")
+
+
+def report(path, name, known):
+    """Says in one line what was recognised and what was assumed."""
+    if rank() == 0:
+        notes = [*known.notes, f"preprocessed as in {FAMILIES[name].method}.py"]
+        print(f"{path} is taken for {name}: {', '.join(notes)}", file=sys.stderr)
+
+
+def load_released(path, heads=0, text_heads=0, gelu=""):
     """Opens a published language-image model -> (method module, model in float32), loaded strictly.
 
     path: a checkpoint of CLIP (also OpenAI's half-precision TorchScript archives), SLIP or DeCLIP,
-    or a state dict with their names or those of Hugging Face's AlignModel. Raises UserError."""
-    state = state_of(read(path))
+    or a state dict with their names or those of transformers' CLIPModel or AlignModel. heads,
+    text_heads, gelu: as the flags of evaluate.py. Raises UserError."""
+    file = file_of(path)
+    state = state_of(read(file))
+    refuse_others(path, state)
     name = family(state) if family(state) in LANGUAGE_IMAGE else "CLIP"
+    known = Known(heads, text_heads, gelu, beside(file, name))
     try:
-        model, _, state = language_image_model(state, name)
-        model.load_state_dict(state, strict=True)  # copies half into single precision
+        model, _, state = language_image_model(state, name, known)
+        load_strictly(model, state)
     except (KeyError, ValueError, RuntimeError) as error:
         reason = reason_of(error)
         raise UserError(
             f"{path} does not hold a CLIP, SLIP, DeCLIP or ALIGN model: {reason}"
         ) from error
-    return importlib.import_module(FAMILIES[name][2]), model
+    report(path, name, known)
+    return importlib.import_module(FAMILIES[name].method), model
 
 
 def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True,
-                 tokenizer="", data_dir=None):  # fmt: skip
+                 tokenizer="", data_dir=None, text_heads=0, gelu=""):  # fmt: skip
     """-> namespace of method, arch, step, model, encoder, view and tokenizer (None without text).
 
     head_layer: how many layers of the projection head the encoder includes; random_weights: the
-    same network before training; heads: attention heads of another project's transformer (0:
-    infer); text: whether to look for the tokenizer of a published language-image model; tokenizer,
-    data_dir: another one than the published, and the folder of CLIP's merges. Raises UserError."""
-    saved = read(path)
+    same network before training; heads, text_heads, gelu: of another project's transformer, as the
+    flags of evaluate.py (0 and empty: inferred); text: whether to look for the tokenizer of a
+    published language-image model; tokenizer, data_dir: another one than the published, and the
+    folder of CLIP's merges. Raises UserError."""
+    file = file_of(path)
+    saved = read(file)
     torch.manual_seed(0)
     if saved.keys() >= {"method", "args", "model"}:
         net = open_ours(path, saved, head_layer, random_weights)
     else:
-        state = state_of(saved)
-        net = open_published(path, state, random_weights, heads, text, tokenizer, data_dir)
+        known = Known(heads, text_heads, gelu)
+        net = open_published(file, state_of(saved), random_weights, known)
+        if text and net.method in LANGUAGE_IMAGE:
+            net.tokenizer = published_tokenizer(file, net, tokenizer, data_dir)
         if head_layer:
             raise UserError(
                 f"{path} has no --head-layer, of others' checkpoints only the encoder is read"
@@ -410,12 +435,12 @@ def open_ours(path, saved, head_layer, random_weights):
     model = method.build_model(args)
     try:
         if not random_weights:
-            model.load_state_dict(saved["model"])
+            load_strictly(model, saved["model"])
         if head_layer:
             encoder = method.image_encoder(model, head_layer=head_layer)
         else:
             encoder = method.image_encoder(model)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         looks = f", it looks like {family(saved['model'])}" if family(saved["model"]) else ""
         raise UserError(f"{path} does not fit {name}.py{looks}: {reason_of(error)}") from error
     except TypeError as error:
@@ -432,43 +457,72 @@ def open_ours(path, saved, head_layer, random_weights):
     )
 
 
-def open_published(path, state, random_weights, heads, text, spec="", data_dir=None):
-    """A state dict of another project -> the namespace of open_network. `model` is the full model
-    for families of LANGUAGE_IMAGE, and the encoder alone for the others."""
+def open_published(path, state, random_weights, known):
+    """A state dict of another project -> the namespace of open_network, without tokenizer. `model`
+    is the full model for families of LANGUAGE_IMAGE, and the encoder alone for the others."""
+    refuse_others(path, state)
     name = family(state)
     if name is None:
-        first = ", ".join(list(state)[:3]) or "no tensors"
+        first = some(state) if state else "no tensors"
         raise UserError(f"{path} was not written by one of our method files, and looks like "
-                        f"nothing known here: it holds {first} ...")  # fmt: skip
-    method = FAMILIES[name][2]
+                        f"nothing known here: it holds {first}")  # fmt: skip
+    method = FAMILIES[name].method
     if not (ROOT / f"{method}.py").is_file():
         raise UserError(f"{path} looks like {name}, for which there is no {method}.py here")
-    module, tokenizer = importlib.import_module(method), None
+    module, known.beside = importlib.import_module(method), beside(path, name)
     try:
         if name in LANGUAGE_IMAGE:
-            model, size, fitting = language_image_model(state, name)
+            model, size, fitting = language_image_model(state, name, known)
+        elif known.text_heads or known.gelu:
+            raise UserError("--text-heads and --gelu are for language-image weights, "
+                            f"{path} looks like {name}: leave them out")  # fmt: skip
         else:
-            model, size, fitting = encoder_of(state, name, heads)
+            model, size, fitting = encoder_of(state, name, known)
         if not random_weights:
-            model.load_state_dict(fitting)
+            load_strictly(model, fitting)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} looks like {name}, but does not fit: {reason_of(error)}"
         ) from error
-    if name in LANGUAGE_IMAGE and text:
-        length, tokens = (next(len(value) for key, value in state.items() if re.search(what, key))
-                          for what in (CONTEXT, TOKENS))  # fmt: skip
-        _, published = LANGUAGE_IMAGE[name]
-        tokenizer = Tokenizer(spec or published, length, data_dir=data_dir)
-        if tokenizer.vocab_size > tokens:
-            raise UserError(
-                f"{path} knows {tokens} tokens, but tokenizer {spec or published} has "
-                f"{tokenizer.vocab_size}: give {name}'s own with --tokenizer"
-            )
-        if published == "clip" and tokenizer.eot != tokenizer.vocab_size - 1:
-            raise UserError(f"--tokenizer {spec} has an end token that is not its largest id, "
-                            f"where {name} pools")  # fmt: skip
-    encoder = module.image_encoder(model) if name in LANGUAGE_IMAGE else model
     view = module.eval_view(types.SimpleNamespace(image_size=size))
+    view = view_of(known.beside.get("view", {}), view)
+    known.notes.append(f"{view.size} px")
+    if not random_weights:
+        report(path, name, known)
+    encoder = module.image_encoder(model) if name in LANGUAGE_IMAGE else model
     return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,
-                                 encoder=encoder, view=view, tokenizer=tokenizer)  # fmt: skip
+                                 encoder=encoder, view=view, tokenizer=None)  # fmt: skip
+
+
+def view_of(said, view):
+    """The evaluation view of a method, changed as files beside the weights say."""
+    size = said.get("size", view.size)
+    resize = said.get("resize", view.resize if size == view.size else size)
+    interpolation = said.get("interpolation", view.filter.name.lower())
+    mean, std = (tuple(said.get(key, getattr(view, key))) for key in ("mean", "std"))
+    return EvalView(size, resize, interpolation, mean, std)
+
+
+def published_tokenizer(path, net, asked, data_dir):
+    """The tokenizer that --tokenizer asks for, the tokenizer.json beside the weights, or the
+    published one of a family, with the context length of the text encoder. Raises UserError for one
+    with more tokens than the network, or whose end token is not where CLIP pools."""
+    words, places = "token_embedding.weight", "positional_embedding"  # CLIP's and SLIP's names
+    if net.method == "DeCLIP":
+        words, places = f"encode_text.{words}", f"encode_text.{places}"
+    elif "ALIGN" in net.method:
+        words, places = "text.word_embeddings.weight", "text.position_embeddings.weight"
+    state, own = net.model.state_dict(), path.parent / "tokenizer.json"
+    tokens, length = len(state[words]), len(state[places])
+    published = LANGUAGE_IMAGE[net.method][1]
+    spec = asked or (str(own) if own.is_file() else published)
+    tokenizer = Tokenizer(spec, length, data_dir=data_dir)
+    if tokenizer.vocab_size > tokens:
+        raise UserError(
+            f"{path} knows {tokens} tokens, but tokenizer {spec} has "
+            f"{tokenizer.vocab_size}: give {net.method}'s own with --tokenizer"
+        )
+    if published == "clip" and tokenizer.eot != tokenizer.vocab_size - 1:
+        raise UserError(f"--tokenizer {spec} has an end token that is not its largest id, "
+                        f"where {net.method} pools")  # fmt: skip
+    return tokenizer
