@@ -31,6 +31,7 @@ COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
 # What the pages name of other projects, and so is nowhere in this tree
 FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad"} | {"--no-index"}  # of open_clip, of git
 FOREIGN_FLAGS |= {"--caption_col", "--output_format"}  # of img2dataset
+FOREIGN_FLAGS |= {"--ntasks-per-node", "--shm-size", "--max-restarts"}  # of srun, docker, torchrun
 FOREIGN_FLAGS |= {"--index-url", "--dist"}  # of pip, of pytest
 NO_FLAGS = {"--batchsize", "--flag"}  # the example of an error message, the synopsis
 
