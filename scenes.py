@@ -111,8 +111,9 @@ class Shapes:
 class Flocks:
     """Scenes of four objects of one form, 64 x 64, functions of the index; the class is the form.
 
-    Every crop shows the class. Each picture has the same four colours, each once, on a grey ground,
-    so that colour tells nothing about the class, and little about which picture a crop is from."""
+    Every crop shows the class. What else two crops of a picture share is kept small, because a
+    network would learn that instead: every picture has the same four colours, each once, on a
+    ground of about the same grey."""
 
     classes, captioned = SHAPES, False
     colours = ["red", "yellow", "green", "blue"]
@@ -129,15 +130,14 @@ class Flocks:
         rng = random.Random(f"flocks {index}")
         shape = self.classes[index % 10]
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (64, 64, 1))
-        grey = (rng.uniform(30, 225) + noise).clip(0, 255).astype(np.uint8).repeat(3, 2)
+        grey = (rng.uniform(100, 156) + noise).clip(0, 255).astype(np.uint8).repeat(3, 2)
         # drawn four times as large as the sample, so that the objects get smooth edges
         image = Image.fromarray(grey).resize((256, 256), Image.Resampling.NEAREST)
         for name, quarter in zip(rng.sample(self.colours, 4), (16 + 16j, 48 + 16j, 16 + 48j, 48 + 48j)):
             radius = rng.uniform(10, 15)  # pixels
             place = quarter + complex(rng.uniform(-4, 4), rng.uniform(-4, 4))
             corners = 4 * (_outlines()[shape] * radius * np.exp(1j * rng.uniform(-0.8, 0.8)) + place)
-            fill = tuple(min(255, v + rng.randint(-16, 16)) for v in COLOURS[name])
-            ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=fill)
+            ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=COLOURS[name])
         return self.Sample(np.array(image.reduce(4)), [], index % 10, f"flocks {index}")
 
 

@@ -81,7 +81,7 @@ SMALL = dict(image_size=32, jitter_strength=0.5, blur=False, temperature=0.5)  #
 SGD = dict(optimizer="sgd", base_lr=0.12, weight_decay=5e-4, warmup_epochs=0.0)
 RECIPES = {
     "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
-                   temperature=0.2, epochs=2, batch_size=128, optimizer="sgd", base_lr=0.5,
+                   temperature=0.2, epochs=2, batch_size=128, optimizer="sgd", base_lr=1.0,
                    weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, **SGD, arch="resnet18", stem="imagenet", epochs=2, batch_size=128),
     "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),  # as lightly
