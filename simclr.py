@@ -1,27 +1,33 @@
-"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (2020, arXiv 2002.05709).
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations
+(2020, arXiv 2002.05709).
 
-Two random augmentations of an image are pulled together, all other images of the batch are pushed away. What
-makes it work: strong colour augmentation, a non-linear head that is thrown away afterwards, large batches, a
-low temperature.
+Two random augmentations of an image are pulled together, all other images of the batch are pushed
+away. Four things make this work: strong colour augmentation, a non-linear head that is thrown away
+afterwards, large batches, and a low temperature.
 
-Loss NT-Xent (Eq. 1), with z of unit length, tau the temperature, i and j the two views of one image:
-    l(i, j) = -log( exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau) ),  L = mean over the 2B views,
-    chance level ln(2B - 1)
-B global batch, b = B / processes, D features of the backbone, E output of the head, S image size (pixels).
+Loss NT-Xent (Eq. 1), z of unit length, tau the temperature, i and j the two views of one image:
+    l(i, j) = -log( exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau) )
+    L = mean over the 2B views,  chance level ln(2B - 1)
+B global batch, b = B / processes, D features of the backbone, E output of the head, S image size in
+pixels.
 
 Laptop        torchrun simclr.py
 1 GPU         torchrun simclr.py --data cifar10
 8 GPUs        torchrun --nproc_per_node=8 simclr.py --data imagenet
-SimCLR v2     torchrun --nproc_per_node=8 simclr.py --data imagenet --recipe imagenet-v2   (then simclrv2.py)
+SimCLR v2     torchrun --nproc_per_node=8 simclr.py --data imagenet --recipe imagenet-v2
+              (its later stages are in simclrv2.py)
 
-Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the head; its selective kernels and
-memory are not here. Differences from the official code:
- - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, twice that. LARS
-   absorbs the factor except for biases and norms.
- - One blur sigma per image; official: one per device and view. Crops (antialiased, log-uniform aspects) and
-   colour operations are torchvision's, brightness a factor as in version 2; official: TensorFlow's.
- - A GPU computes in mixed precision; official: float32 (--dtype fp32). Max-pooling pads as torch does.
- - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
+Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the head; its selective
+kernels and its memory of negatives are not implemented. Differences from the official code:
+ - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, which
+   is twice that. LARS absorbs the factor, except for biases and norms.
+ - Each image has its own blur sigma; official: one sigma per device and view.
+ - Crops are torchvision's, antialiased and with log-uniform aspect ratios, and so are the colour
+   operations, where brightness is a factor as in version 2; official: TensorFlow's.
+ - A GPU computes in mixed precision; official: float32 (--dtype fp32).
+ - Max-pooling pads as torch does; TensorFlow's padding differs where the side is even.
+ - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of
+   batches.
 
 Diff against: nothing, this is where the self-supervised files start.
 """
@@ -45,7 +51,7 @@ from monitor import EvalView, evaluation_set, knn_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
@@ -53,7 +59,7 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "resnet50"  # resnet{10,18,34,50,101,152}, with x2, x3, x4 behind it wider
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
-    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     head_layers: int = 2  # layers of the projection head; 3 in version 2 (its Sec. 2)
     head_dim: int = 128  # output width of the projection head (Sec. 2.3)
     image_size: int = 224  # side of a view in pixels
@@ -84,44 +90,60 @@ RECIPES = {
                    temperature=0.2, epochs=2, batch_size=128, optimizer="sgd", base_lr=1.0,
                    weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, **SGD, arch="resnet18", stem="imagenet", epochs=2, batch_size=128),
-    "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),  # as lightly
-    "cifar10-paper": dict(SMALL, batch_size=1024, base_lr=1.0),  # App. B.9: linear probe 94.0%
+    # lightly's CIFAR-10 benchmark (kNN 84.8%), except that here norms are not decayed, the cosine
+    # falls with every step and not with every epoch, images are not normalised by mean and standard
+    # deviation, crops are bicubic, and the head and all initial weights are the official ones
+    "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),
+    # App. B.9: linear probe 94.0% with the best batch and rate; it searched rates 0.5, 1 and 1.5
+    "cifar10-paper": dict(SMALL, batch_size=1024, base_lr=1.0),
     "imagenet": {},  # Table 6: linear probe 69.3%
-    "imagenet-v2": dict(head_layers=3, epochs=800, base_lr=0.1, lr_scaling="sqrt", weight_decay=1e-4,
-                        warmup_epochs=40.0),  # arXiv 2006.10029, Sec. 3
+    # Stage 1 of version 2 (its Sec. 3), but without its memory of negatives: linear probe 71.7%
+    # with that, 71.1% in a run of the authors without it (issue 77 of the official code)
+    "imagenet-v2": dict(
+        head_layers=3,
+        epochs=800,
+        base_lr=0.1,
+        lr_scaling="sqrt",
+        weight_decay=1e-4,
+        warmup_epochs=40.0,
+    ),
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 class SimCLRView:
-    """One of the two views, both drawn alike (App. A). Images stay in [0, 1]: the official code does not
-    normalise."""
+    """One of the two views, both drawn alike (App. A). Images stay in [0, 1], because the official
+    code does not normalise them."""
 
     def __init__(self, size, strength=1.0, blur=True, crop_min=0.08):
-        self.size, self.strength, self.blur, self.crop_min = size, strength, blur, crop_min
+        self.size = size
+        self.strength = strength
+        self.blur = blur
+        self.crop_min = crop_min
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
-        and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
+        `rng`: random.Random of this sample and view."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         s = self.strength
+        jitter = dict(brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s)
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
             "gray": rng.random() < 0.2,
             "blur": rng.random() < 0.5,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
-            **draw_jitter(rng, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s),
+            **draw_jitter(rng, **jitter),
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float in [0, 1]."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> float in [0, 1]."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
@@ -131,16 +153,18 @@ class SimCLRView:
 
 
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) ->
-    (B, D). stem: "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride
-    1 ("cifar") or 2 ("small")."""
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier.
+    (B, 3, S, S) -> (B, D). stem: "imagenet", or for small images one 3 x 3 convolution without
+    pooling, of stride 1 ("cifar") or 2 ("small")."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet"):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
@@ -153,10 +177,12 @@ class ResNet(torchvision.models.ResNet):
             stride = 2 if stem == "small" else 1
             self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
             self.maxpool = nn.Identity()
-        self.feature_dim, self.fc = round(512 * width) * block.expansion, nn.Identity()
+        self.feature_dim = round(512 * width) * block.expansion
+        self.fc = nn.Identity()
+        # SimCLR's official code: normal of variance 1 / fan-in, cut off at two standard deviations
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
-                std = module.weight[0].numel() ** -0.5 / 0.87962566
+            if isinstance(module, nn.Conv2d):
+                std = module.weight[0].numel() ** -0.5 / 0.87962566  # what cutting off leaves of it
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
@@ -167,10 +193,16 @@ class ResNet(torchvision.models.ResNet):
 
 def resnet(arch, stem="imagenet", width=1.0):
     """"resnet50" or, twice as wide, "resnet50x2" -> ResNet. Raises UserError for other names."""
-    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
-              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
-              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    basic = torchvision.models.resnet.BasicBlock
+    bottleneck = torchvision.models.resnet.Bottleneck
+    depths = {
+        "10": (basic, [1, 1, 1, 1]),
+        "18": (basic, [2, 2, 2, 2]),
+        "34": (basic, [3, 4, 6, 3]),
+        "50": (bottleneck, [3, 4, 6, 3]),
+        "101": (bottleneck, [3, 4, 23, 3]),
+        "152": (bottleneck, [3, 8, 36, 3]),
+    }
     match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
     if not match or match[1] not in depths:
         names = ", ".join(depths)
@@ -188,34 +220,42 @@ def chosen_stem(args):
     return args.stem
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 class ProjectionHead(nn.Module):
-    """g of Sec. 2.1: Linear, BN, ReLU as wide as its input, then Linear, BN without offset (official code).
-    (B, D) -> (B, out_dim); forward(h, layers=k) stops after k layers, where version 2 fine-tunes from (k =
-    1)."""
+    """g of Sec. 2.1: Linear, BN, ReLU as wide as its input, then Linear, BN without offset (BN is
+    the official code's, the paper does not mention it). (B, D) -> (B, out_dim).
+
+    forward(h, layers=k) stops after k layers; version 2 fine-tunes from there with k = 1."""
 
     def __init__(self, dim, out_dim=128, layers=2):
         super().__init__()
         sizes = [dim] * layers + [out_dim]
-        self.linears = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(size) for size in sizes[1:])
-        self.norms[-1].register_parameter("bias", None)
-        for linear in self.linears:
+        linears = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:])]
+        norms = [nn.BatchNorm1d(size) for size in sizes[1:]]
+        norms[-1].register_parameter("bias", None)
+        for linear in linears:
             nn.init.normal_(linear.weight, std=0.01)
+        self.linears = nn.ModuleList(linears)
+        self.norms = nn.ModuleList(norms)
 
     def forward(self, h, layers=None):
+        last = len(self.linears) - 1
         for k, (linear, norm) in enumerate(zip(self.linears, self.norms)):
             if k == layers:
                 break
             h = norm(linear(h))
-            h = F.relu(h) if k + 1 < len(self.linears) else h
+            if k < last:
+                h = F.relu(h)
         return h
 
 
 class SimCLR(nn.Module):
+    """Backbone f and head g; training sees g(f(x)), evaluation f(x) (Sec. 2.1)."""
+
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, x):
         """(B, 3, S, S) -> (B, out_dim), not normalised."""
@@ -224,33 +264,43 @@ class SimCLR(nn.Module):
 
 def build_model(args) -> SimCLR:
     backbone = resnet(args.arch, chosen_stem(args), args.width)
-    return SimCLR(backbone, ProjectionHead(backbone.feature_dim, args.head_dim, args.head_layers))
+    head = ProjectionHead(backbone.feature_dim, args.head_dim, args.head_layers)
+    return SimCLR(backbone, head)
+
+
+class HeadFeatures(nn.Module):
+    """The backbone and the first layers of its head, from which version 2 fine-tunes (its Sec. 2).
+    (B, 3, S, S) -> (B, D)."""
+
+    def __init__(self, backbone, head, layers):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.layers = layers
+
+    def forward(self, x):
+        return self.head(self.backbone(x), layers=self.layers)
 
 
 def image_encoder(model: SimCLR, head_layer: int = 0) -> nn.Module:
-    """Module from images to pooled features (B, D), after `head_layer` layers of the head (version 2, its
-    Sec. 2)."""
+    """Module from images to pooled features (B, D): the backbone, or the output of layer
+    `head_layer` of the head."""
+    if head_layer == 0:
+        return model.backbone
     if head_layer >= len(model.head.linears):
-        raise UserError(f"head layer {head_layer} is not one of the first {len(model.head.linears) - 1}")
-
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.head = model.backbone, model.head
-
-        def forward(self, x):
-            return self.head(self.backbone(x), layers=head_layer)
-
-    return Encoder() if head_layer else model.backbone
+        below = len(model.head.linears) - 1
+        raise UserError(f"head layer {head_layer} is not one of the first {below}")
+    return HeadFeatures(model.backbone, model.head, head_layer)
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 def nt_xent_loss(z1, z2, temperature):
     """NT-Xent (SimCLR Eq. 1) over the global batch, in nats; chance level ln(2B - 1).
 
     z1, z2: (b, E) of this process, the two views of the same b images, any length and dtype.
     Call it outside autocast, whose products are in half precision. Returns the mean over this
-    process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
+    process's 2b views: the mean over processes is the loss of the global batch. Memory grows with
+    b x B."""
     z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, E)
     all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, E)
     b, first = len(z1), 0
@@ -265,14 +315,14 @@ def nt_xent_loss(z1, z2, temperature):
     return (loss1 + loss2) / 2
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
@@ -285,11 +335,16 @@ def train(args: Args) -> dict:
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]  # batch norm
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    scale = args.batch_size / 256 if args.lr_scaling == "linear" else args.batch_size**0.5
-    peak = args.base_lr * scale
+    trained = list(model.parameters())
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    peak = args.base_lr * args.batch_size / 256
+    if args.lr_scaling == "sqrt":
+        peak = args.base_lr * args.batch_size**0.5
     if args.optimizer == "lars":
         groups[1]["exclude"] = True
         optimizer = LARS(groups, lr=peak, momentum=args.momentum, lr_in_momentum=True)
@@ -298,7 +353,10 @@ def train(args: Args) -> dict:
 
     # run directory; continues from its checkpoint if it has one
     run = Run("simclr", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {scale:g} ({args.lr_scaling} scaling) = {peak:g}")
+    if args.lr_scaling == "sqrt":
+        run.say(f"lr = {args.base_lr} * sqrt({args.batch_size}) = {peak:g}")
+    else:
+        run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(2 * args.batch_size - 1)
