@@ -1,27 +1,30 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (2020, arXiv 2011.10566).
 
-BYOL without the moving average: the network predicts, from one augmentation of an image, what it says itself
-of another one. What makes it work, instead of all outputs becoming one, is that no gradient flows through
-what is to be predicted; without that (--stop-gradient off) its outputs collapse (docs/simsiam.md).
+BYOL without the moving average: the network predicts, from one augmentation of an image, its own
+output for another one. One thing prevents collapse (a constant output): no gradient flows through
+the target branch (stop-gradient). Without it (--stop-gradient off) the network collapses, see
+docs/simsiam.md.
 
 Loss (Eq. 4), f encoder (backbone and projector), h predictor, x1 and x2 the two views of an image:
     z = f(x), p = h(z), D(p, z) = -p.z / (|p| |z|) (Eq. 1)
     L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2, mean over the batch
-    chance level 0 (independent directions), range -1 to 1; -1 is also the collapse, when all outputs are one:
-    feature_std tells, which is about 1 / sqrt(E) or else falls to 0
-B global batch, b = B / processes, D features of the backbone, E output of the projector, S image size.
+    chance level 0 (independent directions), range -1 to 1; a collapsed network also reaches -1, and
+    feature_std shows it: about 1 / sqrt(E) if outputs are spread, 0 if collapsed
+B global batch, b = B / processes, D features of the backbone, E output of the projector, S image
+size in pixels.
 
-Laptop           torchrun simsiam.py
-                 torchrun simsiam.py --stop-gradient off
-1 GPU            torchrun simsiam.py --data cifar10
-8 GPUs           torchrun --nproc_per_node=8 simsiam.py --data imagenet
-  800 epochs     torchrun --nproc_per_node=8 simsiam.py --data imagenet --recipe imagenet-800
+Laptop        torchrun simsiam.py
+              torchrun simsiam.py --stop-gradient off
+1 GPU         torchrun simsiam.py --data cifar10
+8 GPUs        torchrun --nproc_per_node=8 simsiam.py --data imagenet
+800 epochs    torchrun --nproc_per_node=8 simsiam.py --data imagenet --recipe imagenet-800
 
-Parameters have the official names, `module.` in front stripped; encoder.fc is the projector. Differences from
-the official code:
- - The cosine falls per step, official: per epoch; half an epoch earlier on average, as in the other files.
- - Blur is a Gaussian over 13 pixels; official: Pillow's approximation of it. Colours are computed in floats;
-   official: in 8 bits.
+Parameters have the official names, `module.` in front stripped; encoder.fc is the projector.
+Differences from the official code:
+ - The cosine falls with every step; official: with every epoch, so it is half an epoch behind on
+   average.
+ - Blur is a Gaussian over 13 pixels; official: Pillow's approximation of it by boxes.
+ - Colours are computed in floats; official: in 8 bits.
  - A GPU computes in mixed precision; official: float32 (--dtype fp32).
 
 Diff against: byol.py.
@@ -44,7 +47,7 @@ from monitor import EvalView, evaluation_set, knn_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
@@ -52,7 +55,7 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "resnet50"  # resnet{10,18,34,50,101,152}
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
-    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     projector_layers: int = 3  # layers of the projector (Sec. 3); 2 for CIFAR-10 (App. D)
     hidden_dim: int = 0  # width of the projector's other layers (0: D, as in the official code)
     out_dim: int = 2048  # E, output width of projector and predictor (Sec. 3)
@@ -76,31 +79,43 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-SMALL = dict(image_size=32, blur=False, arch="resnet18", projector_layers=2, hidden_dim=2048,
-             weight_decay=5e-4)
+SMALL = dict(
+    image_size=32,
+    blur=False,
+    arch="resnet18",
+    projector_layers=2,
+    hidden_dim=2048,
+    weight_decay=5e-4,
+)
 RECIPES = {
     "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", crop_min=0.3, hidden_dim=512,
                    out_dim=512, predictor_dim=128, epochs=4, batch_size=96, base_lr=0.8,
                    weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", epochs=1, batch_size=64, base_lr=0.2),
-    "cifar10": dict(SMALL, fix_pred_lr=False, epochs=200, base_lr=0.03),  # as lightly: kNN 76.4%
-    "imagenet": {},  # Table 4: linear probe 68.1%
-    "imagenet-800": dict(epochs=800, batch_size=256),  # Table 4: 71.3%
+    # lightly's CIFAR-10 benchmark for batch 512 (kNN 76.4%), that is App. D with fewer epochs. What
+    # differs: the last norm of the projector has no gain and offset, the cosine falls with every
+    # step and not with every epoch, and initial weights are the official ones
+    "cifar10": dict(SMALL, fix_pred_lr=False, epochs=200, base_lr=0.03),
+    "imagenet": {},  # official code: linear probe 68.1%
+    "imagenet-800": dict(epochs=800, batch_size=256),  # Table 4: linear probe 71.3%
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 # Adapted from byol.py: BYOLView, both views alike, larger crops, no solarisation
 class SimSiamView:
     """One of the two views, both drawn alike: MoCo v2's augmentation (App. A)."""
 
-    def __init__(self, size, blur=True, crop_min=0.2,
-                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):  # fmt: skip
-        self.size, self.blur, self.crop_min, self.mean, self.std = size, blur, crop_min, mean, std
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, size, blur=True, crop_min=0.2):
+        self.size = size
+        self.blur = blur
+        self.crop_min = crop_min
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
-        and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
+        `rng`: random.Random of this sample and view."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
@@ -116,29 +131,32 @@ class SimSiamView:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
+            kernel_size = 13  # 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
         return normalize(x, self.mean, self.std)
 
 
 # Adapted from byol.py: eval_view, bilinear
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 # Copied from moco.py: ResNet
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
-    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
-    or 2 ("small")."""
+    """torchvision's ResNet, `width` times as wide everywhere.
+    (B, 3, S, S) -> (B, outputs of fc). stem: "imagenet", or for small images one 3 x 3 convolution
+    without pooling, of stride 1 ("cifar") or 2 ("small")."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
@@ -165,10 +183,16 @@ class ResNet(torchvision.models.ResNet):
 # Copied from moco.py: resnet
 def resnet(arch, stem="imagenet", width=1.0, **options):
     """"resnet50" -> ResNet. Raises UserError for other names."""
-    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
-              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
-              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    basic = torchvision.models.resnet.BasicBlock
+    bottleneck = torchvision.models.resnet.Bottleneck
+    depths = {
+        "10": (basic, [1, 1, 1, 1]),
+        "18": (basic, [2, 2, 2, 2]),
+        "34": (basic, [3, 4, 6, 3]),
+        "50": (bottleneck, [3, 4, 6, 3]),
+        "101": (bottleneck, [3, 4, 23, 3]),
+        "152": (bottleneck, [3, 8, 36, 3]),
+    }
     depth = arch.removeprefix("resnet")
     if depth not in depths or depth == arch:
         raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")
@@ -186,11 +210,15 @@ def chosen_stem(args):
     return args.stem
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 def projector(dim, hidden_dim, out_dim, layers=3):
-    """Linear, BN, ReLU for each layer but the last, which is Linear, BN without gain and offset (Sec. 3;
-    Table 3: without any BN 34.6%, on hidden layers alone 67.4%, so 68.1%). (B, dim) -> (B, out_dim)."""
-    modules, sizes = [], [dim] + [hidden_dim] * (layers - 1)
+    """Linear, BN, ReLU for each layer but the last, which is Linear, BN without gain and offset
+    (Sec. 3; official code). (B, dim) -> (B, out_dim).
+
+    Table 3: with BN on hidden layers alone 67.4%, on the last one too 68.1% (with gain and offset;
+    68.2% without, as here), without any BN 34.6% (after a warm-up of 10 epochs)."""
+    sizes = [dim] + [hidden_dim] * (layers - 1)
+    modules = []
     for a, b in zip(sizes, sizes[1:]):
         modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
     last = nn.Linear(sizes[-1], out_dim)
@@ -199,8 +227,8 @@ def projector(dim, hidden_dim, out_dim, layers=3):
 
 
 def predictor(dim, hidden_dim):
-    """h: Linear, BN, ReLU, Linear; BN on its output would make training unstable (Table 3). (B, dim) -> (B,
-    dim)."""
+    """h: Linear, BN, ReLU, Linear; BN on its output would make training unstable (Table 3).
+    (B, dim) -> (B, dim)."""
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
@@ -210,13 +238,16 @@ def predictor(dim, hidden_dim):
 
 
 class SimSiam(nn.Module):
+    """One encoder for both views, and the predictor that only one side of the loss has."""
+
     def __init__(self, encoder, predictor):
         super().__init__()
-        self.encoder, self.predictor = encoder, predictor
+        self.encoder = encoder
+        self.predictor = predictor
 
     def forward(self, view1, view2):
-        """(B, 3, S, S) twice -> predictions p1, p2 and projections z1, z2, (B, E) each, not normalised. Each
-        view is a batch of its own to batch norm (official code)."""
+        """(B, 3, S, S) twice -> predictions p1, p2 and projections z1, z2, each (B, E) and not
+        normalised. Each view is a batch of its own to batch norm (official code)."""
         z1, z2 = self.encoder(view1), self.encoder(view2)
         return self.predictor(z1), self.predictor(z2), z1, z2
 
@@ -224,26 +255,30 @@ class SimSiam(nn.Module):
 def build_model(args) -> SimSiam:
     encoder = resnet(args.arch, chosen_stem(args), args.width, zero_init_residual=True)
     dim = encoder.fc.in_features
-    encoder.fc = projector(dim, args.hidden_dim or dim, args.out_dim, args.projector_layers)  # official name
+    hidden_dim = args.hidden_dim or dim
+    encoder.fc = projector(dim, hidden_dim, args.out_dim, args.projector_layers)  # official name
     return SimSiam(encoder, predictor(args.out_dim, args.predictor_dim))
 
 
 def image_encoder(model: SimSiam) -> nn.Module:
-    """Module from images to pooled features (B, D): the encoder's layers, with torchvision's names, without
-    the projector."""
+    """Module from images to pooled features (B, D): the encoder's layers, with torchvision's names,
+    without the projector."""
     encoder = nn.Sequential()
     for name, layer in model.encoder.named_children():
-        encoder.add_module(name, nn.Flatten() if name == "fc" else layer)
+        if name == "fc":
+            layer = nn.Flatten()
+        encoder.add_module(name, layer)
     return encoder
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 def simsiam_loss(p1, p2, z1, z2, stop_gradient=True):
-    """-cos(p, z) (SimSiam Eq. 4), p of one view and z of the other, mean of both ways; chance level 0.
+    """-cos(p, z) (SimSiam Eq. 4), p of one view and z of the other, mean of both ways; chance
+    level 0.
 
-    (b, E) each, of this process: predictions and projections of the two views of b images, any length and
-    dtype. Call it outside autocast. Returns the mean over this process's b images: the mean over processes is
-    the loss of the global batch, nothing needs to be gathered."""
+    (b, E) each, of this process: predictions and projections of the two views of b images, any
+    length and dtype. Call it outside autocast. Returns the mean over this process's b images: the
+    mean over processes is the loss of the global batch, nothing needs to be gathered."""
     if stop_gradient:
         z1, z2 = z1.detach(), z2.detach()
     d1 = -F.cosine_similarity(p1.float(), z2.float()).mean()  # Eq. 1
@@ -253,19 +288,21 @@ def simsiam_loss(p1, p2, z1, z2, stop_gradient=True):
 
 # Copied from byol.py: feature_std
 def feature_std(z):
-    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
-    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
-    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
+    """Collapse indicator (SimSiam, Sec. 4.1): the standard deviation over the global batch of each
+    output of z (b, E) scaled to unit length, mean over outputs. It is 1 / sqrt(E) if directions are
+    spread, and 0 if there is only one."""
+    z = F.normalize(z.detach().float(), dim=-1)
+    return all_gather(z).std(0).mean()
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
@@ -278,19 +315,22 @@ def train(args: Args) -> dict:
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    encoder = [p for p in model.encoder.parameters() if p.requires_grad]  # all but the bias before batch norm
-    groups = [{"params": encoder}, {"params": model.predictor.parameters()}]
-    scale = args.batch_size / 256
-    peak = args.base_lr * scale
-    optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]  # all but a bias before BN
+    groups = [
+        {"params": encoder, "weight_decay": args.weight_decay},
+        {"params": model.predictor.parameters(), "weight_decay": args.weight_decay},
+    ]
+    peak = args.base_lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
 
     # run directory; continues from its checkpoint if it has one
     run = Run("simsiam", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {scale:g} (linear scaling) = {peak:g}")
+    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     spread = args.out_dim**-0.5
-    run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if features are spread, 0 if collapsed")
+    run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if spread, 0 if collapsed")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    chance = 0.0
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
 
@@ -312,7 +352,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        terms = {"loss": (loss, 0.0), "feature_std": (feature_std(z1), None)}
+        terms = {"loss": (loss, chance), "feature_std": (feature_std(z1), None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
