@@ -1,14 +1,16 @@
-"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers (2021, arXiv 2104.02057).
+"""MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers
+(2021, arXiv 2104.02057).
 
-MoCo without a queue: the keys of a large batch are enough. Both views are query and key, a predictor follows
-the encoder of queries, and the encoder of keys averages ever more slowly. Vision transformers train stably
-when their patch embedding stays as it was initialised.
+MoCo without a queue: the keys of a large batch are enough. Both views are query and key, a
+predictor follows the query encoder, and the key encoder is an EMA whose momentum rises to 1. Vision
+transformers train stably when their patch embedding stays as it was initialised.
 
-Loss (Eq. 1, Algorithm 1), with q and k of unit length, tau the temperature, the B keys of the other view:
-    ctr(q, k) = -2 tau log( exp(q.k_+ / tau) / sum_j exp(q.k_j / tau) ),  mean over the batch,
-    L = ctr(q1, k2) + ctr(q2, k1),  chance level 4 tau ln B
-B global batch, b = B / processes, N tokens, D features of the backbone, E output of the heads, S image size
-(pixels). The momentum of the average: theta_k <- m theta_k + (1 - m) theta_q, m from 0.99 to 1.
+Loss (Eq. 1, Algorithm 1), q and k of unit length, tau the temperature, B keys of the other view:
+    ctr(q, k) = -2 tau log( exp(q.k_+ / tau) / sum_j exp(q.k_j / tau) ), mean over the batch
+    L = ctr(q1, k2) + ctr(q2, k1), chance level 4 tau ln B
+    before the keys are computed: theta_k <- m theta_k + (1 - m) theta_q, m rises from 0.99 to 1
+B global batch, b = B / processes, N tokens, D features of the backbone, E output of the heads, S
+image size in pixels.
 
 Laptop        torchrun mocov3.py
 1 GPU         torchrun mocov3.py --data cifar10
@@ -16,8 +18,9 @@ Laptop        torchrun mocov3.py
 ResNet-50     torchrun --nproc_per_node=8 mocov3.py --data imagenet --recipe imagenet-resnet50
 
 Differences from the official code, whose checkpoints load:
- - Blur is a Gaussian on 13 pixels; official: Pillow's approximation by boxes.
- - Transformers with a convolutional stem are not here.
+ - Blur is a Gaussian over 13 pixels; official: Pillow's approximation of it by boxes.
+ - Colours are computed in floats; official: in 8 bits.
+ - Transformers with a convolutional stem are not implemented.
  - A GPU computes in bfloat16 where it can; official: float16.
 
 Diff against: moco.py.
@@ -42,15 +45,15 @@ from monitor import EvalView, evaluation_set, knn_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # vit_{nano,micro,small,base}_patchP or resnet{10,18,34,50,101,152}
+    arch: str = "vit_small_patch16"  # or vit_{nano,micro,base}_patchP, resnet{10,18,34,50,101,152}
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
-    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 4.1)
     head_dim: int = 256  # output width of projector and predictor (Sec. 4.1)
     key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
@@ -74,37 +77,67 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-RESNET = dict(crop_min=0.2, temperature=1.0, optimizer="lars", warmup_epochs=10.0, weight_decay=1e-6)
-SMALL = dict(RESNET, arch="resnet18", image_size=32, blur=False, temperature=0.2, trust=0.02, base_lr=0.3)
+RESNET = dict(
+    arch="resnet50",
+    crop_min=0.2,
+    temperature=1.0,
+    optimizer="lars",
+    warmup_epochs=10.0,
+    weight_decay=1e-6,
+)
+# solo-learn's CIFAR-10 configuration: rate 0.3 * batch / 256, trust 0.02, tau 0.2. What differs:
+# with r = trust |p| / |d|, its LARS moves a layer by min(r, rate) times the direction, and not by
+# rate * r, so steps are about 3.3 times smaller here at the peak of the rate.
+SMALL = dict(
+    RESNET,
+    arch="resnet18",
+    image_size=32,
+    blur=False,
+    temperature=0.2,
+    trust=0.02,
+    base_lr=0.3,
+)
 RECIPES = {
     "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
                    mlp_dim=512, head_dim=128, key_momentum=0.97, epochs=2, batch_size=96,
                    base_lr=0.6, warmup_epochs=0.2),
-    "shapes": dict(SMALL, stem="imagenet", mlp_dim=512, epochs=2, batch_size=128, warmup_epochs=0.2),
-    "cifar10": dict(SMALL, epochs=1000, batch_size=256),  # as solo-learn: linear 93.1%
-    "imagenet": {},  # ViT-S: linear probe 73.2%
+    "shapes": dict(SMALL, stem="imagenet", mlp_dim=512, epochs=2, batch_size=128,
+                   warmup_epochs=0.2),
+    # There: 93.1% (linear, trained along), of which a user of its script got about 90% (issue 385)
+    "cifar10": dict(SMALL, epochs=1000, batch_size=256),
+    "imagenet": {},  # ViT-S: linear probe 73.2% (official code)
     "imagenet-vit-base": dict(arch="vit_base_patch16"),  # 76.7%
-    "imagenet-resnet50": dict(RESNET, arch="resnet50", epochs=100, base_lr=0.6),  # 68.9%
-    "imagenet-resnet50-1000": dict(RESNET, arch="resnet50", epochs=1000, base_lr=0.3, weight_decay=1.5e-6,
-                                   key_momentum=0.996),  # 74.6%
+    "imagenet-resnet50": dict(RESNET, epochs=100, base_lr=0.6),  # 68.9%
+    "imagenet-resnet50-1000": dict(  # 74.6%
+        RESNET,
+        epochs=1000,
+        base_lr=0.3,
+        weight_decay=1.5e-6,
+        key_momentum=0.996,
+    ),
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 # Adapted from moco.py: MoCoView, two kinds of views
 class MoCoV3View:
-    """Two kinds, as BYOL's: view 1 is always blurred, view 2 seldom, but sometimes solarised."""
+    """One of the two views, which differ as BYOL's do. View 1: always blurred. View 2: blur 10%,
+    solarise 20%."""
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, size, first=True, crop_min=0.08, blur=True):
-        self.size, self.crop_min, self.blur = size, crop_min, blur
-        self.blur_p, self.solarize_p = (1.0, 0.0) if first else (0.1, 0.2)
+        self.size = size
+        self.crop_min = crop_min
+        self.blur = blur
+        self.blur_p = 1.0 if first else 0.1
+        self.solarize_p = 0.0 if first else 0.2
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this sample
-        and view."""
-        return random_resized_crop(image, rng, self.size, scale=(self.crop_min, 1.0))
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
+        `rng`: random.Random of this sample and view."""
+        scale = (self.crop_min, 1.0)
+        return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
@@ -119,24 +152,28 @@ class MoCoV3View:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> normalised float."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)  # 3 sigma on either side
-        return normalize(solarize(x, params["solarize"]), self.mean, self.std)
+            kernel_size = 13  # 3 sigma on either side
+            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
+        x = solarize(x, params["solarize"])
+        return normalize(x, self.mean, self.std)
 
 
 # Copied from moco.py: eval_view
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 ARCHS = {"vit_nano": (96, 3, 3), "vit_micro": (192, 4, 3), "vit_small": (384, 12, 12),
          "vit_base": (768, 12, 12)}  # D, blocks, heads; nano and micro are our own
 
@@ -178,19 +215,22 @@ class Block(nn.Module):
 
 
 def sincos_position_embedding(side, dim):
-    """Of a grid of side x side patches and the class token, which has zeros -> (1, 1 + side * side, dim).
-    As the official code: the first half of the channels counts rows, which it calls w."""
+    """Fixed positions of a grid of side x side patches and of the class token, which has zeros
+    -> (1, 1 + side * side, dim). As in the official code the first half of the channels counts
+    rows, which it calls w."""
     place = torch.arange(side, dtype=torch.float32)
     omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    rows, columns = (axis.flatten()[:, None] * omega for axis in torch.meshgrid(place, place, indexing="ij"))
+    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    rows = rows.flatten()[:, None] * omega  # (side * side, dim / 4)
+    columns = columns.flatten()[:, None] * omega
     grid = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=1)
     return torch.cat([torch.zeros(1, dim), grid])[None]
 
 
-# Adapted from slip.py: VisionTransformer, fixed positions, another initialisation, a head, square images
+# Adapted from slip.py: VisionTransformer, fixed positions, other initial weights, a head
 class VisionTransformer(nn.Module):
-    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm, and
-    through `head`."""
+    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last
+    norm, and through `head`."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, freeze_patch_embed=True):
         super().__init__()
@@ -205,25 +245,27 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                for block in module.weight.chunk(3 if name.endswith("qkv") else 1):  # q, k, v by themselves
-                    nn.init.xavier_uniform_(block)
+                parts = 3 if name.endswith("qkv") else 1  # query, key and value each by itself
+                for part in module.weight.chunk(parts):
+                    nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
-        bound = (6 / (3 * patch_size**2 + dim)) ** 0.5
+        bound = (6 / (3 * patch_size**2 + dim)) ** 0.5  # Xavier's too
         nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
         nn.init.zeros_(self.patch_embed.proj.bias)
-        self.patch_embed.requires_grad_(not freeze_patch_embed)
+        self.patch_embed.requires_grad_(not freeze_patch_embed)  # Sec. 4: random and never trained
 
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1) + self.pos_embed
         return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
 # Copied from moco.py: ResNet
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
-    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
-    or 2 ("small")."""
+    """torchvision's ResNet, `width` times as wide everywhere.
+    (B, 3, S, S) -> (B, outputs of fc). stem: "imagenet", or for small images one 3 x 3 convolution
+    without pooling, of stride 1 ("cifar") or 2 ("small")."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
@@ -250,10 +292,16 @@ class ResNet(torchvision.models.ResNet):
 # Copied from moco.py: resnet
 def resnet(arch, stem="imagenet", width=1.0, **options):
     """"resnet50" -> ResNet. Raises UserError for other names."""
-    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
-              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
-              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    basic = torchvision.models.resnet.BasicBlock
+    bottleneck = torchvision.models.resnet.Bottleneck
+    depths = {
+        "10": (basic, [1, 1, 1, 1]),
+        "18": (basic, [2, 2, 2, 2]),
+        "34": (basic, [3, 4, 6, 3]),
+        "50": (bottleneck, [3, 4, 6, 3]),
+        "101": (bottleneck, [3, 4, 23, 3]),
+        "152": (bottleneck, [3, 8, 36, 3]),
+    }
     depth = arch.removeprefix("resnet")
     if depth not in depths or depth == arch:
         raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")
@@ -275,11 +323,12 @@ def make_encoder(args):
     """-> network without head, name of the attribute its head goes to, D."""
     name, _, patch = args.arch.partition("_patch")
     if name in ARCHS and patch.isdecimal() and int(patch):
-        if args.image_size % int(patch):
-            raise UserError(f"--image-size {args.image_size} is not a multiple of {int(patch)} ({args.arch})")
+        size, patch = args.image_size, int(patch)
+        if size % patch:
+            raise UserError(f"--image-size {size} is not a multiple of {patch} ({args.arch})")
         dim, depth, heads = ARCHS[name]
-        freeze = args.freeze_patch_embed
-        return VisionTransformer(args.image_size, int(patch), dim, depth, heads, freeze), "head", dim
+        vit = VisionTransformer(size, patch, dim, depth, heads, args.freeze_patch_embed)
+        return vit, "head", dim
     if not args.arch.startswith("resnet"):
         vits = ", ".join(f"{name}_patch16" for name in ARCHS)
         raise UserError(f"--arch {args.arch} is unknown, choose {vits} or resnet50")
@@ -287,14 +336,18 @@ def make_encoder(args):
     return net, "fc", net.fc.in_features
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
-    """Linear, BN, ReLU, ..., Linear and, if last_norm, BN without scale and offset. No biases."""
-    sizes, modules = [dim] + [hidden] * (layers - 1) + [out_dim], []
-    for a, b in zip(sizes[:-2], sizes[1:]):
+    """Projector and predictor (Sec. 4.1): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
+    without scale and offset. No biases."""
+    sizes = [dim] + [hidden] * (layers - 1)
+    modules = []
+    for a, b in zip(sizes, sizes[1:]):
         modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
-    modules.append(nn.Linear(sizes[-2], out_dim, bias=False))
-    return nn.Sequential(*modules, *([nn.BatchNorm1d(out_dim, affine=False)] if last_norm else []))
+    modules.append(nn.Linear(sizes[-1], out_dim, bias=False))
+    if last_norm:
+        modules.append(nn.BatchNorm1d(out_dim, affine=False))
+    return nn.Sequential(*modules)
 
 
 class MoCoV3(nn.Module):
@@ -303,7 +356,8 @@ class MoCoV3(nn.Module):
 
     def __init__(self, base_encoder, momentum_encoder, predictor):
         super().__init__()
-        self.base_encoder, self.momentum_encoder = base_encoder, momentum_encoder.requires_grad_(False)
+        self.base_encoder = base_encoder
+        self.momentum_encoder = momentum_encoder.requires_grad_(False)
         self.predictor = predictor
         self.momentum_encoder.load_state_dict(base_encoder.state_dict())
 
@@ -313,90 +367,110 @@ class MoCoV3(nn.Module):
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):
-        """theta_k <- m theta_k + (1 - m) theta_q. Batch norm's buffers are not averaged."""
-        for k, q in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters()):
-            k.mul_(m).add_(q, alpha=1 - m)
+        """theta_k <- m theta_k + (1 - m) theta_q (Algorithm 1). Only parameters move: the momentum
+        encoder's batch norm has statistics of its own forward passes."""
+        base, momentum = self.base_encoder, self.momentum_encoder
+        for theta_q, theta_k in zip(base.parameters(), momentum.parameters()):
+            theta_k.lerp_(theta_q, 1 - m)
+
+
+def key_momentum(step, total, start):
+    """m at 0-based `step`: `start` at first, on half a cosine to 1 at `total` (Sec. 4.1)."""
+    return warmup_cosine(step, total, 0, start, end=1.0)
 
 
 def build_model(args) -> MoCoV3:
-    encoders, out_dim = [], args.head_dim
+    encoders = []
     for _ in range(2):
         encoder, head, dim = make_encoder(args)
-        layers = 3 if head == "head" else 2  # transformers have a deeper projector (official code)
-        setattr(encoder, head, mlp(layers, dim, args.mlp_dim, out_dim))
+        transformer = head == "head"
+        layers = 3 if transformer else 2  # official: transformers have a deeper projector
+        setattr(encoder, head, mlp(layers, dim, args.mlp_dim, args.head_dim))
         encoders.append(encoder)
-    return MoCoV3(*encoders, mlp(2, out_dim, args.mlp_dim, out_dim, last_norm=head == "head"))
+    base_encoder, momentum_encoder = encoders
+    predictor = mlp(2, args.head_dim, args.mlp_dim, args.head_dim, last_norm=transformer)
+    return MoCoV3(base_encoder, momentum_encoder, predictor)
 
 
 def image_encoder(model: MoCoV3) -> nn.Module:
-    """Module from images to pooled features (B, D): base_encoder without its projector, weights shared."""
+    """Module from images to pooled features (B, D): base_encoder without its projector, weights
+    shared."""
     encoder = copy.copy(model.base_encoder)
-    head = "head" if hasattr(encoder, "head") else "fc"
-    encoder._modules = {**encoder._modules, head: nn.Identity()}
+    encoder._modules = dict(encoder._modules)  # copy() shares it, and base_encoder keeps its head
+    if hasattr(encoder, "head"):
+        encoder.head = nn.Identity()
+    else:
+        encoder.fc = nn.Identity()
     return encoder
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 def contrastive_loss(q, k, temperature):
-    """ctr of Algorithm 1 over the global batch, 2 tau times nats; chance level 2 tau ln B. The factor keeps
-    the size of the gradient when tau changes (BYOL's appendix).
+    """ctr of Algorithm 1 over the global batch, 2 tau times nats; chance level 2 tau ln B. The
+    factor keeps the size of the gradient when tau changes (BYOL's appendix).
 
-    q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows into q alone.
-    Call it outside autocast, whose products are in half precision. Returns the mean over this process's
-    queries: the mean over processes is the loss of the global batch."""
+    q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows
+    into q alone. Call it outside autocast, whose products are in half precision. Returns the mean
+    over this process's queries: the mean over processes is the loss of the global batch."""
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     all_k = all_gather(k)  # (B, E)
     b, first = len(q), 0
     if len(all_k) > b:
         first = b * torch.distributed.get_rank()
     labels = torch.arange(first, first + b, device=q.device)
-    return 2 * temperature * F.cross_entropy(q @ all_k.T / temperature, labels)
+    logits = q @ all_k.T / temperature  # (b, B)
+    return 2 * temperature * F.cross_entropy(logits, labels)
 
 
 # Copied from byol.py: feature_std
 def feature_std(z):
-    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
-    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
-    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
+    """Collapse indicator (SimSiam, Sec. 4.1): the standard deviation over the global batch of each
+    output of z (b, E) scaled to unit length, mean over outputs. It is 1 / sqrt(E) if directions are
+    spread, and 0 if there is only one."""
+    z = F.normalize(z.detach().float(), dim=-1)
+    return all_gather(z).std(0).mean()
 
 
-# -------------------------------------------- training --------------------------------------------
-def key_momentum(step, total, start):
-    """m at a step: `start`, on half a cosine to 1 (Sec. 4.1)."""
-    return 1 - 0.5 * (1 + math.cos(math.pi * step / total)) * (1 - start)
-
-
+# ---------------------------------------- training ----------------------------------------
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
-    kinds = {"view1": True, "view2": False}
-    views = {k: MoCoV3View(args.image_size, first, args.crop_min, args.blur) for k, first in kinds.items()}
+    view1 = MoCoV3View(args.image_size, first=True, crop_min=args.crop_min, blur=args.blur)
+    view2 = MoCoV3View(args.image_size, first=False, crop_min=args.crop_min, blur=args.blur)
+    views = {"view1": view1, "view2": view2}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but momentum_encoder's
+    decay = [p for p in trained if p.ndim >= 2]
+    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
     peak = args.base_lr * args.batch_size / 256
     if args.optimizer == "lars":
-        groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-                  {"params": [p for p in trained if p.ndim < 2], "exclude": True}]  # fmt: skip
+        groups[1]["exclude"] = True
         optimizer = LARS(groups, lr=peak, trust=args.trust)
-    else:
+    else:  # official: AdamW decays norms and biases too
         optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay)
 
     # run directory; continues from its checkpoint if it has one
     run = Run("mocov3", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
-    run.say(f"lr = {args.base_lr} * {args.batch_size / 256:g} = {peak:g}")
+    run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
+    spread = args.head_dim**-0.5
+    run.say(f"feature_std: 1 / sqrt({args.head_dim}) = {spread:.3f} if spread, 0 if collapsed")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4 * args.temperature * math.log(args.batch_size)
@@ -411,10 +485,12 @@ def train(args: Args) -> dict:
         with autocast:
             q1, q2 = ddp(view1, view2)
         m = key_momentum(step, run.total, args.key_momentum)
-        model.update_momentum_encoder(m)  # with the weights that gave q, as the official code
+        model.update_momentum_encoder(m)  # official: with the weights that gave the queries
         with autocast, torch.no_grad():
             k1, k2 = model.momentum_encoder(view1), model.momentum_encoder(view2)
-        loss = contrastive_loss(q1, k2, args.temperature) + contrastive_loss(q2, k1, args.temperature)
+        loss1 = contrastive_loss(q1, k2, args.temperature)
+        loss2 = contrastive_loss(q2, k1, args.temperature)
+        loss = loss1 + loss2
         scaler.scale(loss).backward()
         if args.clip_grad:
             scaler.unscale_(optimizer)
@@ -424,7 +500,7 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
 
         terms = {"loss": (loss, chance), "feature_std": (feature_std(k1), None)}
-        run.end_step(terms, feature_std_chance=args.head_dim**-0.5, lr=lr, key_momentum=m)
+        run.end_step(terms, feature_std_chance=spread, lr=lr, key_momentum=m)
         if val and run.due(args.eval_every):
             run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every):
