@@ -1,33 +1,42 @@
-"""SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners (2020, arXiv 2006.10029).
+"""SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners
+(2020, arXiv 2006.10029).
 
-Stages 2 and 3 of three; stage 1 is simclr.py. The pretrained network becomes a classifier with the labels of
-a small part of the images; that classifier then teaches a student on all images, without their labels. What
-makes it work: fine-tuning from inside the projection head, and bigger networks where labels are fewer.
+Stages 2 and 3 of three; stage 1 is simclr.py. The pretrained network becomes a classifier with the
+labels of a small part of the images; that classifier then teaches a student on all images, without
+their labels. Two things make this work: fine-tuning from inside the projection head, and bigger
+networks where labels are fewer.
 
-Losses, with f(x) the C logits of an image x, tau the temperature, P(y|x; tau) = softmax(f(x) / tau)[y]:
+Losses, f(x) the C logits of an image x, tau the temperature, P(y|x; tau) = softmax(f(x) / tau)[y]:
     finetune   L = -mean over the labelled x of log P(y|x; 1)
-    distill    L = -mean over all x of sum_y P_T(y|x; tau) log P_S(y|x; tau)                      (Eq. 2)
-               or alpha times this plus 1 - alpha times that of finetune                          (Eq. 3)
+    distill    L = -mean over all x of sum_y P_T(y|x; tau) log P_S(y|x; tau)                (Eq. 2)
+               or alpha times this plus 1 - alpha times that of finetune                    (Eq. 3)
     chance level of each: ln C
 B global batch, b = B / processes, N images, D features of the backbone, T teacher, S student.
 
-Laptop     torchrun simclrv2.py --checkpoint runs/simclr_shapes_...
-           torchrun simclrv2.py --recipe shapes-distill --teacher runs/simclrv2_shapes_...
-1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN      (then --recipe cifar10-distill)
+Laptop     torchrun simclrv2.py --checkpoint runs/simclr_flocks_...
+           torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_...
+1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN
 8 GPUs     torchrun --nproc_per_node=8 simclrv2.py --data imagenet --checkpoint RUN
-           torchrun --nproc_per_node=8 simclrv2.py --data imagenet --recipe imagenet-distill --teacher RUN
+           (then with --recipe cifar10-distill or imagenet-distill, and --teacher RUN)
 
 Differences from the official code:
- - Losses are the paper's, in nats; the update takes tau^2 times them, as the official notebook does. Without
-   it gradients would grow as tau falls, and --temperature would be a learning rate as well.
- - Eq. 3 has sums over the labelled and over all images, here both are means; the notebook has no Eq. 3.
- - The labelled images are drawn by --seed; official: lists of files. Crops are torchvision's (see simclr.py).
- - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of batches.
+ - When distilling, the update takes tau^2 times the loss, as in the official notebook (where tau is
+   1); Eq. 2 has no such factor. Without it the gradient of whatever LARS does not scale (biases,
+   norms, the classifier), and with SGD of everything, would grow as 1 / tau^2.
+ - With LARS the weight decay takes the factor too. It then has the weight that it has in Eq. 2, and
+   layers that LARS scales make the steps of Eq. 2 itself, for any tau.
+ - With SGD the classifier's bias is not decayed; official: it is.
+ - Eq. 3 has sums over the labelled and over all images, here both are means; the notebook has no
+   Eq. 3. Losses are in nats.
+ - The labelled images are drawn by --seed; official: lists of files.
+ - Crops are torchvision's (see simclr.py), max-pooling pads as torch does; official: TensorFlow's.
+ - A GPU computes in mixed precision; official: float32 (--dtype fp32).
+ - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of
+   batches.
 
 Diff against: simclr.py.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -49,7 +58,7 @@ from monitor import EvalView, evaluation_set, extract, labelled, zeroshot_metric
 from run import Run, RunArgs, load_checkpoint, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
@@ -81,9 +90,27 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-DISTILL = dict(stage="distill", head_layer=0, epochs=400, batch_size=4096, base_lr=0.1, weight_decay=1e-4,
-               warmup_epochs=20.0)  # Sec. 3.1
-SMALL = dict(DISTILL, temperature=0.1, optimizer="sgd", base_lr=0.01, weight_decay=5e-4, warmup_epochs=0.0)
+DISTILL = dict(  # Sec. 3.1
+    stage="distill",
+    head_layer=0,
+    epochs=400,
+    batch_size=4096,
+    base_lr=0.1,
+    weight_decay=1e-4,
+    warmup_epochs=20.0,
+)
+SMALL = dict(
+    DISTILL,
+    temperature=0.1,
+    optimizer="sgd",
+    base_lr=0.01,
+    weight_decay=5e-4,
+    warmup_epochs=0.0,
+)
+# The paper's numbers for a ResNet-50 with 1, 10 and 100% of the labels, 57.9, 68.4 and 76.3%, come
+# from a network that was pretrained with a memory of negatives (linear probe 71.7%). simclr.py has
+# none (71.1% in a run of the authors without it). Those for a student, 73.9 and 77.5% with 1 and
+# 10% of the labels, come from a ResNet-152 x3 with selective kernels, which cannot be built here.
 RECIPES = {
     "flocks": dict(label_fraction=0.1, epochs=20, batch_size=128, base_lr=0.02),
     "flocks-distill": dict(SMALL, epochs=2, batch_size=128),
@@ -91,48 +118,52 @@ RECIPES = {
     "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
     "cifar10-distill": dict(SMALL, epochs=200, batch_size=512),
-    "imagenet": {},  # 1% of the labels: ResNet-50 57.9%
-    "imagenet-10": dict(label_fraction=0.1, epochs=30),  # 68.4%
-    "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),  # 76.3%
-    "imagenet-distill": dict(DISTILL, arch="resnet50"),  # 73.9% (1%), 77.5% (10%), with a larger teacher
+    "imagenet": {},  # 1% of the labels
+    "imagenet-10": dict(label_fraction=0.1, epochs=30),
+    "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),
+    "imagenet-distill": dict(DISTILL, arch="resnet50"),  # for a larger teacher
     "imagenet-self-distill": dict(DISTILL, temperature=0.1),
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 class CropFlipView:
-    """The only view (Sec. 3.1); the teacher sees the same one as its student. Images stay in [0, 1]."""
+    """The only view (Sec. 3.1); the teacher sees the same one as its student. Images stay in
+    [0, 1]."""
 
     def __init__(self, size):
         self.size = size
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). `rng`: random.Random of this
-        sample."""
-        return random_resized_crop(image, rng, self.size, scale=(0.08, 1.0), interpolation="bicubic")
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
+        `rng`: random.Random of this sample and view."""
+        scale = (0.08, 1.0)
+        return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
         return {"flip": rng.random() < 0.5}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float in [0, 1]."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> float in [0, 1]."""
         return hflip(to_float(x), params["flip"])
 
 
 # Copied from simclr.py: eval_view
 def eval_view(args) -> EvalView:
-    """The whole image for CIFAR, otherwise the central 87.5% of the shorter side (official code)."""
-    resize = args.image_size if args.image_size <= 32 else round(args.image_size / 0.875)
+    """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
+    resize = round(args.image_size / 0.875)
+    if args.image_size <= 32:  # CIFAR
+        resize = args.image_size
     return EvalView(args.image_size, resize, "bicubic", mean=(0, 0, 0), std=(1, 1, 1))
 
 
-# -------------------------------------------- backbone --------------------------------------------
+# ---------------------------------------- backbone ----------------------------------------
 # Copied from simclr.py: ResNet
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere, without classifier. (B, 3, S, S) ->
-    (B, D). stem: "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride
-    1 ("cifar") or 2 ("small")."""
+    """torchvision's ResNet, `width` times as wide everywhere, without classifier.
+    (B, 3, S, S) -> (B, D). stem: "imagenet", or for small images one 3 x 3 convolution without
+    pooling, of stride 1 ("cifar") or 2 ("small")."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet"):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
@@ -145,10 +176,12 @@ class ResNet(torchvision.models.ResNet):
             stride = 2 if stem == "small" else 1
             self.conv1 = nn.Conv2d(3, channels, 3, stride, padding=1, bias=False)
             self.maxpool = nn.Identity()
-        self.feature_dim, self.fc = round(512 * width) * block.expansion, nn.Identity()
+        self.feature_dim = round(512 * width) * block.expansion
+        self.fc = nn.Identity()
+        # SimCLR's official code: normal of variance 1 / fan-in, cut off at two standard deviations
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # official: variance scaling by fan-in, truncated normal
-                std = module.weight[0].numel() ** -0.5 / 0.87962566
+            if isinstance(module, nn.Conv2d):
+                std = module.weight[0].numel() ** -0.5 / 0.87962566  # what cutting off leaves of it
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
@@ -160,10 +193,16 @@ class ResNet(torchvision.models.ResNet):
 # Copied from simclr.py: resnet
 def resnet(arch, stem="imagenet", width=1.0):
     """"resnet50" or, twice as wide, "resnet50x2" -> ResNet. Raises UserError for other names."""
-    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
-              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
-              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    basic = torchvision.models.resnet.BasicBlock
+    bottleneck = torchvision.models.resnet.Bottleneck
+    depths = {
+        "10": (basic, [1, 1, 1, 1]),
+        "18": (basic, [2, 2, 2, 2]),
+        "34": (basic, [3, 4, 6, 3]),
+        "50": (bottleneck, [3, 4, 6, 3]),
+        "101": (bottleneck, [3, 4, 23, 3]),
+        "152": (bottleneck, [3, 8, 36, 3]),
+    }
     match = re.fullmatch(r"resnet(\d+)(?:x([1-4]))?", arch)
     if not match or match[1] not in depths:
         names = ", ".join(depths)
@@ -182,7 +221,7 @@ def chosen_stem(args):
     return args.stem
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 # Adapted from simclr.py: ProjectionHead, only layers below its output, which all end in ReLU
 class HeadLayers(nn.Module):
     """The first `layers` layers of the projection head; none: identity. (B, D) -> (B, D)."""
@@ -201,7 +240,8 @@ class HeadLayers(nn.Module):
 
 
 class Classifier(nn.Module):
-    """f of Sec. 2. Its last layer starts at 0, as the official code can, and the loss thereby at ln C."""
+    """f of Sec. 2: backbone, the kept layers of the head, a linear classifier. That starts at 0, as
+    the official code can, so the initial loss is ln C."""
 
     def __init__(self, backbone, head_layer, num_classes):
         super().__init__()
@@ -218,7 +258,8 @@ class Classifier(nn.Module):
 
 def build_model(args) -> Classifier:
     """args: as train() completes them."""
-    return Classifier(resnet(args.arch, args.stem, args.width), args.head_layer, args.num_classes)
+    backbone = resnet(args.arch, args.stem, args.width)
+    return Classifier(backbone, args.head_layer, args.num_classes)
 
 
 def image_encoder(model: Classifier) -> nn.Module:
@@ -226,65 +267,81 @@ def image_encoder(model: Classifier) -> nn.Module:
     return nn.Sequential(model.backbone, model.head)
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 def supervised_loss(logits, labels):
     """Mean cross-entropy over the labelled images of the global batch, in nats; chance level ln C.
 
-    logits (b, C), labels (b,) of this process, -1: none. The mean over processes is that of the global batch,
-    however many labels a process has; 0 when there is none at all."""
+    logits (b, C), labels (b,) of this process, -1: none. The mean over processes is that of the
+    global batch, however many labels a process has; 0 when there is none at all."""
     all_labels = all_gather(labels)  # (B,)
     share = (all_labels >= 0).sum().clamp(min=1) / len(all_labels)
-    return F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum") / (len(labels) * share)
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
+    return loss / (len(labels) * share)
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
-    """Eq. 2: cross-entropy of the student with the softened prediction of the teacher, in nats; chance level
-    ln C, lowest possible value the entropy of that prediction: distillation_loss(teacher, teacher, ...).
+    """Eq. 2: cross-entropy of the student with the softened prediction of the teacher, in nats;
+    chance level ln C, lowest possible value the entropy of that prediction, which is
+    distillation_loss(teacher, teacher, temperature).
 
-    (b, C) each, of this process: the mean over processes is the loss of the global batch. A gradient step
-    on it changes predictions 1 / temperature^2 times as much: multiply it by temperature^2 against that."""
+    (b, C) each, of this process: the mean over processes is the loss of the global batch. A
+    gradient step on it changes predictions 1 / temperature^2 times as much; multiply it by
+    temperature^2 against that."""
     target = F.softmax(teacher_logits.float() / temperature, dim=-1)
     return F.cross_entropy(student_logits.float() / temperature, target)
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def labelled_part(dataset, fraction, seed):
-    """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class (rounded, at
-    least one, all where there are fewer). A function of the seed, contained in what a larger fraction gives.
-    Reads samples in random order until it has enough: 2 to 3% of ImageNet for a fraction of 1%."""
-    chosen = torch.full((len(dataset),), fraction == 1)
-    missing = [max(1, round(fraction * len(dataset) / len(dataset.classes)))] * len(dataset.classes)
+    """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class
+    (rounded, at least one, all where there are fewer). A function of the seed, contained in what a
+    larger fraction gives. Reads samples in random order until it has enough: 2 to 3% of ImageNet
+    for a fraction of 1%."""
+    if fraction == 1:
+        return torch.full((len(dataset),), True)
+    chosen = torch.full((len(dataset),), False)
+    each = max(1, round(fraction * len(dataset) / len(dataset.classes)))
+    missing = [each] * len(dataset.classes)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    while fraction < 1 and order and any(missing):
-        with contextlib.suppress(OSError, ValueError):  # a broken sample
-            index = order.pop()
+    while order and any(missing):
+        index = order.pop()
+        try:
             label = dataset[index].label
-            if label >= 0 and missing[label]:
-                missing[label] -= 1
-                chosen[index] = True
+        except (OSError, ValueError):  # a broken sample
+            continue
+        if label >= 0 and missing[label]:
+            missing[label] -= 1
+            chosen[index] = True
     return chosen
 
 
 def earlier_stages(args):
-    """-> checkpoints of --checkpoint and --teacher, None where there is none. What `args` leave open about
-    the network is taken from them. Raises UserError when they are not what the stage needs."""
+    """-> checkpoints of --checkpoint and --teacher, None where there is none. Raises UserError when
+    they are not what the stage needs."""
     stages = {name: recipe.get("stage", "finetune") for name, recipe in RECIPES.items()}
     if stages.get(args.recipe or args.data, "finetune") != args.stage:
         fitting = ", ".join(name for name, stage in stages.items() if stage == args.stage)
         raise UserError(f"--stage {args.stage} needs a --recipe of its own: {fitting}")
-    if (args.stage == "distill") != bool(args.teacher) or not (args.teacher or args.checkpoint):
-        raise UserError("fine-tuning needs --checkpoint, distilling --teacher and --recipe NAME-distill")
+    if args.stage == "finetune" and (args.teacher or not args.checkpoint):
+        raise UserError("fine-tuning needs --checkpoint, and --teacher a --recipe NAME-distill")
+    if args.stage == "distill" and not args.teacher:
+        raise UserError("distilling needs --teacher, a run of this file")
     found = []
     for path, method in ((args.checkpoint, "simclr"), (args.teacher, "simclrv2")):
-        found.append(load_checkpoint(path) if path else None)
-        if path and not (isinstance(found[-1], dict) and found[-1].get("method") == method):
+        saved = load_checkpoint(path) if path else None
+        if path and not (isinstance(saved, dict) and saved.get("method") == method):
             raise UserError(f"{path} was not written by {method}.py, give a run that was")
-    before = (found[0] or found[1])["args"]
-    args.arch, args.image_size = args.arch or before["arch"], args.image_size or before["image_size"]
-    args.width = args.width or before.get("width", 1.0)  # runs of before had no such flag
+        found.append(saved)
+    return found
+
+
+def take_network_of(before, args):
+    """What `args` leave open about the network becomes what it was in a run with args `before`."""
+    args.arch = args.arch or before["arch"]
+    args.image_size = args.image_size or before["image_size"]
+    args.width = args.width or before.get("width", 1.0)  # older runs have no such flag
     if args.stem == "auto":
         args.stem = chosen_stem(types.SimpleNamespace(**before))
-    return found
 
 
 def accuracy(model, val, view, device, workers):
@@ -301,23 +358,29 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact here, batch norm must see the whole batch: use 1")
+        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
     if not 0 < args.label_fraction <= 1 or args.alpha > 1 or not args.temperature:
-        raise UserError("--label-fraction must be in (0, 1], --temperature above 0, --alpha in [0, 1]")
+        ranges = "--label-fraction must be in (0, 1], --temperature above 0, --alpha in [0, 1]"
+        raise UserError(ranges)
     pretrained, taught = earlier_stages(args)
+    take_network_of((pretrained or taught)["args"], args)
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
-    known = json.loads(taught["labels"]) if taught else [dataset.classes, args.label_fraction, args.seed]
+    known = [dataset.classes, args.label_fraction, args.seed]
+    if taught:  # a student may use the labels that its teacher had, and no others
+        known = json.loads(taught["labels"])
     classes, args.label_fraction, label_seed = known
     if not classes or dataset.classes != classes and args.alpha < 1:
-        raise UserError(f"{dataset.name} does not have the labels that are needed, see docs/data.md")
+        raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")
     args.num_classes = len(classes)  # not a flag, but build_model needs it
     if not taught or args.alpha < 1:
         has_label = labelled_part(dataset, args.label_fraction, label_seed).to(device)  # (N,)
     if not taught:
-        name, dataset = dataset.name, torch.utils.data.Subset(dataset, has_label.nonzero().flatten().tolist())
-        dataset.name, dataset.captioned = f"{100 * args.label_fraction:g}% of {name}", False
+        name = f"{100 * args.label_fraction:g}% of {dataset.name}"
+        dataset = torch.utils.data.Subset(dataset, has_label.nonzero().flatten().tolist())
+        dataset.name = name
+        dataset.captioned = False
     view = CropFlipView(args.image_size)
     views = {"view": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -327,23 +390,33 @@ def train(args: Args) -> dict:
     if pretrained:
         names = [name for name in model.state_dict() if not name.startswith("classifier.")]
         try:
-            model.load_state_dict({name: pretrained["model"][name] for name in names}, strict=False)
+            state = {name: pretrained["model"][name] for name in names}
+            model.load_state_dict(state, strict=False)
         except (KeyError, RuntimeError) as error:
-            fit = f"--arch {args.arch} --stem {args.stem} --head-layer {args.head_layer}"
-            raise UserError(f"{args.checkpoint} does not fit {fit}") from error
+            network = f"--arch {args.arch} --stem {args.stem} --head-layer {args.head_layer}"
+            raise UserError(f"{args.checkpoint} does not fit {network}") from error
     if taught:
-        teacher = build_model(types.SimpleNamespace(**taught["args"])).requires_grad_(False).eval()
+        teacher_args = {"width": 1.0} | taught["args"]  # older runs have no such flag
+        teacher = build_model(types.SimpleNamespace(**teacher_args))
         teacher.load_state_dict(taught["model"])
-        teacher.to(device, memory_format=torch.channels_last)
+        teacher.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
-    last = model.classifier.weight  # official: LARS neither scales nor decays it, its decay is in the loss
-    decay = [p for p in model.parameters() if p.ndim >= 2 and p is not last]
-    no_decay = [p for p in model.parameters() if p.ndim < 2 or p is last]  # batch norm, biases
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    scale = args.batch_size**0.5
-    peak = args.base_lr * scale
+    update_scale, weight_decay = 1.0, args.weight_decay
+    if taught:
+        update_scale = args.temperature**2  # see the top of this file
+    if args.optimizer == "lars":
+        weight_decay = weight_decay * update_scale
+    trained = list(model.parameters())
+    last = model.classifier.weight  # official: LARS neither scales nor decays it, but the loss does
+    decay = [p for p in trained if p.ndim >= 2 and p is not last]
+    no_decay = [p for p in trained if p.ndim < 2 or p is last]  # norms and biases
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    peak = args.base_lr * args.batch_size**0.5
     if args.optimizer == "lars":
         groups[1]["exclude"] = True
         optimizer = LARS(groups, lr=peak, momentum=args.momentum, lr_in_momentum=True)
@@ -353,14 +426,13 @@ def train(args: Args) -> dict:
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("simclrv2", args, loader, state, {"labels": json.dumps(known)})
-    run.say(f"lr = {args.base_lr} * {scale:g} (sqrt scaling) = {peak:g}")
+    run.say(f"lr = {args.base_lr} * sqrt({args.batch_size}) = {peak:g}")
     if val and val.classes != classes:
         run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
         val = None
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(len(classes))
-    update_scale = args.temperature**2 if taught else 1.0  # official notebook, see the top of this file
 
     for step, batch in run.batches():
         x, labels = view(*batch["view"]), batch["label"]
@@ -378,10 +450,11 @@ def train(args: Args) -> dict:
             entropy = distillation_loss(teacher_logits, teacher_logits, args.temperature)
             parts = {"teacher_entropy": (entropy, None)}  # the loss cannot fall below it
             if args.alpha < 1:
-                label_loss = supervised_loss(logits, labels.where(has_label[batch["index"]], -1))
+                labels = labels.where(has_label[batch["index"]], -1)
+                label_loss = supervised_loss(logits, labels)
                 parts |= {"distill_loss": (loss, chance), "label_loss": (label_loss, chance)}
                 loss = args.alpha * loss + (1 - args.alpha) * label_loss  # Eq. 3
-        penalty = args.weight_decay / 2 * last.square().sum()
+        penalty = weight_decay / 2 * last.square().sum()
         scaler.scale(update_scale * loss + penalty).backward()
         if args.clip_grad:
             scaler.unscale_(optimizer)
@@ -396,9 +469,10 @@ def train(args: Args) -> dict:
         if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    recipe = f"{args.data if args.data in RECIPES else 'imagenet'}-distill"
-    words = ["torchrun", "simclrv2.py", "--data", args.data, "--recipe", recipe, "--teacher", run.dir]
-    return run.finish(hint=shlex.join(map(str, words)))
+    known_data = args.data if args.data in RECIPES else "imagenet"
+    words = ["torchrun", "simclrv2.py", "--data", args.data, "--recipe", f"{known_data}-distill"]
+    words += ["--teacher", str(run.dir)]
+    return run.finish(hint=shlex.join(words))
 
 
 if __name__ == "__main__":

@@ -263,19 +263,25 @@ def update_ema(ema, model, decay):
 # -------------------------------------------- few labels ------------------------------------------
 # Copied from simclrv2.py: labelled_part
 def labelled_part(dataset, fraction, seed):
-    """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class (rounded, at
-    least one, all where there are fewer). A function of the seed, contained in what a larger fraction gives.
-    Reads samples in random order until it has enough: 2 to 3% of ImageNet for a fraction of 1%."""
-    chosen = torch.full((len(dataset),), fraction == 1)
-    missing = [max(1, round(fraction * len(dataset) / len(dataset.classes)))] * len(dataset.classes)
+    """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class
+    (rounded, at least one, all where there are fewer). A function of the seed, contained in what a
+    larger fraction gives. Reads samples in random order until it has enough: 2 to 3% of ImageNet
+    for a fraction of 1%."""
+    if fraction == 1:
+        return torch.full((len(dataset),), True)
+    chosen = torch.full((len(dataset),), False)
+    each = max(1, round(fraction * len(dataset) / len(dataset.classes)))
+    missing = [each] * len(dataset.classes)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    while fraction < 1 and order and any(missing):
-        with contextlib.suppress(OSError, ValueError):  # a broken sample
-            index = order.pop()
+    while order and any(missing):
+        index = order.pop()
+        try:
             label = dataset[index].label
-            if label >= 0 and missing[label]:
-                missing[label] -= 1
-                chosen[index] = True
+        except (OSError, ValueError):  # a broken sample
+            continue
+        if label >= 0 and missing[label]:
+            missing[label] -= 1
+            chosen[index] = True
     return chosen
 
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import simclr
 import simclrv2
-from common import UserError, user_errors
+from common import LARS, UserError, user_errors
 from data import Loader, decode, open_dataset
 from evaluation.weights import open_network
 from run import load_checkpoint
@@ -303,6 +303,36 @@ def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
     decayed = train_here([*decayed, "--max-steps", "2"])
     (a, b) = (next(g for g in grads[-1] if g.shape == weight.shape) for grads in (plain, decayed))
     assert weight.any() and (b - a - 0.5 * weight).norm() < 0.05 * (b - a).norm()
+
+
+def test_lars_keeps_the_balance_of_eq_2(photos, stages, tmp_path):
+    """The update takes tau^2 times the loss. LARS, which sees a gradient's direction alone, must not let weight decay weigh
+    1 / tau^2 times as much for it: a layer moves as it would on Eq. 2 itself."""
+    seen = {}
+
+    def keep(optimizer, *_):
+        seen[name] = [group["weight_decay"] for group in optimizer.param_groups]
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        for name in ("lars", "sgd"):
+            flags = ["--max-steps", "1", "--eval-every", "0", "--optimizer", name, "--weight-decay", "0.5", "--temperature", "0.1"]
+            train_here(argv_for("distill", photos, stages, tmp_path / name, *flags))
+    finally:
+        handle.remove()
+    assert seen == {"lars": [pytest.approx(0.005), 0.0], "sgd": [0.5, 0.0]}
+
+    torch.manual_seed(0)
+    features, start, teacher = torch.randn(6, 3), torch.randn(3, 5), torch.randn(6, 5)
+    steps = []
+    for scale in (1.0, 0.01):
+        weight = start.clone().requires_grad_()
+        optimizer = LARS([weight], lr=0.1, weight_decay=0.5 * scale)
+        (scale * simclrv2.distillation_loss(features @ weight, teacher, 0.1)).backward()
+        optimizer.step()
+        steps.append((weight - start).detach())
+    assert steps[0].any()
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-9)
 
 
 # ------------------------------------------------ bad input ------------------------------------------------
