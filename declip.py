@@ -556,8 +556,8 @@ def mlm_loss(logits, labels):
 
 # Copied from byol.py: feature_std
 def feature_std(z):
-    """Witness of a collapse (SimSiam, Sec. 4.1): the standard deviation over the global batch of each output
-    of z (b, E), scaled to unit length; mean over outputs. 1 / sqrt(E) if directions are spread, 0 if one."""
+    """Collapse indicator (SimSiam, Sec. 4.1): standard deviation of each output of z (b, E), scaled
+    to unit length, over the global batch; mean over outputs. 1 / sqrt(E): spread, 0: collapsed."""
     return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
 
 

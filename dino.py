@@ -313,9 +313,9 @@ class VisionTransformer(nn.Module):
 
 # Copied from moco.py: ResNet
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, `width` times as wide everywhere. (B, 3, S, S) -> (B, outputs of fc). stem:
-    "imagenet", or for small images one 3 x 3 convolution and no pooling, with stride 1 ("cifar")
-    or 2 ("small")."""
+    """torchvision's ResNet, `width` times as wide everywhere.
+    (B, 3, S, S) -> (B, outputs of fc). stem: "imagenet", or for small images one 3 x 3 convolution
+    without pooling, of stride 1 ("cifar") or 2 ("small")."""
 
     def __init__(self, block, layers, width=1.0, stem="imagenet", **options):
         nn.Module.__init__(self)  # twice: here so that `width` can be set before layers are made
@@ -342,10 +342,16 @@ class ResNet(torchvision.models.ResNet):
 # Copied from moco.py: resnet
 def resnet(arch, stem="imagenet", width=1.0, **options):
     """"resnet50" -> ResNet. Raises UserError for other names."""
-    basic, bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
-    depths = {"10": (basic, [1, 1, 1, 1]), "18": (basic, [2, 2, 2, 2]), "34": (basic, [3, 4, 6, 3]),
-              "50": (bottleneck, [3, 4, 6, 3]), "101": (bottleneck, [3, 4, 23, 3]),
-              "152": (bottleneck, [3, 8, 36, 3])}  # fmt: skip
+    basic = torchvision.models.resnet.BasicBlock
+    bottleneck = torchvision.models.resnet.Bottleneck
+    depths = {
+        "10": (basic, [1, 1, 1, 1]),
+        "18": (basic, [2, 2, 2, 2]),
+        "34": (basic, [3, 4, 6, 3]),
+        "50": (bottleneck, [3, 4, 6, 3]),
+        "101": (bottleneck, [3, 4, 23, 3]),
+        "152": (bottleneck, [3, 8, 36, 3]),
+    }
     depth = arch.removeprefix("resnet")
     if depth not in depths or depth == arch:
         raise UserError(f"--arch {arch} is unknown, choose resnet{', '.join(depths)}")

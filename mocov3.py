@@ -424,11 +424,9 @@ def contrastive_loss(q, k, temperature):
 
 # Copied from byol.py: feature_std
 def feature_std(z):
-    """Collapse indicator (SimSiam, Sec. 4.1): the standard deviation over the global batch of each
-    output of z (b, E) scaled to unit length, mean over outputs. It is 1 / sqrt(E) if directions are
-    spread, and 0 if there is only one."""
-    z = F.normalize(z.detach().float(), dim=-1)
-    return all_gather(z).std(0).mean()
+    """Collapse indicator (SimSiam, Sec. 4.1): standard deviation of each output of z (b, E), scaled
+    to unit length, over the global batch; mean over outputs. 1 / sqrt(E): spread, 0: collapsed."""
+    return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()
 
 
 # ---------------------------------------- training ----------------------------------------

@@ -414,7 +414,8 @@ def nt_xent_loss(z1, z2, temperature):
 
     z1, z2: (b, E) of this process, the two views of the same b images, any length and dtype.
     Call it outside autocast, whose products are in half precision. Returns the mean over this
-    process's 2b views: the mean over processes is the loss of the global batch. Memory grows with b x B."""
+    process's 2b views: the mean over processes is the loss of the global batch. Memory grows with
+    b x B."""
     z1, z2 = F.normalize(z1.float(), dim=-1), F.normalize(z2.float(), dim=-1)  # (b, E)
     all_z1, all_z2 = all_gather(z1), all_gather(z2)  # (B, E)
     b, first = len(z1), 0
