@@ -136,6 +136,20 @@ def test_batch_norm_and_initialisation():
     assert model.temperature.item() == 1 and not model.text_projection.bias.any()
 
 
+def test_convolutions_start_as_in_the_released_code():
+    """TensorFlow's variance scaling, 2 / fan-out, does not divide a depthwise kernel's fan-out by the number of channels."""
+    torch.manual_seed(0)
+    net, depthwise = align.EfficientNet(1.0, 1.0), 0
+    for name, conv in net.named_modules():
+        if not isinstance(conv, torch.nn.Conv2d):
+            continue
+        fan_out = conv.kernel_size[0] ** 2 * (1 if conv.groups > 1 else conv.out_channels)
+        depthwise += conv.groups > 1
+        spread = 4 * (2 * conv.weight.numel()) ** -0.5  # four standard errors of a standard deviation
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=spread), name
+    assert depthwise == 16
+
+
 def test_drop_connect_is_a_function_of_its_draws():
     torch.manual_seed(0)
     module = align.DropConnect(0.4, block=1).train()

@@ -138,7 +138,8 @@ def test_method_files_say_the_same_thing_with_the_same_line():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_same_sections_in_the_same_order(name):
-    assert BANNER.findall((ROOT / f"{name}.py").read_text()) == SECTIONS
+    filters = ["data filters"] if name == "align" else []
+    assert BANNER.findall((ROOT / f"{name}.py").read_text()) == SECTIONS[:2] + filters + SECTIONS[2:]
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
