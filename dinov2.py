@@ -1,25 +1,28 @@
 """DINOv2: Learning Robust Visual Features without Supervision (2023, arXiv 2304.07193).
 
-DINO's loss on class tokens and iBOT's on masked patches, with what lets them grow: KoLeo keeps the features
-of a batch apart, LayerScale and much stochastic depth steady deep networks, the lower a layer the slower it
-learns, Sinkhorn-Knopp may replace the centers, registers (arXiv 2309.16588) keep the patches clean.
+DINO's loss on class tokens and iBOT's on masked patches, plus changes for scale (Table 1): KoLeo
+spreads the features of a batch; LayerScale, strong stochastic depth and lower learning rates for
+lower layers stabilise training; Sinkhorn-Knopp may replace the centers; registers (arXiv
+2309.16588) keep the patch features clean.
 
-Loss (App. A), logits, centers and masks as in ibot.py, f the student's class token of unit length, no head:
+Loss (Sec. 4), symbols as in ibot.py, f the student's class token of unit length, before the head:
     P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t) or Sinkhorn-Knopp of g_t / tau_t
     L_DINO, L_iBOT: cross-entropies of P_s to P_t as in ibot.py, chance level ln K and p ln K
-    L_KoLeo = sum over large crops of -mean_i ln min_{j != i} |f_i - f_j|, j in the global batch
-    L = L_DINO + lambda1 L_iBOT + lambda2 L_KoLeo, chance level without the last
-B global batch, b = B / processes, N patches, D width, S image size, K prototypes.
+    L_KoLeo = sum over large crops of -mean_i ln min_{j != i} |f_i - f_j|, j in the batch or group
+    L = L_DINO + lambda1 L_iBOT + lambda2 L_KoLeo,  chance level (1 + lambda1 p) ln K without KoLeo
+B global batch, b = B / processes, N patches, M masked ones of this process, D width, S image size.
+
 Laptop        torchrun dinov2.py
 1 GPU         torchrun dinov2.py --data cifar10
 Own photos    torchrun dinov2.py --data path/to/photos --recipe flickr8k
 8 GPUs        torchrun --nproc_per_node=8 dinov2.py --data imagenet (--fsdp for large models)
 
-Parameter names are the official code's: its backbones load strictly (docs/dinov2.md). Differences from it:
- - KoLeo's neighbours, Sinkhorn-Knopp and centers are of the global batch (official: a GPU's, as with
-   --koleo-group 64); masks and stochastic depth are the sample's own, each crop masked with probability p
-   (official: exactly a share p of a GPU's crops). So the run is one on any number of processes.
+Official backbones load strictly (docs/dinov2.md). Differences from the official code:
+ - Masks and stochastic depth are the sample's own, so a run is the same on any number of processes.
+   Official: exactly half of a GPU's crops are masked, and a fixed number of samples is dropped.
+ - All masked patches weigh the same in their center. Official: all GPUs weigh the same.
  - Epochs are passes over the data. Official: 1,250 steps, 2 passes over ImageNet at batch 2048.
+ - A GPU computes by autocast. Official: float16 parameters.
 
 Diff against: ibot.py.
 """
@@ -34,7 +37,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, all_gather, init_distributed, mixed_precision, user_errors
@@ -45,20 +47,20 @@ from monitor import EvalView, evaluation_set, knn_eval
 from run import Run, RunArgs, parse_args
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# ---------------------------------------- arguments ----------------------------------------
 @dataclass
 class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_large_patch16"  # a key of ARCHS with _patchP behind it
-    ffn: Literal["mlp", "swiglu"] = "mlp"  # feed-forward layer of the blocks (swiglu: ViT-g)
-    registers: int = 0  # R, tokens without a place or a loss (0: none; 4 in arXiv 2309.16588)
+    arch: str = "vit_large_patch16"  # vit_{nano,micro,tiny,small,base,large,giant}_patchP
+    ffn: Literal["mlp", "swiglu"] = "mlp"  # feed-forward layer (Table 17: swiglu from scratch)
+    registers: int = 0  # tokens without a place or a loss (0: none; 4 in arXiv 2309.16588)
     layer_scale: float = 1e-5  # factor of each residual branch at the start (official code)
     drop_path: float = 0.3  # stochastic depth of every block of the student (official code)
     hidden_dim: int = 2048  # hidden width of the heads; the bottleneck after it has 256
     out_dim: int = 65536  # K, number of prototypes (official code)
-    shared_head: bool = True  # one head for class token and patches; off ("untied") for large data
+    shared_head: bool = True  # one head for both losses; off ("untied") for large data (Sec. 4)
     freeze_last_layer: float = 2.0  # epochs in which the prototypes stay fixed (0: none; official)
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels
@@ -69,13 +71,13 @@ class Args(RunArgs):
     mask_prob: float = 0.5  # p, share of the global crops that are masked at all
     mask_ratio: float = 0.3  # mean share of masked patches in a masked crop
     mask_ratio_var: float = 0.2  # that share is uniform within ratio +- this
-    centering: Literal["center", "sinkhorn"] = "center"  # sinkhorn for large data
+    centering: Literal["center", "sinkhorn"] = "center"  # sinkhorn for large data (Sec. 4)
     teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up
     warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up
     warmup_teacher_temp_epochs: float = 60.0  # length of tau_t's linear warm-up (0: no warm-up)
-    teacher_momentum: float = 0.992  # l, EMA momentum in the first step, on a cosine to 1
-    patch_weight: float = 1.0  # lambda1, weight of the patches' loss
-    koleo_weight: float = 0.1  # lambda2, weight of the KoLeo loss (0: without)
+    teacher_momentum: float = 0.992  # l, first EMA momentum, on a cosine to 1 (App. B.1)
+    patch_weight: float = 1.0  # lambda1, weight of the patches' loss (official code)
+    koleo_weight: float = 0.1  # lambda2, weight of the KoLeo loss (App. B.1; 0: without)
     koleo_group: int = 0  # samples among which KoLeo looks for neighbours (0: the global batch)
     epochs: int = 200  # passes over the data; official: 100 of 1,250 steps
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -88,83 +90,111 @@ class Args(RunArgs):
     weight_decay: float = 0.04  # at the start, of everything but biases, norms and scales
     weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine
     clip_grad: float = 3.0  # largest gradient norm of backbone and of each head (0: off)
-    fsdp: bool = False  # shard parameters, gradients and optimizer over the processes
+    fsdp: bool = False  # shard parameters, gradients and optimizer over the processes (Sec. 5)
     seed: int = 0  # random seed of weights, order, views, masks and stochastic depth
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-RECIPES = {  # of ImageNet: kNN and linear probe of the official code, in percent
-    "flocks": dict(arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
-                   crop_min=0.15, blur=False, layer_scale=1.0, hidden_dim=512, out_dim=256,
-                   freeze_last_layer=0.0, drop_path=0.0, teacher_temp=0.04, warmup_teacher_temp=0.04,
-                   teacher_momentum=0.98, layer_decay=1.0, patch_embed_lr=1.0, epochs=3, batch_size=64,
-                   base_lr=8e-3, warmup_epochs=0.2, weight_decay_end=0.04),
-    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, layer_scale=1.0,
-                   blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
-                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=2,
-                   batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
-    "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
-                    blur=False, out_dim=2048, drop_path=0.1, teacher_momentum=0.99, batch_size=512),
-    "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
-                     drop_path=0.1, teacher_momentum=0.99, epochs=100, batch_size=128),
-    "imagenet": {},  # 81.6, 82.9
+RECIPES = {  # our own, but for the last
+    "flocks": dict(arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2,
+                   crop_split=0.4, crop_min=0.15, blur=False, layer_scale=1.0, hidden_dim=512,
+                   out_dim=256, freeze_last_layer=0.0, drop_path=0.0, teacher_temp=0.04,
+                   warmup_teacher_temp=0.04, teacher_momentum=0.98, layer_decay=1.0,
+                   patch_embed_lr=1.0, epochs=3, batch_size=64, base_lr=8e-3, warmup_epochs=0.2,
+                   weight_decay_end=0.04),
+    "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2,
+                   layer_scale=1.0, blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0,
+                   drop_path=0.0, teacher_temp=0.02, warmup_teacher_temp=0.02,
+                   teacher_momentum=0.98, epochs=2, batch_size=64, base_lr=4e-3, warmup_epochs=0.2),
+    "cifar10": dict(arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4,
+                    crop_split=0.4, blur=False, out_dim=2048, drop_path=0.1, teacher_momentum=0.99,
+                    batch_size=512),
+    "flickr8k": dict(arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6,
+                     out_dim=4096, drop_path=0.1, teacher_momentum=0.99, epochs=100,
+                     batch_size=128),
+    # the official short run on GPUs with 64 images each; what differs stands in the docstring
+    "imagenet": dict(koleo_group=64),  # kNN 81.6%, linear probe 82.9%
 }
 
 
-# -------------------------------------------- augmentation --------------------------------------------
+# ---------------------------------------- augmentation ----------------------------------------
 # Adapted from ibot.py: draw_mask, smaller blocks only
 def draw_mask(rng, side, prob=0.5, ratio=0.3, var=0.2):
-    """Which of side x side patches are masked: none with probability 1 - prob, otherwise at most a share that
-    is uniform in ratio +- var. rng: random.Random. -> bool (side, side)."""
+    """Which of side x side patches are masked: none with probability 1 - prob, otherwise at most a
+    share that is uniform in ratio +- var (official code). -> bool (side, side)."""
     mask = torch.zeros(side, side, dtype=torch.bool)
-    share = min(1, max(0, rng.uniform(ratio - var, ratio + var))) * (rng.random() < prob)
-    budget, tries = int(share * side**2), 0
-    while budget > 0 and tries < 10:  # BEiT's blocks (arXiv 2106.08254, Alg. 1), which may overlap
-        most = min(budget, side**2 / 2)
-        area, aspect = rng.uniform(4, most), 0.3 ** rng.uniform(-1, 1)
-        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    share = min(1, max(0, rng.uniform(ratio - var, ratio + var)))
+    budget = int(share * side**2)  # patches that may still be masked
+    if rng.random() >= prob:
+        budget = 0
+    tries = 0
+    while budget > 0 and tries < 10:  # blocks as in BEiT (arXiv 2106.08254, Alg. 1); may overlap
         tries += 1
-        if h < side and w < side:
-            top, left = rng.randint(0, side - h), rng.randint(0, side - w)
-            block = mask[top : top + h, left : left + w]
-            if 0 < (new := h * w - int(block.sum())) <= most:
-                block[:], budget, tries = True, budget - new, 0
+        most = min(budget, side**2 / 2)
+        area = rng.uniform(4, most)
+        aspect = 0.3 ** rng.uniform(-1, 1)
+        h = round((area * aspect) ** 0.5)
+        w = round((area / aspect) ** 0.5)
+        if h >= side or w >= side:
+            continue
+        top = rng.randint(0, side - h)
+        left = rng.randint(0, side - w)
+        block = mask[top : top + h, left : left + w]
+        new = h * w - int(block.sum())
+        if 0 < new <= most:
+            block[:] = True
+            budget -= new
+            tries = 0
     return mask
 
 
 # Adapted from ibot.py: IBOTView, other blur
 class DINOv2View:
-    """One of the V crops. The second is blurred with probability 0.9 and solarised with 0.2; local ones are
-    blurred with 0.5 (the released models; docs/dinov2.md). mask: options of draw_mask, for large crops."""
+    """One of the V crops, blurred as for the released models (docs/dinov2.md): the first never, the
+    second with probability 0.9, local ones with 0.5. mask: options of draw_mask, or None."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, size, scale=(0.32, 1.0), blur=0.0, solarize=0.0, depth=0, mask=None):
-        self.size, self.scale, self.blur, self.solarize = size, scale, blur, solarize
-        self.depth, self.mask = depth, mask
+        self.size = size
+        self.scale = scale
+        self.blur = blur
+        self.solarize = solarize
+        self.depth = depth
+        self.mask = mask
 
     def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
     def sample(self, rng):
-        chances = {"flip": 0.5, "jitter": 0.8, "gray": 0.2, "blur": self.blur, "solarize": self.solarize}
-        return {
-            **{name: rng.random() < chance for name, chance in chances.items()},
+        """In a loader worker: what else is random about this view of this sample."""
+        params = {
+            "flip": rng.random() < 0.5,
+            "jitter": rng.random() < 0.8,
+            "gray": rng.random() < 0.2,
+            "blur": rng.random() < self.blur,
+            "solarize": rng.random() < self.solarize,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
-            "drop_path": [[rng.random(), rng.random()] for _ in range(self.depth)],  # by block
-            **({"mask": draw_mask(rng, **self.mask)} if self.mask else {}),
         }
+        # two numbers a block, drawn here: stochastic depth depends on the sample, not the process
+        params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
+        if self.mask:
+            params["mask"] = draw_mask(rng, **self.mask)
+        return params
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and the stacked parameters -> float, normalised."""
+        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
             x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=9)
         if self.solarize:
             x = solarize(x, params["solarize"])
-        return normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return normalize(x, self.mean, self.std)
 
 
 # Copied from dino.py: eval_view
@@ -176,28 +206,34 @@ def eval_view(args) -> EvalView:
     return EvalView(args.image_size, resize, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -------------------------------------------- backbone --------------------------------------------
-# Adapted from dino.py: Block, with LayerScale and SwiGLU; what stochastic depth leaves out is not computed
+# ---------------------------------------- backbone ----------------------------------------
+# Adapted from dino.py: Block, with LayerScale and SwiGLU; dropped samples are not computed
 class Block(nn.Module):
-    """Pre-norm block, LayerScale (arXiv 2103.17239). (B, N, D) -> (B, N, D). Stochastic depth leaves either
-    branch out for a share `drop_path` of the samples: those whose number in u, (B, 2), is below it."""
+    """Pre-norm block with LayerScale (arXiv 2103.17239). (B, N, D) -> (B, N, D). Stochastic depth
+    leaves a branch out for samples whose number in u, (B, 2), is below `drop_path` (Sec. 5)."""
 
     def __init__(self, dim, heads, drop_path=0.0, swiglu=False, gamma=1e-5):
         super().__init__()
-        self.heads, self.drop_path, self.swiglu = heads, drop_path, swiglu
+        self.heads = heads
+        self.drop_path = drop_path
+        self.swiglu = swiglu
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.ls1 = nn.ParameterDict({"gamma": torch.full((dim,), gamma)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden = (int(8 * dim / 3) + 7) // 8 * 8  # makes SwiGLU about as large as the MLP
-        layers = {"w12": (dim, 2 * hidden), "w3": (hidden, dim)}
-        layers = layers if swiglu else {"fc1": (dim, 4 * dim), "fc2": (4 * dim, dim)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*sizes) for name, sizes in layers.items()})
+        if swiglu:
+            hidden = (int(8 * dim / 3) + 7) // 8 * 8  # about as many weights as the MLP
+            layers = {"w12": nn.Linear(dim, 2 * hidden), "w3": nn.Linear(hidden, dim)}
+        else:
+            layers = {"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.ModuleDict(layers)
         self.ls2 = nn.ParameterDict({"gamma": torch.full((dim,), gamma)})
 
     def attention(self, x):
-        q, k, v = self.attn.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.attn.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.attn.proj(x.transpose(1, 2).flatten(2))
 
     def feed_forward(self, x):
         if not self.swiglu:
@@ -208,8 +244,11 @@ class Block(nn.Module):
     def add(self, x, branch, u):
         if u is None:
             return x + branch(x)
-        kept = (u >= self.drop_path).nonzero().squeeze(1)
-        return x.index_add(0, kept, (branch(x[kept]) / (1 - self.drop_path)).to(x.dtype))
+        kept = (u >= self.drop_path).nonzero().squeeze(1)  # rows of x
+        if len(kept) == 0:  # flash attention refuses an empty batch: compute one row, add nothing
+            return x + 0 * branch(x[:1])
+        y = branch(x[kept]) / (1 - self.drop_path)
+        return x.index_add(0, kept, y.to(x.dtype))
 
     def forward(self, x, u=None):
         u1, u2 = (None, None) if u is None else u.unbind(1)
@@ -219,17 +258,21 @@ class Block(nn.Module):
 
 # Adapted from ibot.py: VisionTransformer, with registers, LayerScale and SwiGLU
 class VisionTransformer(nn.Module):
-    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last norm."""
+    """timm's ViT. (B, 3, S, S) -> (B, D), the class token after the last norm."""
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, registers=0, swiglu=False,
-                 gamma=1e-5):
+    def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, registers=0,
+                 swiglu=False, gamma=1e-5):
         super().__init__()
+        patches = (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image_size // patch_size) ** 2 + 1, dim))
-        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim)) if registers else None
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, patches + 1, dim))
+        self.register_tokens = None
+        if registers:
+            self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, stride=patch_size)})
-        self.blocks = nn.Sequential(*[Block(dim, heads, drop_path, swiglu, gamma) for _ in range(depth)])
+        blocks = [Block(dim, heads, drop_path, swiglu, gamma) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -237,55 +280,68 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def interpolate_pos_embed(self, rows, columns):
-        """(1, 1 + rows * columns, D): the class token's, and the trained grid resized, as released."""
+        """(1, 1 + rows * columns, D): that of the class token, then the trained grid, resized."""
         side = round((self.pos_embed.shape[1] - 1) ** 0.5)
         if rows == columns == side:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        # official: 0.1 against rounding down; it also shifts the samples. Not so in models with registers
-        resize = dict(size=(rows, columns), antialias=True)
+        of_class, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        # official: 0.1 against rounding down; it shifts the samples too. Not so with registers
         if self.register_tokens is None:
-            resize = dict(scale_factor=((rows + 0.1) / side, (columns + 0.1) / side))
-        grid = F.interpolate(grid, mode="bicubic", **resize)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+            scale = (rows + 0.1) / side, (columns + 0.1) / side
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        else:
+            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True)
+        return torch.cat([of_class, grid.flatten(2).transpose(1, 2)], dim=1)
 
     def tokens(self, x, mask=None, drop_path=None):
-        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm. mask: (B, N) bool;
-        drop_path: (B, depth, 2) uniform numbers, with which stochastic depth acts."""
-        x = self.patch_embed.proj(x)
+        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm. mask: (B, N)
+        bool; drop_path: uniform numbers (B, depth, 2), which decide about stochastic depth."""
+        x = self.patch_embed.proj(x)  # (B, D, rows, columns)
         pos_embed = self.interpolate_pos_embed(*x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)
         if mask is not None:  # before the position is added: a masked patch knows where it is
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        x = x + pos_embed
         if self.register_tokens is not None:  # after the class token, without a position
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+            registers = self.register_tokens.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if drop_path is None else drop_path[:, i])
+            u = None if drop_path is None else drop_path[:, i]
+            x = block(x, u)
         x = self.norm(x)
-        return torch.cat([x[:, :1], x[:, 1 - pos_embed.shape[1] :]], 1)  # without the registers
+        patches = x[:, 1 - pos_embed.shape[1] :]
+        return torch.cat([x[:, :1], patches], dim=1)  # without the registers
 
     def forward(self, x):
         return self.tokens(x)[:, 0]
 
 
-# -------------------------------------------- model --------------------------------------------
+# ---------------------------------------- model ----------------------------------------
 # Adapted from ibot.py: IBOTHead, for class token or patches; all prototypes learn their length
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, unit length, prototypes. (B, D) -> (B, K), the logits."""
+    """MLP to a bottleneck, unit length, prototypes (Sec. 4). (B, D) -> (B, K), the logits."""
 
-    def __init__(self, dim, out_dim, hidden_dim=2048, bottleneck=256):
+    def __init__(self, dim, out_dim, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
-                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(bottleneck, out_dim, bias=False))
-        nn.init.ones_(self.last_layer.parametrizations.weight.original0)  # g; row k is g_k v_k / |v_k|
+        prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False)  # row k becomes g_k v_k / |v_k|
+        self.last_layer = nn.utils.parametrizations.weight_norm(prototypes)
+        g = self.last_layer.parametrizations.weight.original0  # (K, 1); loads from weight_g too
+        nn.init.ones_(g)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        x = F.normalize(self.mlp(x), dim=-1)
+        return self.last_layer(x)
 
 
 # Adapted from ibot.py: IBOT, only masked patches go through the heads
@@ -293,48 +349,94 @@ class DINOv2(nn.Module):
     def __init__(self, student, teacher):
         super().__init__()
         teacher.load_state_dict(student.state_dict())
-        self.student, self.teacher = student, teacher.requires_grad_(False)
-        k = student.dino_head.last_layer.out_features
-        self.register_buffer("center", torch.zeros(1, k))  # c
-        self.register_buffer("center2", torch.zeros(1, 1, k))  # c2
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        prototypes = student.dino_head.last_layer.out_features
+        self.register_buffer("center", torch.zeros(1, prototypes))  # c
+        self.register_buffer("center2", torch.zeros(1, 1, prototypes))  # c2
 
     def forward(self, crops, mask, drop_path=()):
-        """Crops and mask as in ibot.py, M patches are masked -> logits of the student for crops (V b, K) and
-        masked patches (M, K), of the teacher for the whole global crops (2 b, K), (M, K); f (2 b, D)."""
-        large, small = torch.cat(crops[:2]), crops[2:]
-        drop = [torch.cat(u) if u else None for u in (drop_path[:2], drop_path[2:])]
+        """crops: V of (b, 3, S, S), global ones first; mask: of their patches, (2 b, N) bool;
+        drop_path: (b, depth, 2) for each crop. -> logits, rows of the first crop first: of the
+        student for all crops (V b, K) and masked patches (M, K), of the teacher for the unmasked
+        global crops (2 b, K) and the same patches (M, K); the student's global class tokens."""
+        large = torch.cat(crops[:2])
+        small = crops[2:]
+        drop_large, drop_small = None, None
+        if drop_path:
+            drop_path = torch.cat(drop_path)  # (V b, depth, 2)
+            drop_large, drop_small = drop_path[: len(large)], drop_path[len(large) :]
         with torch.no_grad():
             tokens = self.teacher.backbone.tokens(large)
-            teacher = self.teacher.dino_head(tokens[:, 0]), self.teacher.ibot_head(tokens[:, 1:][mask])
-        tokens = self.student.backbone.tokens(large, mask, drop[0])
-        patches, features = self.student.ibot_head(tokens[:, 1:][mask]), [tokens[:, 0]]
+            teacher = self.teacher.dino_head(tokens[:, 0])
+            teacher_patches = self.teacher.ibot_head(tokens[:, 1:][mask])
+        tokens = self.student.backbone.tokens(large, mask, drop_large)
+        patches = self.student.ibot_head(tokens[:, 1:][mask])
+        features = class_tokens = tokens[:, 0]
         if small:  # never masked
-            features.append(self.student.backbone.tokens(torch.cat(small), None, drop[1])[:, 0])
-        return self.student.dino_head(torch.cat(features)), patches, *teacher, features[0]
+            tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small)
+            class_tokens = torch.cat([features, tokens[:, 0]])
+        student = self.student.dino_head(class_tokens)
+        return student, patches, teacher, teacher_patches, features
 
 
-ARCHS = {"vit_nano": (3, 96, 3), "vit_micro": (4, 128, 4), "vit_tiny": (12, 192, 3),  # nano, micro: our own
-         "vit_small": (12, 384, 6), "vit_base": (12, 768, 12),
-         "vit_large": (24, 1024, 16), "vit_giant": (40, 1536, 24)}
+# Adapted from dino.py: update_teacher, of networks without batch norm
+@torch.no_grad()
+def update_teacher(student, teacher, momentum):
+    """theta_t <- l theta_t + (1 - l) theta_s (App. B.1)."""
+    for theta_s, theta_t in zip(student.parameters(), teacher.parameters()):
+        theta_t.lerp_(theta_s, 1 - momentum)
+
+
+# Copied from dino.py: teacher_temperature
+def teacher_temperature(time, start, end, warmup):
+    """tau_t in a 0-based epoch, or step: from `start` at 0 on a line to `end` at warmup - 1, then
+    constant (official code)."""
+    if time >= warmup:
+        return end
+    return start + (end - start) * time / max(1, warmup - 1)
+
+
+ARCHS = {  # layers, width, heads (Table 17)
+    "vit_nano": (3, 96, 3),  # our own, like the next
+    "vit_micro": (4, 128, 4),
+    "vit_tiny": (12, 192, 3),  # not in the paper
+    "vit_small": (12, 384, 6),
+    "vit_base": (12, 768, 12),  # as released; the table prints 18 layers
+    "vit_large": (24, 1024, 16),
+    "vit_giant": (40, 1536, 24),
+}
 
 
 def build_network(args, drop_path=0.0) -> nn.ModuleDict:
-    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit together."""
+    """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
     name, _, patch = args.arch.partition("_patch")
     if name not in ARCHS or not patch.lstrip("0").isdecimal():
-        raise UserError(f"--arch {args.arch} is unknown, use one of {', '.join(ARCHS)}, with _patchP")
-    for flag, size in (("image", args.image_size), ("local", args.local_size if args.local_crops else 0)):
-        if size % int(patch):
-            raise UserError(f"--{flag}-size {size} is not a multiple of {int(patch)} ({args.arch})")
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, use one of {names}, with _patchP")
+    patch_size = int(patch)
+    sizes = {"--image-size": args.image_size}
+    if args.local_crops:
+        sizes["--local-size"] = args.local_size
+    for flag, size in sizes.items():
+        if size % patch_size:
+            raise UserError(f"{flag} {size} is not a multiple of {patch_size} ({args.arch})")
     layers, width, heads = ARCHS[name]
-    backbone = VisionTransformer(args.image_size, int(patch), width, layers, heads, drop_path,
-                                 args.registers, args.ffn == "swiglu", args.layer_scale)
-    heads = [DINOHead(width, args.out_dim, args.hidden_dim) for _ in range(2 - args.shared_head)]
-    return nn.ModuleDict({"backbone": backbone, "dino_head": heads[0], "ibot_head": heads[-1]})
+    backbone = VisionTransformer(
+        args.image_size, patch_size, width, layers, heads, drop_path,
+        args.registers, args.ffn == "swiglu", args.layer_scale,
+    )
+    dino_head = DINOHead(width, args.out_dim, args.hidden_dim)
+    ibot_head = dino_head
+    if not args.shared_head:
+        ibot_head = DINOHead(width, args.out_dim, args.hidden_dim)
+    return nn.ModuleDict({"backbone": backbone, "dino_head": dino_head, "ibot_head": ibot_head})
 
 
 def build_model(args) -> DINOv2:
-    return DINOv2(build_network(args, args.drop_path), build_network(args))
+    student = build_network(args, args.drop_path)
+    teacher = build_network(args)  # without stochastic depth
+    return DINOv2(student, teacher)
 
 
 def image_encoder(model: DINOv2) -> nn.Module:
@@ -342,117 +444,135 @@ def image_encoder(model: DINOv2) -> nn.Module:
     return model.teacher.backbone
 
 
-# -------------------------------------------- loss --------------------------------------------
+# ---------------------------------------- loss ----------------------------------------
 # Adapted from ibot.py: update_center, after the softmax, for any number of rows
 @torch.no_grad()
 def center_softmax(teacher, center, teacher_temp, momentum=0.9):
-    """Logits (n, K) of this process, center (1, K) -> P_t (n, K), of the center before the update
-    c <- m c + (1 - m) mean of all processes' logits, in place."""
-    p_t = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)
+    """Logits (n, K) of this process, center (1, K) -> P_t (n, K) with the center before the update
+    c <- m c + (1 - m) mean of all processes' logits (DINO Eq. 4), in place."""
+    p_t = F.softmax((teacher.float() - center) / teacher_temp, dim=1)
     total = all_gather(teacher.float().sum(0, keepdim=True)).sum(0)  # (K,)
     rows = all_gather(center.new_tensor([len(teacher)])).sum()
-    center.lerp_(total / rows.clamp(min=1), (1 - momentum) * (rows > 0))
+    if rows > 0:  # no patch of the global batch may be masked
+        center.lerp_(total / rows, 1 - momentum)
     return p_t
 
 
 @torch.no_grad()
 def sinkhorn_knopp(teacher, teacher_temp, iterations=3):
-    """Logits (n, K) of this process -> P_t (n, K): softmax, then columns and rows rescaled in turn, so that
-    the global batch takes every prototype about equally often (arXiv 2006.09882)."""
+    """Logits (n, K) of this process -> P_t (n, K): columns and rows are rescaled in turn, so that
+    the global batch takes all prototypes about equally often (Sec. 4; arXiv 2006.09882)."""
     q = teacher.float() / teacher_temp  # logarithms, which neither overflow nor vanish
     for _ in range(iterations):
-        q = q - all_gather(q.logsumexp(0, keepdim=True)).logsumexp(0)  # prototypes; there may be no row here
+        columns = q.logsumexp(0, keepdim=True)  # (1, K), -inf if this process has no row
+        q = q - all_gather(columns).logsumexp(0)  # prototypes
         q = q - q.logsumexp(1, keepdim=True)  # samples
     return q.exp()
 
 
 def dino_loss(student, p_t, student_temp=0.1):
-    """Cross-entropy of the student's crops, logits (V b, K), to the teacher's two, (2 b, K), in nats; chance
-    level ln K. Call it outside autocast. -> loss, entropy of P_t, KL(P_t, P_s), means over b images."""
+    """Cross-entropy of the student's crops to the teacher's two (Sec. 4), in nats; chance level
+    ln K. student: logits (V b, K) of this process, any dtype; p_t: (2 b, K). Call it outside
+    autocast. Returns loss, entropy of P_t and KL(P_t, P_s), means over this process's b images."""
     n_views = 2 * len(student) // len(p_t)
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=1).chunk(n_views)
+    entropy = torch.special.entr(p_t).sum(1).mean()
     p_t = p_t.chunk(2)
-    pairs = [(x, y) for x in range(2) for y in range(n_views) if x != y]  # no crop predicts itself
-    loss = sum(-(p_t[x] * log_p_s[y]).sum(-1).mean() for x, y in pairs) / len(pairs)
-    entropy = torch.special.entr(torch.cat(p_t)).sum(-1).mean()
-    return loss, entropy, loss.detach() - entropy
+    terms = []
+    for x in range(2):
+        for y in range(n_views):
+            if x != y:  # no crop predicts itself
+                terms.append(-(p_t[x] * log_p_s[y]).sum(1).mean())
+    loss = sum(terms) / len(terms)
+    kl = loss.detach() - entropy
+    return loss, entropy, kl
 
 
 def patch_loss(student, p_t, mask, student_temp=0.1):
-    """Cross-entropy of the student's masked patches, logits (M, K), to the teacher's whole ones, (M, K), in
-    the order of mask (2 b, N); chance level p ln K: crops without a mask count as 0 (official code)."""
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)
-    weight = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
-    return -((p_t * log_p_s).sum(-1) * weight).sum() / len(mask)
+    """The same for the student's masked patches (Sec. 4), chance level p ln K: crops without a mask
+    count as 0 (official code). student: logits (M, K), p_t: (M, K), in the order of mask, (2 b, N)
+    bool. A mean over the masked patches of a crop, then over this process's 2 b crops."""
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=1)
+    terms = (p_t * log_p_s).sum(1)  # (M,)
+    weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # (2 b, 1): of each patch in its crop
+    weight = weight.expand_as(mask)[mask]
+    return -(terms * weight).sum() / len(mask)
 
 
 def koleo_loss(features, group=0, eps=1e-8):
-    """-mean ln distance to the nearest neighbour, of features (b, D) of this process, among the global batch
-    or in groups of it, of samples that follow each other. The global loss. Large: two images became one."""
-    x = F.normalize(all_gather(features.float()), dim=-1, eps=eps)
+    """-mean ln of the distance to the nearest neighbour (Sec. 4; arXiv 1806.03198), of features
+    (b, D) of this process, any length and dtype. Call it outside autocast. Neighbours are looked
+    for in the gathered batch or, with group, among that many samples which follow each other in it.
+    Every process returns the loss of the global batch, large if two features are nearly equal."""
+    x = all_gather(features.float())
+    x = F.normalize(x, eps=eps)
     x = x.unflatten(0, (-1, group or len(x)))  # (groups, n, D)
     cosines = (x @ x.mT).detach()
-    cosines.diagonal(dim1=1, dim2=2).fill_(-1)
-    nearest = cosines.argmax(-1, keepdim=True).expand_as(x)
-    return -(F.pairwise_distance(x, x.gather(1, nearest), eps=eps) + eps).log().mean()
+    cosines.diagonal(dim1=1, dim2=2).fill_(-1)  # no sample is its own neighbour
+    nearest = cosines.argmax(-1, keepdim=True)  # (groups, n, 1)
+    neighbors = x.gather(1, nearest.expand_as(x))
+    distance = F.pairwise_distance(x, neighbors, eps=eps)
+    return -(distance + eps).log().mean()
 
 
-# -------------------------------------------- training --------------------------------------------
+# ---------------------------------------- training ----------------------------------------
 def multipliers(name, depth, layer_decay, patch_embed_lr):
-    """What a parameter's name says of its learning rate and weight decay, as factors of the run's."""
-    found = re.search(r"blocks\.(\d+)|_token|_embed", name)
-    layer = int(found[1] or -1) + 1 if found else depth + 1  # 0: what comes before the blocks
-    lr = layer_decay ** (depth + 1 - layer) * (patch_embed_lr if "patch_embed" in name else 1.0)
-    return {"lr_factor": lr, "decay_factor": 0.0 if re.search("bias$|norm|gamma", name) else 1.0}
+    """Factors of a parameter's learning rate and weight decay, and whether it is frozen at first.
+    Layer 0 stands before the blocks, layer depth + 1 behind them (official code)."""
+    block = re.search(r"blocks\.(\d+)\.", name)
+    if block:
+        layer = int(block[1]) + 1
+    elif "_token" in name or "_embed" in name:
+        layer = 0
+    else:
+        layer = depth + 1
+    lr_factor = layer_decay ** (depth + 1 - layer)
+    if "patch_embed" in name:
+        lr_factor *= patch_embed_lr
+    decay_factor = 1.0
+    if name.endswith("bias") or "norm" in name or "gamma" in name:
+        decay_factor = 0.0
+    last_layer = "last_layer" in name
+    return {"lr_factor": lr_factor, "decay_factor": decay_factor, "last_layer": last_layer}
 
 
-# Models that do not fit one GPU: --fsdp shards them with torch's own fully_shard
-def parallel(model, blocks, fsdp=False):
-    """What to call in place of the model, to be made before its optimizer. fsdp: parameters, gradients and
-    optimizer are sharded over the processes, each of `blocks` whole only while it is computed; otherwise
-    DistributedDataParallel, if there are several processes. Both average gradients over them."""
-    if not fsdp:
-        return DistributedDataParallel(model) if world_size() > 1 else model
-    if not torch.distributed.is_initialized():
-        raise UserError("--fsdp shards a model over several processes, start them with torchrun")
-    for module in (*blocks, model):
-        fully_shard(module)
-    return model
+def parameter_groups(student, layer_decay, patch_embed_lr):
+    """Groups for the optimizer. Parameters with the same factors are one group."""
+    depth = len(student.backbone.blocks)
+    groups = {}
+    for name, p in student.named_parameters():
+        factors = multipliers(name, depth, layer_decay, patch_embed_lr)
+        group = groups.setdefault(tuple(factors.values()), {"params": [], **factors})
+        group["params"].append(p)
+    return list(groups.values())
 
 
 class Gathered:
-    """State of a sharded model, or of its optimizer, as a checkpoint holds it: whole tensors, on the CPU of
-    the first process. All processes are to ask for it together."""
+    """State of a model sharded by --fsdp, or of its optimizer, as a checkpoint holds it: whole
+    tensors, on the CPU of the first process. All processes have to ask for it together."""
 
-    def __init__(self, kind, *items):
-        self.kind, self.items = kind, items
+    def __init__(self, get, put, *items):
+        self.get, self.put, self.items = get, put, items
 
     def state_dict(self):
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return getattr(dcp, f"get_{self.kind}_state_dict")(*self.items, options=options)
+        return self.get(*self.items, options=options)
 
     def load_state_dict(self, state):
         options = dcp.StateDictOptions(full_state_dict=True)
-        getattr(dcp, f"set_{self.kind}_state_dict")(*self.items, state, options=options)
+        self.put(*self.items, state, options=options)
 
 
-def checkpointed(model, optimizer, fsdp=False) -> dict:
-    """A run's state: name -> object with state_dict and load_state_dict."""
-    if not fsdp:
-        return {"model": model, "optimizer": optimizer}
-    return {"model": Gathered("model", model), "optimizer": Gathered("optimizer", model, optimizer)}
-
-
-def whole(module, build):
-    """The module itself or, of a sharded one, a copy with whole parameters; build() makes one like it."""
-    state = module.state_dict()
-    if not any(isinstance(value, DTensor) for value in state.values()):
-        return module
-    with torch.device("meta"):  # neither memory nor random numbers
-        copy = build()
-    state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
-    copy.load_state_dict(state, assign=True)
-    return copy
+def whole_encoder(model, args):
+    """image_encoder(model); with --fsdp a copy of it whose parameters are whole."""
+    encoder = image_encoder(model)
+    if args.fsdp:
+        options = dcp.StateDictOptions(full_state_dict=True)
+        state = dcp.get_model_state_dict(encoder, options=options)
+        with torch.device("meta"):  # takes neither memory nor random numbers
+            encoder = build_network(args).backbone
+        encoder.load_state_dict(state, assign=True)
+    return encoder
 
 
 def train(args: Args) -> dict:
@@ -465,79 +585,109 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     bank, val = evaluation_set(args, "train"), evaluation_set(args)
     model = build_model(args).to(device)
-    depth = len(model.student.backbone.blocks) if args.drop_path else 0
-    mask = dict(side=args.image_size // int(args.arch.partition("_patch")[2]), prob=args.mask_prob,
-                ratio=args.mask_ratio, var=args.mask_ratio_var)
-    views = {"global1": DINOv2View(args.image_size, (args.crop_split, 1), 0.0, 0.0, depth, mask),
-             "global2": DINOv2View(args.image_size, (args.crop_split, 1), 0.9 * args.blur, 0.2, depth, mask)}
-    local = DINOv2View(args.local_size, (args.crop_min, args.crop_split), 0.5 * args.blur, 0.0, depth)
-    views |= {f"local{i + 1}": local for i in range(args.local_crops)}
+    blocks = model.student.backbone.blocks
+    depth = 0  # blocks for which a view draws numbers
+    if args.drop_path:
+        depth = len(blocks)
+    side = args.image_size // int(args.arch.partition("_patch")[2])  # patches
+    mask = dict(side=side, prob=args.mask_prob, ratio=args.mask_ratio, var=args.mask_ratio_var)
+    large = args.crop_split, 1.0  # shares of the area
+    small = args.crop_min, args.crop_split
+    local = DINOv2View(args.local_size, small, 0.5 * args.blur, 0.0, depth)
+    views = {
+        "global1": DINOv2View(args.image_size, large, 0.0 * args.blur, 0.0, depth, mask),
+        "global2": DINOv2View(args.image_size, large, 0.9 * args.blur, 0.2, depth, mask),
+    }
+    for i in range(args.local_crops):
+        views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    if args.koleo_group and (args.koleo_group < 2 or args.batch_size % args.koleo_group):
-        raise UserError(f"--koleo-group {args.koleo_group} does not divide the batch in groups of 2 or more")
+    group = args.koleo_group
+    if group == 1 or group and args.batch_size % group:
+        raise UserError(f"--koleo-group {group} must be at least 2 and divide --batch-size "
+                        f"{args.batch_size}, or be 0 for the global batch")
     if args.compile:
         model.compile()
-    ddp = parallel(model, [*model.student.backbone.blocks, *model.teacher.backbone.blocks], args.fsdp)
-    groups = [{"params": [p], "last": "last_layer" in name,
-               **multipliers(name, len(model.student.backbone.blocks), args.layer_decay, args.patch_embed_lr)}
-              for name, p in model.student.named_parameters()]  # fmt: skip
+    if args.fsdp:  # each block is whole only while it is computed (Sec. 5)
+        if not torch.distributed.is_initialized():
+            raise UserError("--fsdp shards a model over several processes: start it with torchrun")
+        for module in (*blocks, *model.teacher.backbone.blocks, model):
+            fully_shard(module)
+    groups = parameter_groups(model.student, args.layer_decay, args.patch_embed_lr)
     peak = args.base_lr * (args.batch_size / 1024) ** 0.5
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("dinov2", args, loader, checkpointed(model, optimizer, args.fsdp) | {"scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if args.fsdp:
+        state["model"] = Gathered(dcp.get_model_state_dict, dcp.set_model_state_dict, model)
+        get, put = dcp.get_optimizer_state_dict, dcp.set_optimizer_state_dict
+        state["optimizer"] = Gathered(get, put, model, optimizer)
+    run = Run("dinov2", args, loader, state)
     run.say(f"lr = {args.base_lr} * sqrt({args.batch_size} / 1024) = {peak:g}")
     cls_chance = math.log(args.out_dim)
+    patch_chance = args.mask_prob * cls_chance  # on average over batches
+    chance = cls_chance + args.patch_weight * patch_chance
+    run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {cls_chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
+    ddp = DistributedDataParallel(model) if world_size() > 1 and not args.fsdp else model
     temp_warmup = round(args.warmup_teacher_temp_epochs * loader.steps_per_epoch)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        encoder = whole(image_encoder(model), lambda: build_network(args).backbone)
+        encoder = whole_encoder(model, args)
         run.log_evaluation(knn_eval(encoder, bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]
-        drop_path = [batch[name][1]["drop_path"] for name in views] if depth else []
-        mask = torch.cat([batch[name][1]["mask"] for name in ("global1", "global2")]).flatten(1)  # (2b, N)
+        drop_path = []
+        if depth:
+            drop_path = [batch[name][1]["drop_path"] for name in views]
+        masks = [batch[name][1]["mask"] for name in ("global1", "global2")]
+        mask = torch.cat(masks).flatten(1)  # (2 b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
-        weight_decay = warmup_cosine(step, run.total, 0, args.weight_decay, end=args.weight_decay_end)
-        frozen = step < args.freeze_last_layer * loader.steps_per_epoch  # moments accumulate (official code)
+        start, end = args.weight_decay, args.weight_decay_end
+        weight_decay = warmup_cosine(step, run.total, 0, start, end=end)
+        frozen = step < args.freeze_last_layer * loader.steps_per_epoch
         for group in optimizer.param_groups:
-            group["lr"] = 0.0 if frozen and group["last"] else lr * group["lr_factor"]
+            group["lr"] = lr * group["lr_factor"]
             group["weight_decay"] = weight_decay * group["decay_factor"]
-        temps = args.warmup_teacher_temp, args.teacher_temp
-        teacher_temp = warmup_cosine(step, run.total, temp_warmup, temps[1], *temps, reach_peak=True)
+            if frozen and group["last_layer"]:
+                group["lr"] = 0.0  # moments accumulate all the same (official code)
+        start, end = args.warmup_teacher_temp, args.teacher_temp
+        teacher_temp = teacher_temperature(step, start, end, temp_warmup)
 
         with autocast:
             student, patches, teacher, teacher_patches, features = ddp(crops, mask, drop_path)
         if args.centering == "sinkhorn":
-            p_t, p_t_patches = (sinkhorn_knopp(g, teacher_temp) for g in (teacher, teacher_patches))
+            p_t = sinkhorn_knopp(teacher, teacher_temp)
+            p_t_patches = sinkhorn_knopp(teacher_patches, teacher_temp)
         else:
             p_t = center_softmax(teacher, model.center, teacher_temp)
             p_t_patches = center_softmax(teacher_patches, model.center2[0], teacher_temp)
         cls, entropy, kl = dino_loss(student, p_t)
         patch = patch_loss(patches, p_t_patches, mask)
-        koleo = sum(koleo_loss(f, args.koleo_group) for f in features.chunk(2))
+        koleo = sum(koleo_loss(f, args.koleo_group) for f in features.chunk(2))  # by crop
         loss = cls + args.patch_weight * patch + args.koleo_weight * koleo
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        for module in model.student.values() if args.clip_grad else ():
-            nn.utils.clip_grad_norm_(module.parameters(), args.clip_grad)
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            for module in model.student.values():  # backbone and heads, each by itself
+                nn.utils.clip_grad_norm_(module.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         momentum = warmup_cosine(step, run.total, 0, args.teacher_momentum, end=1.0)
-        with torch.no_grad():  # theta_t <- l theta_t + (1 - l) theta_s
-            for theta_s, theta_t in zip(model.student.parameters(), model.teacher.parameters()):
-                theta_t.lerp_(theta_s, 1 - momentum)
-        terms = {"loss": (loss, cls_chance * (1 + args.patch_weight * args.mask_prob)),  # on average
-                 "cls_loss": (cls, cls_chance), "patch_loss": (patch, cls_chance * args.mask_prob),
-                 "koleo": (koleo, None), "teacher_entropy": (entropy, None), "kl": (kl, None)}
-        run.end_step(terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
-                     teacher_momentum=momentum, weight_decay=weight_decay, lr=lr)  # fmt: skip
+        update_teacher(model.student, model.teacher, momentum)
+
+        terms = {"loss": (loss, chance), "cls_loss": (cls, cls_chance)}
+        terms |= {"patch_loss": (patch, patch_chance), "koleo": (koleo, None)}
+        terms |= {"teacher_entropy": (entropy, None), "kl": (kl, None)}
+        run.end_step(
+            terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
+            teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
+        )
         if val and run.due(args.eval_every):
-            encoder = whole(image_encoder(model), lambda: build_network(args).backbone)
+            encoder = whole_encoder(model, args)
             run.log_evaluation(knn_eval(encoder, bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every):
             run.save()

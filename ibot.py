@@ -66,7 +66,7 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
     local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
-    crop_split: float = 0.25  # s: area of global crops is (s, 1), of local ones (--crop-min, s) (App. B)
+    crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (App. B)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
     mask_shape: Literal["block", "rand"] = "block"  # blocks as in BEiT, or single patches
@@ -193,8 +193,7 @@ class IBOTView:
             "solarize": rng.random() < self.solarize,
             **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
         }
-        # two numbers a block, drawn here so that stochastic depth depends on the sample, not on the
-        # process
+        # two numbers a block, drawn here: stochastic depth depends on the sample, not the process
         params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
         if self.mask:
             params["mask"] = draw_mask(rng, **self.mask)
@@ -441,12 +440,12 @@ def build_network(args, drop_path=0.0, masked=False) -> nn.ModuleDict:
         names = ", ".join(ARCHS)
         raise UserError(f"--arch {args.arch} is unknown, use one of {names}, with _patchP")
     patch_size = int(patch)
-    if args.image_size % patch_size:
-        size = f"--image-size {args.image_size}"
-        raise UserError(f"{size} is not a multiple of {patch_size} ({args.arch})")
-    if args.local_crops and args.local_size % patch_size:
-        size = f"--local-size {args.local_size}"
-        raise UserError(f"{size} is not a multiple of {patch_size} ({args.arch})")
+    sizes = {"--image-size": args.image_size}
+    if args.local_crops:
+        sizes["--local-size"] = args.local_size
+    for flag, size in sizes.items():
+        if size % patch_size:
+            raise UserError(f"{flag} {size} is not a multiple of {patch_size} ({args.arch})")
     layers, width, heads = ARCHS[name]
     backbone = VisionTransformer(
         args.image_size, patch_size, width, layers, heads, drop_path, masked
@@ -586,14 +585,13 @@ def train(args: Args) -> dict:
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        weight_decay = warmup_cosine(
-            step, run.total, 0, args.weight_decay, end=args.weight_decay_end
-        )
+        start, end = args.weight_decay, args.weight_decay_end
+        weight_decay = warmup_cosine(step, run.total, 0, start, end=end)
         optimizer.param_groups[0]["weight_decay"] = weight_decay
-        teacher_temp = teacher_temperature(
-            step // loader.steps_per_epoch,
-            args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs,
-        )
+        epoch = step // loader.steps_per_epoch
+        start, end = args.warmup_teacher_temp, args.teacher_temp
+        temp_warmup = args.warmup_teacher_temp_epochs
+        teacher_temp = teacher_temperature(epoch, start, end, temp_warmup)
 
         with autocast:
             student, patches, teacher, teacher_patches = ddp(crops, mask, drop_path)

@@ -22,11 +22,12 @@ def save_batch(directory, batch, views):
 
 def save_views(directory, images, views):
     """Writes views.png: the first eight samples of a batch, with a row for each view, as the model
-    sees them. images: name -> float (b, 3, S, S), as normalised by views[name]."""
+    sees them. images: name -> float (b, 3, S, S), as normalised by views[name], with its mean and
+    std: a view without them is an error, as its picture would be black."""
     strips = []
     for name, x in images.items():
-        mean, std = getattr(views[name], "mean", (0, 0, 0)), getattr(views[name], "std", (1, 1, 1))
-        mean, std = (torch.tensor(t, dtype=torch.float32).view(3, 1, 1) for t in (mean, std))
+        mean = torch.tensor(views[name].mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(views[name].std, dtype=torch.float32).view(3, 1, 1)
         x = (x[:8].float().cpu() * std + mean).clamp(0, 1)
         x = F.interpolate(x, scale_factor=max(1, 128 // x.shape[-1]))  # small ones are enlarged
         grid = torchvision.utils.make_grid(x)

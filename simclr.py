@@ -115,6 +115,8 @@ class SimCLRView:
     """One of the two views, both drawn alike (App. A). Images stay in [0, 1], because the official
     code does not normalise them."""
 
+    mean, std = (0, 0, 0), (1, 1, 1)
+
     def __init__(self, size, strength=1.0, blur=True, crop_min=0.08):
         self.size = size
         self.strength = strength

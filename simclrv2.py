@@ -131,6 +131,8 @@ class CropFlipView:
     """The only view (Sec. 3.1); the teacher sees the same one as its student. Images stay in
     [0, 1]."""
 
+    mean, std = (0, 0, 0), (1, 1, 1)
+
     def __init__(self, size):
         self.size = size
 

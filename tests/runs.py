@@ -35,7 +35,7 @@ FLAGS = {
              "--mask-prob", "0.8", "--base-lr", "0.016", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
     "dinov2": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
                "--mask-prob", "0.8", "--layer-scale", "0.1", "--freeze-last-layer", "1", "--base-lr", "0.006",
-               "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
+               "--koleo-group", "0", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
     "moco": [*COMMON, "--arch", "resnet18", "--stem", "imagenet", "--lr", "1e-3", "--temperature", "0.5", "--head-dim", "16",
              "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
     "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",

@@ -6,11 +6,14 @@ import random
 import re
 import subprocess
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import dinov2
+import pictures
 import test_structure
 from common import UserError, warmup_cosine
 from data import Loader, open_dataset
@@ -104,8 +107,8 @@ def test_schedules():
     close([warmup_cosine(i, total, args["warmup"], 4e-3, end=1e-6, reach_peak=True) for i in range(total)], y["lr"], atol=1e-12)
     close([warmup_cosine(i, total, 0, 0.04, end=0.4) for i in range(total)], y["wd"])
     close([warmup_cosine(i, total, 0, 0.992, end=1.0) for i in range(total)], y["momentum"])
-    close([warmup_cosine(i, total, 6, 0.07, 0.04, 0.07, reach_peak=True) for i in range(6)], y["teacher_temp_warm6"])
-    assert warmup_cosine(13, total, 6, 0.07, 0.04, 0.07, reach_peak=True) == 0.07
+    close([dinov2.teacher_temperature(i, 0.04, 0.07, 6) for i in range(6)], y["teacher_temp_warm6"])
+    assert dinov2.teacher_temperature(13, 0.04, 0.07, 6) == dinov2.teacher_temperature(0, 0.04, 0.07, 0) == 0.07
 
 
 @pytest.mark.parametrize("part", ["backbone", "dino_head"])
@@ -116,9 +119,20 @@ def test_learning_rate_by_layer(part):
         factors = dinov2.multipliers(prefix, args["depth"], args["lr_decay_rate"], args["patch_embed_lr_mult"])
         assert factors["lr_factor"] == pytest.approx(expected["lr_multiplier"]), name
         assert factors["decay_factor"] == expected["wd_multiplier"], name
-        assert ("last_layer" in prefix) == expected["is_last_layer"]
+        assert factors["last_layer"] == expected["is_last_layer"]
     names = {old_name(name) for name, _ in tiny_network(registers=4).named_parameters()}
     assert {f"{part}.{name}" for name in y[part]} <= names
+
+
+def test_parameters_with_the_same_factors_are_one_group():
+    student = tiny_network(2, registers=4)
+    groups = dinov2.parameter_groups(student, 0.9, 0.2)
+    factors = {name: dinov2.multipliers(name, 2, 0.9, 0.2) for name, _ in student.named_parameters()}
+    found = {id(p): {key: group[key] for key in ("lr_factor", "decay_factor", "last_layer")} for group in groups for p in group["params"]}
+    assert {name: found[id(p)] for name, p in student.named_parameters()} == factors
+    assert sum(len(group["params"]) for group in groups) == len(factors) > 50
+    # decayed and not: patch embedding, blocks 1 and 2, norm and heads; decayed alone: tokens and position, prototypes
+    assert len(groups) == len({tuple(f.values()) for f in factors.values()}) == 10
 
 
 def test_head():
@@ -191,9 +205,12 @@ def test_stochastic_depth_by_subset(swiglu):
     close(out[2], (attended + 0.5 * block.feed_forward(block.norm2(attended)) / 0.75)[2])
     order = torch.tensor([2, 0, 1])
     close(block(x[order], u[order]), out[order])
-    alone = block(x, torch.zeros(3, 2))  # nobody is left
+    seen.clear()
+    x.requires_grad_()
+    alone = block(x, torch.zeros(3, 2))  # nobody is left, but flash attention refuses an empty batch
     alone.sum().backward()
-    assert torch.equal(alone, x) and block.attn.qkv.weight.grad.abs().sum() == 0
+    assert seen == [1, 1] and torch.equal(alone, x) and torch.equal(x.grad, torch.ones_like(x))
+    assert all(p.grad.abs().sum() == 0 for p in block.parameters())
 
 
 def test_only_masked_patches_reach_the_heads():
@@ -371,14 +388,29 @@ def test_fsdp_is_the_same_run(photos, tmp_path):
     (["--arch", "vit_huge_patch8"], "vit_huge_patch8 is unknown"),
     (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
     (["--local-size", "20"], "--local-size 20 is not a multiple of 8"),
-    (["--koleo-group", "3"], "--koleo-group 3 does not divide"),
-    (["--koleo-group", "1"], "--koleo-group 1"),
-    (["--fsdp"], "start them with torchrun"),
+    (["--koleo-group", "3"], "--koleo-group 3 must be at least 2 and divide --batch-size 8"),
+    (["--koleo-group", "1"], "--koleo-group 1 must be at least 2"),
+    (["--fsdp"], "start it with torchrun"),
 ])  # fmt: skip
 def test_mistakes(photos, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):
         train_here("dinov2", photos, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_official_run_looks_for_neighbours_among_64():
+    args = dinov2.parse_args(dinov2.Args, dinov2.RECIPES, ["--data", "imagenet"])
+    assert (args.batch_size, args.koleo_group) == (2048, 64)
+
+
+def test_views_png_shows_the_pictures(photos, tmp_path):
+    """Normalised views must be brought back, or the page is nearly black: no view is without its mean and std."""
+    with pytest.raises(AttributeError, match="mean"):
+        pictures.save_views(tmp_path, {"v": torch.zeros(8, 3, 32, 32)}, {"v": object()})
+    train_here("dinov2", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    page = np.asarray(Image.open(tmp_path / "run/views.png"))
+    shown, _ = next(Loader(open_dataset(str(photos)), {"v": dinov2.DINOv2View(32, mask=dict(side=4))}, {}, 8).batches(0, 1))[1]["v"]
+    assert page[16:140].mean() == pytest.approx(shown.float().mean().item(), rel=0.5)
 
 
 def test_recipes_build():

@@ -212,6 +212,7 @@ def test_paste_augmentation(file, name):
     data_tops = {node.name for node in ast.parse((ROOT / "data.py").read_text()).body if hasattr(node, "name")}
     named = {node.id for node in ast.walk(piece) if isinstance(node, ast.Name)} & data_tops
     view = cut([name], allowed_data=sorted(named), file=file)[name](32)
+    assert len(view.mean) == len(view.std) == 3  # views.png needs them
     rng = random.Random(0)
     crops = torch.stack([view.crop(torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8), rng) for _ in range(5)])
     draws = [view.sample(rng) for _ in range(5)]
