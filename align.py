@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
 from common import user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
-from monitor import EvalView, bar, captions, evaluation_set, language_eval
+from monitor import EvalView, bar, captions, language_eval, language_set
 from run import Run, RunArgs, parse_args
 from sources import IMAGE_KEYS
 
@@ -586,7 +586,7 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     if args.keep:
         dataset = Kept(dataset, args.keep)
-    val = evaluation_set(args)
+    val = language_set(args)
     source = captions(dataset) if args.tokenizer == "train" else None
     vocab_size = args.vocab_size
     tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)

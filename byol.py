@@ -54,7 +54,8 @@ from common import LARS, UserError, all_gather, init_distributed, mixed_precisio
 from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from monitor import EvalView, evaluation_set, knn_eval
+from knn import knn_eval, knn_sets
+from monitor import EvalView
 from run import Run, RunArgs, parse_args
 
 
@@ -352,7 +353,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = knn_sets(args)
     blur1, blur2 = (1.0, 0.1) if args.blur else (0.0, 0.0)  # probabilities (Table 6)
     view1 = BYOLView(args.image_size, blur1, solarize=0.0, crop_min=args.crop_min)
     view2 = BYOLView(args.image_size, blur2, solarize=0.2, crop_min=args.crop_min)
@@ -419,7 +420,7 @@ def train(args: Args) -> dict:
         if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    return run.finish("knn", val, bank)
+    return run.finish("knn", val)
 
 
 if __name__ == "__main__":

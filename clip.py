@@ -43,7 +43,7 @@ from common import UserError, all_gather, all_reduce_mean, init_distributed, mix
 from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, normalize, open_dataset
 from data import random_resized_crop, to_float
-from monitor import EvalView, captions, evaluation_set, language_eval
+from monitor import EvalView, captions, language_eval, language_set
 from run import Run, RunArgs, parse_args
 
 
@@ -477,7 +477,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    val = evaluation_set(args)
+    val = language_set(args)
     source = captions(dataset) if args.tokenizer == "train" else None
     vocab_size = args.vocab_size
     tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)

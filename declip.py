@@ -52,7 +52,7 @@ from common import UserError, all_gather, init_distributed, mixed_precision, syn
 from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
-from monitor import EvalView, captions, evaluation_set, language_eval
+from monitor import EvalView, captions, language_eval, language_set
 from run import Run, RunArgs, parse_args
 from synonyms import open_synonyms
 
@@ -581,7 +581,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    val = evaluation_set(args)
+    val = language_set(args)
     text_source = captions(dataset) if args.tokenizer == "train" else None
     most = args.vocab_size - 1  # the mask token is one more
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, most, args.data_dir)

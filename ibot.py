@@ -46,7 +46,8 @@ from common import UserError, all_gather, init_distributed, mixed_precision, use
 from common import warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from monitor import EvalView, evaluation_set, knn_eval
+from knn import knn_eval, knn_sets
+from monitor import EvalView
 from run import Run, RunArgs, parse_args
 
 
@@ -529,7 +530,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = knn_sets(args)
     model = build_model(args)
     depth = 0  # blocks for which a view draws numbers
     if args.drop_path:
@@ -635,7 +636,7 @@ def train(args: Args) -> dict:
         if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    return run.finish("knn", val, bank)
+    return run.finish("knn", val)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from common import LARS, UserError, all_gather, init_distributed, mixed_precisio
 from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from monitor import EvalView, evaluation_set, knn_eval
+from knn import knn_eval, knn_sets
+from monitor import EvalView
 from run import Run, RunArgs, parse_args
 
 
@@ -440,7 +441,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = evaluation_set(args, "train"), evaluation_set(args)
+    bank, val = knn_sets(args)
     view1 = MoCoV3View(args.image_size, first=True, crop_min=args.crop_min, blur=args.blur)
     view2 = MoCoV3View(args.image_size, first=False, crop_min=args.crop_min, blur=args.blur)
     views = {"view1": view1, "view2": view2}
@@ -504,7 +505,7 @@ def train(args: Args) -> dict:
         if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    return run.finish("knn", val, bank)
+    return run.finish("knn", val)
 
 
 if __name__ == "__main__":

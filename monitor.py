@@ -1,4 +1,4 @@
-"""Accuracy while training: features of a dataset, kNN, zero-shot classification and retrieval.
+"""Accuracy while training: features of a dataset, zero-shot classification, retrieval (knn.py: kNN).
 
 The training loops and evaluate.py share these functions, so that both report the same number for
 the same network. Scores are in percent. Every function that is marked "Collective" is called by all
@@ -223,59 +223,6 @@ def percent(hits):
     return 100 * hits.sum().item() / hits.numel()
 
 
-def nearest(queries, bank, k):
-    """(b, D) and (N, D), unit vectors -> cosines (b, k) in float64 and rows of the bank (b, k), on
-    the CPU, the most similar first; of equal ones the smaller row first."""
-    cosine = queries @ bank.T  # (b, N)
-    kth = cosine.topk(k).values[:, -1:]
-    above, equal = cosine > kth, cosine == kth
-    # topk does not say which of equal ones it takes; here the first of them fill up the k
-    missing = k - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
-    rows = chosen.nonzero()[:, 1].view(-1, k)
-    cosine, rows = cosine.gather(1, rows).cpu().double(), rows.cpu()
-    cosine, order = cosine.sort(dim=1, descending=True, stable=True)
-    return cosine, rows.gather(1, order)
-
-
-@torch.no_grad()
-def knn_sweep(bank, bank_labels, queries, query_labels, ks, temperatures, num_classes=None):
-    """Weighted k-nearest-neighbour vote (DINO eval_knn.py; arXiv 1805.01978) for several k and
-    temperatures, with one search for neighbours -> {(k, temperature): (top1, top5)} in percent.
-
-    (N, D), (N,), (M, D), (M,) on one device. The k rows of the bank with the largest cosine vote
-    for their class with weight exp(cosine / temperature). As in DINO, top5 counts the first min(5,
-    k) classes, also those without a vote. Equal cosines and equal votes rank in the order of their
-    index."""
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    bank_labels, query_labels = bank_labels.cpu(), query_labels.cpu()
-    num_classes = num_classes or int(max(bank_labels.max(), query_labels.max())) + 1
-    most = min(max(ks), len(bank))
-    ranks = {(k, temperature): [] for k in ks for temperature in temperatures}
-    for query, label in chunks(max(len(bank), num_classes), queries, query_labels):
-        cosine, rows = nearest(query, bank, most)
-        classes = bank_labels[rows]  # (b, most)
-        right = label[:, None] == torch.arange(num_classes)
-        for k, temperature in ranks:
-            # relative to the largest cosine, so that no weight is infinite
-            weight = ((cosine[:, :k] - cosine[:, :1]) / temperature).exp()
-            votes = weight.new_zeros(len(query), num_classes)
-            votes.scatter_add_(1, classes[:, :k], weight)
-            # sums in float64, rounded to float32: equal votes stay equal in any order of addition
-            ranks[k, temperature].append(hit_rank(votes.float(), right))
-    out = {}
-    for (k, temperature), parts in ranks.items():
-        found_at, few = torch.cat(parts), min(5, k, len(bank))
-        out[k, temperature] = percent(found_at < 1), percent(found_at < few)
-    return out
-
-
-def knn(bank, bank_labels, queries, query_labels, k=20, temperature=0.07, num_classes=None):
-    """knn_sweep for one k and one temperature -> (top1, top5) in percent."""
-    found = knn_sweep(bank, bank_labels, queries, query_labels, [k], [temperature], num_classes)
-    return found[k, temperature]
-
-
 def tokenize(tokenizer, texts, device):
     """T strings -> int64 (T, L), where L is the longest text's length rounded up to a multiple of
     8, as in training; shorter texts are padded with 0."""
@@ -354,13 +301,51 @@ def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
 
 
 # -------------------------------------------- in the training loop --------------------------------
+MOST = 1000  # validation images that an evaluation takes
+
+
+def say_evaluation(text):
+    """The line at the start of a run that says what is evaluated while it trains, or why nothing."""
+    if rank() == 0:
+        print(f"evaluation: {text}", flush=True)
+
+
 def evaluation_set(args, split="val"):
-    """The dataset that is evaluated on while training, or None, with a sentence that says why."""
+    """A split of --eval-data, or else of --data. None, with a line that says why, if there is none."""
     try:
         return open_dataset(args.eval_data or args.data, args.data_dir, split)
     except UserError as error:
-        if rank() == 0:
-            print(f"no evaluation while training: {error}", file=sys.stderr, flush=True)
+        say_evaluation(f"none, because {error}")
+
+
+def language_set(args):
+    """-> the val split for language_eval, or None. Says which of the two it is."""
+    val = evaluation_set(args)
+    if not val:
+        return None
+    lack = what_classes_lack(val, words=True)
+    kinds = ["zero-shot classification"] * (not lack) + ["retrieval"] * val.captioned
+    if not kinds:
+        say_evaluation(f"none, because {lack}, and there are no captions")
+        return None
+    size = f"{min(MOST, len(val)):,} validation images"
+    say_evaluation(f"{' and '.join(kinds)} of {size} of {val.name}")
+    return val
+
+
+def what_classes_lack(dataset, words=False):
+    """Why a dataset cannot be classified, with `words` by prompts, or "". A few samples are read."""
+    few, labels = range(0, len(dataset), 1 + len(dataset) // 20), []
+    for i in few:
+        with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
+            labels.append(dataset[i].label)
+    if max(labels, default=-1) < 0:
+        return f"{dataset.name} has no classes"
+    if not dataset.classes:
+        return f"{dataset.name} has labels but its classnames.txt is missing, see docs/data.md"
+    if words and all(re.fullmatch(r"n\d{8}", str(name)) for name in dataset.classes):
+        return f"the classes of {dataset.name} are WordNet ids and its classnames.txt is missing"
+    return ""
 
 
 def captions(dataset, most=20000):
@@ -368,21 +353,6 @@ def captions(dataset, most=20000):
     for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
         with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
             yield from dataset[index].captions
-
-
-def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07,
-             max_train=5000, max_val=1000, **options):  # fmt: skip
-    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"}, or {} without classes. It is quick
-    because it takes fixed subsets of both splits (0: all). options: those of `extract`."""
-    if not (train_set and val_set and train_set.classes and val_set.classes):
-        return {}
-    inputs = []
-    for dataset, most in ((train_set, max_train), (val_set, max_val)):
-        indices = subset_indices(dataset, most)
-        features, labels = extract(encoder, dataset, view, device, indices=indices, **options)
-        inputs += [x.to(device) for x in labelled(dataset, features, labels)]
-    top1, top5 = knn(*inputs, k, temperature, len(train_set.classes))
-    return {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
 
 
 def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None,
@@ -404,13 +374,11 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
     return metrics, retrieval, len(images)
 
 
-def language_eval(model, tokenizer, dataset, view, device, max_images=1000, **options):
+def language_eval(model, tokenizer, dataset, view, device, max_images=MOST, **options):
     """Collective. -> with classes {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1"
     (mean of both directions), "recall_chance"}. It is quick because it takes a fixed subset of the
     dataset (0: all). model: has encode_image and encode_text. options: those of `extract`."""
-    names = dataset.classes
-    if names and all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
-        names = None  # WordNet ids are no words
+    names = None if what_classes_lack(dataset, words=True) else dataset.classes
     options |= {"classnames": names, "captions": dataset.captioned}
     options["indices"] = subset_indices(dataset, max_images)
     zeroshot, retrieval, n = language_scores(model, tokenizer, dataset, view, device, **options)

@@ -456,15 +456,15 @@ class Run:
         if self.stop:
             all_reduce_mean(torch.zeros(1))  # all end together: torchrun ends the others when one leaves
             n = os.environ.get("LOCAL_WORLD_SIZE")
-            where = "" if self.args.output_dir else f" --output-dir {self.dir}"
+            where = "" if self.args.output_dir else f" --output-dir {shlex.quote(str(self.dir))}"
             python = f"torchrun --nproc_per_node={n}" if n else "python"
             self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(sys.argv)}{where}")
             sys.exit(128 + self.stop)
 
-    def finish(self, protocol: str = "", dataset=None, bank=None, hint: str = "") -> dict:
+    def finish(self, protocol: str = "", dataset=None, hint: str = "") -> dict:
         """Writes curves.png, says where everything is and what comes next; -> the last evaluation.
-        protocol: what evaluate.py is to measure, if dataset (the evaluation set or None) and bank
-        (the set of kNN's neighbours) allow it. hint: a better command than that."""
+        protocol: what evaluate.py is to measure; dataset: on what, if there is anything for it. hint: a
+        better command than that."""
         self.bar.close()
         if rank() == 0:
             pictures = importlib.import_module("pictures")
@@ -472,21 +472,32 @@ class Run:
             for line in pictures.accuracies(self.dir):
                 self.say(line)
             self.lock.close()
-        hint = hint or self._next_command(protocol, dataset, bank)
+        hint = hint or self._next_command(protocol, dataset)
         minutes, seconds = divmod(round(time.time() - self.began), 60)
-        self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}\nnext: {hint}")
+        self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}")
+        if Path(__file__).with_name("evaluate.py").exists():
+            self.say(f"next: {hint}")
         return self.evaluation
 
-    def _next_command(self, protocol, dataset, bank) -> str:
-        tested = dataset or self.loader.dataset
+    def command(self, launcher, script, *words) -> str:
+        """A command line that can be pasted where this run was started."""
+        path = Path(__file__).with_name(script)
+        path = path.name if path.parent == Path.cwd() else path
+        if data_dir := self.args.data_dir or os.environ.get("DATA_DIR"):
+            words += ("--data-dir", data_dir)
+        return shlex.join(map(str, [launcher, path, *words]))
+
+    def _next_command(self, protocol, dataset) -> str:
+        if not dataset and len(self.loader.dataset) > 100_000:  # too many to compare all with each other
+            return self.command("python", "evaluate.py", protocol, self.dir, "--data", "cifar10")
+        tested, words = dataset or self.loader.dataset, ["--data", self.args.data]
         named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no WordNet ids
         if protocol == "zeroshot" and not named:
-            protocol = "retrieval" if tested.captioned else "neighbors"
-        if protocol == "knn" and not (dataset and bank and dataset.classes and bank.classes):
+            protocol = "retrieval"
+        if dataset:
+            words = ["--data", self.args.eval_data or self.args.data]
+        elif protocol == "knn":
             protocol = "neighbors"  # it needs no labels and no second split
-        words = ["python", "evaluate.py", protocol, self.dir, "--data", self.args.eval_data or self.args.data]
-        if self.args.data_dir:
-            words += ["--data-dir", self.args.data_dir]
-        if protocol in ("zeroshot", "retrieval") and not dataset:
+        else:
             words += ["--split", "train"]
-        return shlex.join(map(str, words))
+        return self.command("python", "evaluate.py", protocol, self.dir, *words)

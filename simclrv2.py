@@ -40,7 +40,6 @@ Diff against: simclr.py.
 import json
 import math
 import re
-import shlex
 import types
 from dataclasses import dataclass
 from typing import Literal
@@ -54,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
 from common import user_errors, warmup_cosine, world_size
 from data import Loader, hflip, open_dataset, random_resized_crop, to_float
-from monitor import EvalView, evaluation_set, extract, labelled, zeroshot_metrics
+from monitor import EvalView, evaluation_set, extract, labelled, say_evaluation, zeroshot_metrics
 from run import Run, RunArgs, load_checkpoint, parse_args
 
 
@@ -429,8 +428,10 @@ def train(args: Args) -> dict:
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("simclrv2", args, loader, state, {"labels": json.dumps(known)})
     run.say(f"lr = {args.base_lr} * sqrt({args.batch_size}) = {peak:g}")
-    if val and val.classes != classes:
-        run.say(f"no evaluation while training: {val.name} has other classes, see --eval-data")
+    if val and val.classes == classes:
+        say_evaluation(f"accuracy of {len(val):,} validation images of {val.name}")
+    elif val:
+        say_evaluation(f"none, because {val.name} has other classes, see --eval-data")
         val = None
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
@@ -471,10 +472,16 @@ def train(args: Args) -> dict:
         if run.agree_to_stop() or run.due(args.save_every):
             run.save()
 
-    known_data = args.data if args.data in RECIPES else "imagenet"
-    words = ["torchrun", "simclrv2.py", "--data", args.data, "--recipe", f"{known_data}-distill"]
-    words += ["--teacher", str(run.dir)]
-    return run.finish(hint=shlex.join(words))
+    hint = ""
+    if not taught:  # the next stage teaches a student
+        recipe = (args.recipe or args.data).split("-")[0]
+        words = ["--data", args.data, "--teacher", run.dir, "--recipe", f"{recipe}-distill"]
+        if recipe not in RECIPES:
+            words[-1:] = ["imagenet-distill", "--batch-size", args.batch_size]
+        if args.eval_data:
+            words += ["--eval-data", args.eval_data]
+        hint = run.command("torchrun", "simclrv2.py", *words)
+    return run.finish("knn", val, hint)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from common import UserError, all_gather, all_reduce_mean, init_distributed, mix
 from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
-from monitor import EvalView, captions, evaluation_set, language_eval
+from monitor import EvalView, captions, language_eval, language_set
 from run import Run, RunArgs, parse_args
 
 
@@ -469,7 +469,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    val = evaluation_set(args)
+    val = language_set(args)
     source = captions(dataset) if args.tokenizer == "train" else None
     vocab_size = args.vocab_size
     tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)

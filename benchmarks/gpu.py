@@ -299,7 +299,8 @@ def attempt(job, loader, flags, meter):
     """Runs train() of job["method"] with that loader until all is measured. -> rows of its
     metrics.jsonl."""
     module = importlib.import_module(job["method"])
-    replaced = {"Loader": loader, "evaluation_set": lambda *_: None}
+    replaced = {"Loader": loader, "language_set": lambda *_: None}
+    replaced |= {"knn_sets": lambda *_: (None, None), "evaluation_set": lambda *_: None}
     if "--tokenizer" not in flags:
         replaced["Tokenizer"] = FullCaptions
     if job["part"] == "steps":
@@ -602,7 +603,7 @@ def part_cifar(job):
 
     flags += job.get("extra", [])
     args = simclr.parse_args(simclr.Args, simclr.RECIPES, flags)
-    bank, val = simclr.evaluation_set(args, "train"), simclr.evaluation_set(args)
+    bank, val = simclr.knn_sets(args)
     evaluate = Evaluations(simclr.knn_eval, job["workers"])
     torch.manual_seed(args.seed)
     model = simclr.build_model(args).to(device, memory_format=torch.channels_last)

@@ -15,7 +15,8 @@ from evaluation import finetune
 from evaluation.features import LastBlocks, NamedSubset, cached_extract
 from evaluation.probes import best_exponent, block_count, linear_probe, logistic_regression
 from evaluation.probes import split_off_tenth
-from monitor import TEMPLATES, extract, knn_sweep, labelled, language_scores, zeroshot_metrics
+from knn import knn_sweep
+from monitor import TEMPLATES, extract, labelled, language_scores, zeroshot_metrics
 
 # The score that is quoted for a dataset where that is not top1 (SLIP eval_zeroshot.py)
 METRIC = dict.fromkeys(["aircraft", "pets", "caltech101", "flowers"], "mean_per_class")
@@ -92,7 +93,7 @@ def retrieval(net, train, test, args, options):
 
 # -------------------------------------------- frozen features -------------------------------------
 def knn(net, train, test, args, options):
-    """DINO's vote of the nearest neighbours (monitor.knn_sweep). One k and one temperature give
+    """DINO's vote of the nearest neighbours (knn.knn_sweep). One k and one temperature give
     top1 and top5; several give the top1 of each pair, and none of them is chosen."""
     inputs = []
     for dataset in (train, test):

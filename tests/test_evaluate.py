@@ -28,7 +28,8 @@ from evaluation import pictures, probes
 from evaluation.features import LastBlocks, block_features, cached_extract
 from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
 from evaluation.weights import open_network
-from monitor import EvalView, extract, knn, knn_eval, language_eval, recall, zeroshot_metrics, zeroshot_weights
+from knn import knn, knn_eval, knn_sweep
+from monitor import EvalView, extract, language_eval, recall, zeroshot_metrics, zeroshot_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ def test_knn_reference(k, n_test, ties, monkeypatch):
 def test_knn_sweep_is_every_single_one():
     g = torch.Generator().manual_seed(0)
     inputs = signs(90, 1), torch.randint(0, 9, (90,), generator=g), signs(61, 2), torch.randint(0, 9, (61,), generator=g)
-    found = monitor.knn_sweep(*inputs, [1, 5, 20, 500], [0.07, 0.5], 9)
+    found = knn_sweep(*inputs, [1, 5, 20, 500], [0.07, 0.5], 9)
     assert found == {(k, t): knn(*inputs, k, t, 9) for k in (1, 5, 20, 500) for t in (0.07, 0.5)} and len(found) == 8
 
 

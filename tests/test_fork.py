@@ -15,7 +15,8 @@ import pytest
 from runs import COMMON, FLAGS, METHODS, ROOT, rows
 
 SHARED = ["common.py", "data.py", "layouts.py", "monitor.py", "pictures.py", "run.py", "scenes.py", "sources.py", "trouble.py"]
-MORE = {"declip": ["synonyms.py"]}
+MORE = dict.fromkeys(["simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2"], ["knn.py"])
+MORE["declip"] = ["synonyms.py"]
 NAMES = [*METHODS, "simclrv2"]
 STEPS = ["--data", "shapes", "--max-steps", "4", "--eval-every", "2", "--save-every", "2"]
 FINETUNE = ["--checkpoint", "../simclr/whole", "--label-fraction", "0.5", "--warmup-epochs", "0", "--base-lr", "0.003"]

@@ -8,7 +8,7 @@ import pytest
 
 from common import UserError
 from run import Run, RunArgs, parse_args
-from runs import METHODS, module_of
+from runs import METHODS, ROOT, module_of
 from test_readme import parse
 
 
@@ -59,34 +59,43 @@ def test_a_flag_wins_over_the_recipe_and_that_over_the_default():
     assert module.RECIPES["flickr8k"]["epochs"] == 30  # is not written to
 
 
-def some_set(classes=None, captioned=False):
-    return types.SimpleNamespace(classes=classes, captioned=captioned)
+class some_set:
+    def __init__(self, classes=None, captioned=False, size=9):
+        self.classes, self.captioned, self.size = classes, captioned, size
+
+    def __len__(self):
+        return self.size
 
 
 WORDS, IDS = some_set(["cat", "dog"]), some_set(["n01440764", "n01443537"])
-PAIRS, NOTHING = some_set(captioned=True), some_set()
+PAIRS = some_set(captioned=True)
 
 
-@pytest.mark.parametrize("protocol, trained_on, dataset, bank, command", [
-    ("zeroshot", PAIRS, WORDS, None, "zeroshot RUN --data x"),
-    ("zeroshot", PAIRS, PAIRS, None, "retrieval RUN --data x"),
-    ("zeroshot", PAIRS, IDS, None, "neighbors RUN --data x"),  # ids are no words
-    ("zeroshot", PAIRS, None, None, "retrieval RUN --data x --split train"),
-    ("zeroshot", some_set(["cat"], True), None, None, "zeroshot RUN --data x --split train"),
-    ("knn", WORDS, WORDS, WORDS, "knn RUN --data x"),
-    ("knn", IDS, IDS, IDS, "knn RUN --data x"),
-    ("knn", WORDS, None, WORDS, "neighbors RUN --data x"),
-    ("knn", WORDS, WORDS, None, "neighbors RUN --data x"),
-    ("knn", NOTHING, NOTHING, NOTHING, "neighbors RUN --data x"),
+@pytest.mark.parametrize("protocol, trained_on, dataset, command", [
+    ("zeroshot", PAIRS, WORDS, "zeroshot RUN --data EVAL"),
+    ("zeroshot", PAIRS, PAIRS, "retrieval RUN --data EVAL"),
+    ("zeroshot", PAIRS, some_set(IDS.classes, True), "retrieval RUN --data EVAL"),  # ids are no words
+    ("zeroshot", PAIRS, None, "retrieval RUN --data x --split train"),  # what is not there is not named
+    ("zeroshot", some_set(["cat"], True), None, "zeroshot RUN --data x --split train"),
+    ("zeroshot", some_set(None, True, 10**7), None, "zeroshot RUN --data cifar10"),  # too many to retrieve one
+    ("knn", WORDS, WORDS, "knn RUN --data EVAL"),
+    ("knn", IDS, IDS, "knn RUN --data EVAL"),
+    ("knn", WORDS, None, "neighbors RUN --data x"),
+    ("knn", some_set(None, False, 10**7), None, "knn RUN --data cifar10"),
 ])  # fmt: skip
-@pytest.mark.parametrize("data_dir, eval_data", [("", ""), ("/my data", ""), ("", "a b.csv")])
-def test_next_command(protocol, trained_on, dataset, bank, command, data_dir, eval_data):
-    args = types.SimpleNamespace(data="x", eval_data=eval_data, data_dir=data_dir)
-    run = types.SimpleNamespace(args=args, dir=Path("runs/of mine"), loader=types.SimpleNamespace(dataset=trained_on))
-    words = shlex.split(Run._next_command(run, protocol, dataset, bank))
-    expected = command.split()
-    expected[1], expected[3] = "runs/of mine", eval_data or "x"
-    if data_dir:
-        expected[4:4] = ["--data-dir", data_dir]
+@pytest.mark.parametrize("data_dir, variable, eval_data", [("", "", ""), ("/my data", "/other", ""), ("", "/my data", "a b.csv")])
+def test_next_command(monkeypatch, protocol, trained_on, dataset, command, data_dir, variable, eval_data):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DATA_DIR", variable)
+    run = Run.__new__(Run)
+    run.args = types.SimpleNamespace(data="x", eval_data=eval_data, data_dir=data_dir)
+    run.dir, run.loader = Path("runs/of mine"), types.SimpleNamespace(dataset=trained_on)
+    words = shlex.split(run._next_command(protocol, dataset))
+    places = {"RUN": "runs/of mine", "EVAL": eval_data or "x"}
+    expected = [places.get(word, word) for word in command.split()]
+    if data_dir or variable:
+        expected += ["--data-dir", "/my data"]
     assert words == ["python", "evaluate.py", *expected]
     parse(words[1], words[2:])  # evaluate.py takes it
+    monkeypatch.chdir(ROOT / "tests")
+    assert shlex.split(run._next_command(protocol, dataset))[1] == str(ROOT / "evaluate.py")

@@ -118,9 +118,10 @@ def test_imports_run_one_way():
     assert edges["sources"] == {"common", "layouts", "scenes"} and edges["layouts"] == {"common"}
     assert edges["data"] == {"common", "sources", "trouble"}
     assert edges["monitor"] <= {"common", "data", "run"} and edges["synonyms"] == {"common"}
+    assert edges["knn"] <= {"common", "data", "monitor"}
     for name in METHOD_NAMES:
         more = {"synonyms"} if name == "declip" else set()
-        assert edges[name] <= {"common", "data", "monitor", "run", "sources"} | more, name
+        assert edges[name] <= {"common", "data", "knn", "monitor", "run", "sources"} | more, name
     users = [*modules().values(), *(ROOT / "benchmarks").glob("*.py")]
     assert not [path.name for path in users if "evaluate" in imported(path)]
 

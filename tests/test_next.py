@@ -1,0 +1,118 @@
+"""The line `next:` that ends a run works when it is pasted, and the line `evaluation:` at its start is true; for every
+method, and with a space in every path."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import command
+from runs import COMMON, FLAGS, METHODS, ROOT, environment, make_photos, module_of
+
+LANGUAGE = ["clip", "slip", "declip", "align"]
+SHORT = ["--max-steps", "2", "--eval-every", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`with captions` and `with classes`, folders of named data: a flickr8k and a redcaps."""
+    root = tmp_path_factory.mktemp("next") / "a folder"
+    make_photos(root / "with captions" / "flickr8k", train=20, val=9)
+    for split, count in (("train", 20), ("val", 9)):
+        for i in range(count):
+            red = i % 2
+            picture = root / "with classes" / "redcaps" / split / ("red" if red else "blue") / f"{i}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (200 * red + i, 0, 200)).save(picture)
+    return root
+
+
+@pytest.fixture
+def train(folder, capsys, monkeypatch):
+    """-> function(method, flags) that runs it -> (its lines `evaluation:`, what `next:` says)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+
+    def run(name, *flags):
+        module = module_of(name)
+        defaults = [*COMMON, *SHORT] if name == "simclrv2" else [*FLAGS[name], *SHORT]
+        module.train(module.parse_args(module.Args, module.RECIPES, [*defaults, *flags]))
+        out = capsys.readouterr().out
+        (line,) = re.findall("^next: (.*)$", out, re.M)
+        return re.findall("^evaluation: (.*)$", out, re.M), line
+
+    return run
+
+
+def paste(line):
+    """The command of a line, in this process -> its words."""
+    python, script, *words = shlex.split(line)
+    assert python == "python" and os.path.samefile(script, ROOT / "evaluate.py")
+    command.main([*words, "--workers", "0"])
+    return words
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_next_line_of_every_method(name, train, folder, capsys):
+    protocol, data, sets = "knn", "redcaps", "with classes"
+    if name in LANGUAGE:
+        protocol, data, sets = "retrieval", "flickr8k", "with captions"
+    directory = f"runs/one of {name}"
+    evaluation, line = train(name, "--data", data, "--data-dir", sets, "--output-dir", directory)
+    assert paste(line) == [protocol, directory, "--data", data, "--data-dir", sets]
+    assert f"{protocol}, {data} val, percent" in capsys.readouterr().out
+    (result,) = map(json.loads, (folder / directory / "results.jsonl").read_text().splitlines())
+    assert result["protocol"] == protocol and result["step"] == 2
+    if name in LANGUAGE:
+        assert evaluation == ["retrieval of 9 validation images of flickr8k"]
+    else:
+        assert evaluation == ["kNN of 9 validation images among 20 training images of redcaps"]
+    scores = [row for row in map(json.loads, (folder / directory / "metrics.jsonl").read_text().splitlines())
+              if {"recall@1", "knn_top1"} & row.keys()]  # fmt: skip
+    assert scores[-1]["step"] == 2
+
+
+def test_next_line_of_simclrv2(train, folder):
+    """It teaches a student; the line of that one evaluates it."""
+    sets = ["--data", "redcaps", "--data-dir", "with classes"]
+    train("simclr", *sets, "--output-dir", "runs/to fine-tune")
+    more = ["--checkpoint", "runs/to fine-tune", "--label-fraction", "1", "--warmup-epochs", "0"]
+    evaluation, line = train("simclrv2", *sets, *more, "--output-dir", "runs/fine tuned")
+    assert evaluation == ["accuracy of 9 validation images of redcaps"]
+    launcher, script, *words = shlex.split(line)
+    assert launcher == "torchrun" and os.path.samefile(script, ROOT / "simclrv2.py")
+    assert words[words.index("--data-dir") + 1] == "with classes" and words[words.index("--teacher") + 1] == "runs/fine tuned"
+    evaluation, line = train("simclrv2", *words, "--arch", "resnet18", "--output-dir", "runs/a student")
+    assert evaluation == ["accuracy of 9 validation images of redcaps"]
+    assert paste(line)[0] == "knn"
+
+
+def test_next_line_without_what_is_evaluated(train, folder):
+    """Evaluation data that are not there are not named, and what has neither classes nor captions is not retrieved."""
+    data = "with captions/flickr8k"
+    evaluation, line = train("clip", "--data", data, "--eval-data", "no such/data", "--output-dir", "runs/no data")
+    assert len(evaluation) == 1 and evaluation[0].startswith("none, because there is no data at ")
+    assert paste(line) == ["retrieval", "runs/no data", "--data", data, "--split", "train"]
+    evaluation, line = train("dino", "--data", data, "--output-dir", "runs/no classes")
+    assert evaluation == ["none, because flickr8k has no classes"]
+    assert paste(line) == ["neighbors", "runs/no classes", "--data", data]
+    evaluation, line = train("simclr", "--data", data + "/train.jsonl", "--output-dir", "runs/no val")
+    assert len(evaluation) == 1 and "has no val split" in evaluation[0]
+    assert paste(line) == ["neighbors", "runs/no val", "--data", data + "/train.jsonl"]
+
+
+def test_next_line_in_a_shell(folder):
+    """From another folder, with named data where $DATA_DIR says, which the next command need not know."""
+    env = environment() | {"DATA_DIR": str(folder / "with classes"), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    argv = [ROOT / "simclr.py", *FLAGS["simclr"], *SHORT, "--data", "redcaps", "--output-dir", "runs/in a shell"]
+    done = subprocess.run([sys.executable, *argv], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    env.pop("DATA_DIR")
+    line = done.stdout.rpartition("\nnext: ")[2].strip()
+    done = subprocess.run(line, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "knn, redcaps val, percent" in done.stdout, done.stderr[-2000:]
