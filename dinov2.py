@@ -1,9 +1,8 @@
 """DINOv2: Learning Robust Visual Features without Supervision (2023, arXiv 2304.07193).
 
 DINO's loss on class tokens and iBOT's on masked patches, plus changes for scale (Table 1): KoLeo
-spreads the features of a batch; LayerScale, strong stochastic depth and lower learning rates for
-lower layers stabilise training; Sinkhorn-Knopp may replace the centers; registers (arXiv
-2309.16588) keep the patch features clean.
+spreads features; LayerScale, strong stochastic depth and lower rates for lower layers stabilise
+training; Sinkhorn-Knopp may replace centers; registers (arXiv 2309.16588) keep patches clean.
 
 Loss (Sec. 4), symbols as in ibot.py, f the student's class token of unit length, before the head:
     P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t) or Sinkhorn-Knopp of g_t / tau_t
