@@ -3,7 +3,8 @@ load it.
 
 timm and torchvision get the image encoder, as a state dict in model.pt; open_clip gets model.pt and
 a description of the model; transformers gets a folder for from_pretrained; safetensors keeps the
-names used here, in model.safetensors."""
+names used here, in model.safetensors. An export.json beside them says what the tensors do not, so
+that the weights can be read here again."""
 
 import importlib
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from evaluation.names import clip_to_transformers, vit_to_torchvision
+from evaluation.names import align_state, clip_to_transformers, dinov2_to_timm, vit_to_torchvision
 from evaluation.names import vit_to_transformers
 from evaluation.recognise import depth, family
 
@@ -21,193 +22,315 @@ DEPTHS = {("BasicBlock", 2, 2, 2, 2): "resnet18", ("BasicBlock", 3, 4, 6, 3): "r
           ("Bottleneck", 3, 8, 36, 3): "resnet152"}  # fmt: skip
 
 
+class NoCounterpart(Exception):
+    """Why a network cannot go to a project, as the end of a sentence."""
+
+
 # -------------------------------------------- what it is ------------------------------------------
 def vit_sizes(vit):
-    """-> image size, patch size, number of blocks, heads and width of a transformer with timm's
-    names."""
+    """-> image size, patch size, number of blocks, heads, width and hidden width of a transformer
+    with timm's names."""
     patch = vit.patch_embed.proj.kernel_size[0]
     side = round((vit.pos_embed.shape[1] - 1) ** 0.5)
     block = vit.blocks[0]
     # a block of DINOv2 computes its attention itself, others have a module for it
     heads = block.heads if hasattr(block, "heads") else block.attn.heads
-    return side * patch, patch, len(vit.blocks), heads, vit.pos_embed.shape[2]
+    layer = block.mlp.w3 if hasattr(block.mlp, "w3") else block.mlp.fc2
+    return side * patch, patch, len(vit.blocks), heads, vit.pos_embed.shape[2], layer.in_features
+
+
+def heads_of(transformer):
+    """The attention heads of CLIP's, DeCLIP's or ALIGN's blocks; None for a ResNet."""
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            return module.num_heads
+    return None
 
 
 def resnet_name(state):
     """-> torchvision's name of a ResNet, and the lines that turn it into one with CIFAR's stem, if
-    it has that. Raises UserError if torchvision has no such network."""
+    it has that."""
     block = "Bottleneck" if "layer1.0.conv3.weight" in state else "BasicBlock"
     name = DEPTHS.get((block, *(depth(state, f"layer{i}.") for i in (1, 2, 3, 4))))
     if name is None or state["layer1.0.conv2.weight"].shape[:2] != (64, 64):
-        raise UserError(
-            "only a ResNet of the usual depth and width fits there, --to safetensors takes any"
-        )
+        raise NoCounterpart("has only ResNets of the usual depth and width")
     if state["conv1.weight"].shape[-1] != 3:
         return name, ""
     convolution = "model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)\n"
     return name, convolution + "model.maxpool = nn.Identity()\n"
 
 
-def encoder_state(net, to):
-    """-> the state dict of the image encoder, and whether it is a transformer. Raises UserError if
-    it is neither a transformer with timm's names nor a ResNet with torchvision's."""
+def encoder_state(net):
+    """-> the state dict of the image encoder, and its family: a transformer with timm's names,
+    DINOv2's, or a ResNet with torchvision's."""
     state = net.encoder.state_dict()
     found = family(state)
-    if found not in ("a ViT with timm's names", "a ResNet with torchvision's names"):
-        raise UserError(
-            f"{net.method}'s {net.arch} has no counterpart in {to}, try open_clip or safetensors"
-        )
-    return state, "ViT" in found
+    known = "DINOv2", "a ViT with timm's names", "a ResNet with torchvision's names"
+    if found not in known or hasattr(net.encoder, "attnpool"):
+        raise NoCounterpart("has no such image encoder")
+    return state, found
+
+
+def resized(net, state):
+    """A DINOv2's state dict with positions for the size of its evaluation view, and that size.
+    Released weights have those of 518 pixels, and every project resizes them in its own way."""
+    size, (_, patch, *_) = net.view.size, vit_sizes(net.encoder)
+    rows = size // patch
+    positions = net.encoder.interpolate_pos_embed(rows, rows)
+    return {**state, "pos_embed": positions}, rows * patch
 
 
 # -------------------------------------------- other projects --------------------------------------
 # Each function takes a network and returns its state dict, {file name: content, written as JSON},
-# and the Python lines that load it, in which FOLDER stands for the folder of these files.
+# and the Python lines that load it, in which FOLDER stands for the folder of these files. Raises
+# NoCounterpart.
 LOAD = 'model.load_state_dict(torch.load("FOLDER/model.pt", weights_only=True))'
 
 
 def to_timm(net):
-    if family(net.encoder.state_dict()) == "DINOv2":
-        return to_timm_dinov2(net)
-    state, is_vit = encoder_state(net, "timm")
-    if is_vit:
-        size, patch, layers, heads, width = vit_sizes(net.encoder)
-        make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, "
-                f"depth={layers},\n    num_heads={heads}, embed_dim={width}, "
-                "num_classes=0)\n")  # fmt: skip
-    else:
+    state, found = encoder_state(net)
+    if "ResNet" in found:
         name, small = resnet_name(state)
         make = f'model = timm.create_model("{name}", num_classes=0)\n{small}'
+        return state, {}, f"import timm, torch\nfrom torch import nn\n{make}{LOAD}"
+    size, patch, layers, heads, width, hidden = vit_sizes(net.encoder)
+    more = ""
+    if found == "DINOv2":
+        state, size = resized(net, state)
+        state = dinov2_to_timm(state)
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        more = f",\n    init_values=1.0, no_embed_class=True, reg_tokens={registers}"
+        if net.encoder.blocks[0].swiglu:
+            hidden *= 2  # gate and value
+            more += ",\n    mlp_layer=timm.layers.SwiGLUPacked, act_layer=nn.SiLU"
+    ratio = ""
+    if hidden != 4 * width:
+        ratio = f",\n    mlp_ratio={hidden}.5 / {width}"  # timm rounds the product down
+    make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, "
+            f"depth={layers},\n    num_heads={heads}, embed_dim={width}, "
+            f"num_classes=0{more}{ratio})\n")  # fmt: skip
     return state, {}, f"import timm, torch\nfrom torch import nn\n{make}{LOAD}"
 
 
-def to_timm_dinov2(net):
-    """In timm only the patches have positions; that of the class token is added to the token
-    here."""
-    if net.encoder.blocks[0].swiglu:
-        raise UserError("DINOv2 goes to timm with --ffn mlp, with swiglu use --to safetensors")
-    state = {name: x for name, x in net.encoder.state_dict().items() if name != "mask_token"}
-    state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-    state["pos_embed"] = state["pos_embed"][:, 1:]
-    if "register_tokens" in state:
-        state["reg_token"] = state.pop("register_tokens")
-    size, patch, layers, heads, width = vit_sizes(net.encoder)
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    make = (f"model = timm.models.VisionTransformer(img_size={size}, patch_size={patch}, "
-            f"depth={layers},\n"
-            f"    num_heads={heads}, embed_dim={width}, num_classes=0, init_values=1.0,\n"
-            f"    no_embed_class=True, reg_tokens={registers})\n")  # fmt: skip
-    return state, {}, f"import timm, torch\n{make}{LOAD}"
-
-
 def to_torchvision(net):
-    state, is_vit = encoder_state(net, "torchvision")
-    if is_vit:
-        size, patch, layers, heads, width = vit_sizes(net.encoder)
-        sizes = f"{size}, {patch}, {layers}, {heads}, {width}, {4 * width}"
+    state, found = encoder_state(net)
+    if found == "DINOv2":
+        raise NoCounterpart("has no LayerScale")
+    if "ResNet" in found:
+        name, small = resnet_name(state)
+        make = f"model = torchvision.models.{name}()\nmodel.fc = nn.Identity()\n{small}"
+    else:
+        size, patch, layers, heads, width, hidden = vit_sizes(net.encoder)
+        sizes = f"{size}, {patch}, {layers}, {heads}, {width}, {hidden}"
         make = f"model = torchvision.models.VisionTransformer({sizes})\n"
         make += "model.heads = nn.Identity()\n"
         state = vit_to_torchvision(state)
-    else:
-        name, small = resnet_name(state)
-        make = f"model = torchvision.models.{name}()\nmodel.fc = nn.Identity()\n{small}"
     return state, {}, f"import torch, torchvision\nfrom torch import nn\n{make}{LOAD}"
 
 
-def to_open_clip(net):
-    state = net.model.state_dict()
-    if family(state) != "CLIP":
-        raise UserError(
-            f"open_clip takes CLIP, {net.method}'s image encoder goes to timm or torchvision"
-        )
-    vision = {"image_size": net.view.size, "head_width": 64}
+def clip_config(net):
+    """The description of a CLIP that open_clip reads."""
+    state, clip = net.model.state_dict(), importlib.import_module("clip")
+    if not isinstance(net.model, clip.CLIP):
+        raise NoCounterpart("takes no other language-image model than CLIP")
+    vision = {"image_size": net.view.size}
     if "visual.proj" in state:
         width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers = depth(state, "visual.transformer.resblocks.")
-        vision |= {"width": width, "patch_size": patch, "layers": layers}
+        hidden = len(state["visual.transformer.resblocks.0.mlp.c_fc.bias"])
+        ratio = 4 if hidden == 4 * width else (hidden + 0.5) / width  # open_clip rounds down
+        vision |= {"width": width, "patch_size": patch, "mlp_ratio": ratio}
+        vision["layers"] = depth(state, "visual.transformer.resblocks.")
+        vision["head_width"] = width // heads_of(net.model.visual)
     else:
         layers = [depth(state, f"visual.layer{i}.") for i in (1, 2, 3, 4)]
         vision |= {"width": len(state["visual.conv3.weight"]), "patch_size": None, "layers": layers}
+        vision["head_width"] = 32 * vision["width"] // net.model.visual.attnpool.heads
     width, embed_dim = state["text_projection"].shape
     text = {"context_length": len(state["positional_embedding"]), "width": width,
-            "heads": width // 64, "vocab_size": len(state["token_embedding.weight"]),
+            "vocab_size": len(state["token_embedding.weight"]),
+            "heads": heads_of(net.model.transformer),
             "layers": depth(state, "transformer.resblocks.")}  # fmt: skip
-    config = {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
-    return state, {"ours.json": config}, (
+    gelu = net.model.transformer.resblocks[0].mlp.gelu
+    quick = isinstance(gelu, clip.QuickGELU)
+    return {"embed_dim": embed_dim, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
+
+
+def to_open_clip(net):
+    return net.model.state_dict(), {"ours.json": clip_config(net)}, (
         'import open_clip\nopen_clip.add_model_config("FOLDER/ours.json")\n'
         'model = open_clip.create_model("ours", pretrained="FOLDER/model.pt")')  # fmt: skip
 
 
 def to_transformers(net):
-    if family(net.model.state_dict()) == "CLIP":
+    if isinstance(net.model, importlib.import_module("clip").CLIP):
         return to_transformers_clip(net)
-    state, is_vit = encoder_state(net, "transformers")
-    if not is_vit:
-        raise UserError("transformers takes transformers, a ResNet goes to timm or torchvision")
-    size, patch, layers, heads, width = vit_sizes(net.encoder)
+    if "text.word_embeddings.weight" in net.model.state_dict():
+        return to_transformers_align(net)
+    state, found = encoder_state(net)
+    if "ResNet" in found:
+        raise NoCounterpart("has ResNets in a form of its own")
+    size, patch, layers, heads, width, hidden = vit_sizes(net.encoder)
     config = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": size,
-              "patch_size": patch,
-              "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width,
-              "intermediate_size": 4 * width, "layer_norm_eps": 1e-6,
-              "hidden_act": "gelu"}  # fmt: skip
+              "patch_size": patch, "num_hidden_layers": layers, "num_attention_heads": heads,
+              "hidden_size": width, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}  # fmt: skip
+    load, options = "ViTModel", ", add_pooling_layer=False"
+    if found == "DINOv2":
+        state, config["image_size"] = resized(net, state)
+        load, options = "Dinov2Model", ""
+        config |= {"model_type": "dinov2", "architectures": [load]}
+        config |= {"mlp_ratio": 4, "use_swiglu_ffn": net.encoder.blocks[0].swiglu}
+        if "register_tokens" in state:
+            load = "Dinov2WithRegistersModel"
+            config |= {"model_type": "dinov2_with_registers", "architectures": [load]}
+            config["num_register_tokens"] = state["register_tokens"].shape[1]
+        usual = (int(8 * width / 3) + 7) // 8 * 8 if config["use_swiglu_ffn"] else 4 * width
+        if hidden != usual:
+            raise NoCounterpart("has no DINOv2 with this hidden width")
+    else:
+        config["intermediate_size"] = hidden
     return vit_to_transformers(state), {"config.json": config}, (
-        "from transformers import ViTModel\n"
-        'model = ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)\n'
+        f"from transformers import {load}\n"
+        f'model = {load}.from_pretrained("FOLDER"{options}).eval()\n'
         "features = model(images).last_hidden_state[:, 0]")  # fmt: skip
 
 
 def to_transformers_clip(net):
-    state, clip_config = net.model.state_dict(), to_open_clip(net)[1]["ours.json"]
-    if "visual.proj" not in state:
-        raise UserError("transformers has no CLIP with a ResNet, --to open_clip takes it")
+    described = clip_config(net)
+    if "visual.proj" not in net.model.state_dict():
+        raise NoCounterpart("has no CLIP with a ResNet")
     towers = []
-    for tower in (clip_config["text_cfg"], clip_config["vision_cfg"]):
+    for tower in (described["text_cfg"], described["vision_cfg"]):
         width = tower["width"]
-        towers.append({"hidden_size": width, "intermediate_size": 4 * width,
-                       "hidden_act": "quick_gelu", "num_attention_heads": width // 64,
+        heads = tower.get("heads") or width // tower["head_width"]
+        towers.append({"hidden_size": width, "num_attention_heads": heads,
+                       "intermediate_size": int(tower.get("mlp_ratio", 4) * width),
+                       "hidden_act": "quick_gelu" if described["quick_gelu"] else "gelu",
                        "num_hidden_layers": tower["layers"]})  # fmt: skip
     text, vision = towers
     text |= {
-        "vocab_size": clip_config["text_cfg"]["vocab_size"],
+        "vocab_size": described["text_cfg"]["vocab_size"],
         "bos_token_id": None,
         "pad_token_id": None,
-        "max_position_embeddings": clip_config["text_cfg"]["context_length"],
+        "max_position_embeddings": described["text_cfg"]["context_length"],
         "eos_token_id": 2,
     }  # transformers takes 2 to mean: pool where the id is largest
-    vision |= {name: clip_config["vision_cfg"][name] for name in ("image_size", "patch_size")}
+    vision |= {name: described["vision_cfg"][name] for name in ("image_size", "patch_size")}
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text,
-              "vision_config": vision, "projection_dim": clip_config["embed_dim"]}  # fmt: skip
+              "vision_config": vision, "projection_dim": described["embed_dim"]}  # fmt: skip
     return (
-        clip_to_transformers(state),
+        clip_to_transformers(net.model.state_dict()),
         {"config.json": config},
         ('from transformers import CLIPModel\nmodel = CLIPModel.from_pretrained("FOLDER")'),
     )
 
 
+def to_transformers_align(net):
+    """AlignModel has no layer between image encoder and embedding. It describes EfficientNet by the
+    stages of B0 and by how much wider and deeper they are."""
+    align, model = importlib.import_module("align"), net.model
+    if model.visual.dim != len(model.text_projection.weight):
+        raise NoCounterpart("has no ALIGN whose image encoder has another width than the embedding")
+    own, multipliers = model.visual.state_dict(), None
+    for width, deep in align.ARCHS.values():
+        with torch.device("meta"):
+            like = align.EfficientNet(width, deep).state_dict()
+        if [x.shape for x in like.values()] == [x.shape for x in own.values()]:
+            multipliers = width, deep
+    if not multipliers:
+        raise NoCounterpart("has EfficientNets of the usual sizes alone")
+    words, positions = model.text.word_embeddings, model.text.position_embeddings
+    text = {"vocab_size": words.num_embeddings, "hidden_size": words.embedding_dim,
+            "num_hidden_layers": len(model.text.layers),
+            "num_attention_heads": heads_of(model.text), "hidden_act": "gelu",
+            "intermediate_size": model.text.layers[0].linear1.out_features,
+            "max_position_embeddings": positions.num_embeddings,
+            "layer_norm_eps": 1e-12, "pad_token_id": 0}  # fmt: skip
+    names = ("expand_ratios", "kernel_sizes", "strides", "in_channels", "out_channels",
+             "num_block_repeats")  # fmt: skip
+    vision = {name: list(column) for name, column in zip(names, zip(*align.EfficientNet.b0))}
+    vision |= {"image_size": net.view.size, "hidden_dim": model.visual.dim, "depthwise_padding": []}
+    vision |= {"width_coefficient": multipliers[0], "depth_coefficient": multipliers[1]}
+    config = {"model_type": "align", "architectures": ["AlignModel"], "text_config": text,
+              "vision_config": vision, "projection_dim": model.visual.dim}  # fmt: skip
+    return align_state(model), {"config.json": config}, (
+        "from transformers import AlignModel\n"
+        'model = AlignModel.from_pretrained("FOLDER")')  # fmt: skip
+
+
 def to_safetensors(net):
-    with_text = family(net.model.state_dict()) in ("CLIP", "SLIP")
-    state = (net.model if with_text else net.encoder).state_dict()
+    state = (net.model if is_whole(net) else net.encoder).state_dict()
     usage = 'from safetensors.torch import load_file\nstate = load_file("FOLDER/model.safetensors")'
     return state, {}, usage
+
+
+def is_whole(net):
+    """Whether a network is written with its text encoder."""
+    return hasattr(net.model, "encode_text")
 
 
 EXPORTS = {"timm": to_timm, "torchvision": to_torchvision, "open_clip": to_open_clip}
 EXPORTS |= {"transformers": to_transformers, "safetensors": to_safetensors}
 
 
+def where_else(net, to):
+    """The other projects that take this network."""
+    found = []
+    for name, function in EXPORTS.items():
+        try:
+            if name != to:
+                function(net)
+                found.append(name)
+        except NoCounterpart:
+            pass
+    return found
+
+
+def described(net, to, file):
+    """What export.json says: whose network it is, what the tensors do not tell, and the evaluation
+    view. Weights with the names used here carry the arguments that build their network."""
+    view = {"size": net.view.size, "resize": net.view.resize, "mean": net.view.mean,
+            "std": net.view.std, "interpolation": net.view.filter.name.lower()}  # fmt: skip
+    found = {"weights": file, "method": net.method, "arch": net.arch, "view": view}
+    encoder = net.encoder
+    if hasattr(encoder, "blocks"):
+        found["heads"] = vit_sizes(encoder)[3]
+    if is_whole(net):
+        visual = net.model.visual
+        if hasattr(visual, "attnpool"):
+            found["heads"] = getattr(visual.attnpool, "heads", None)
+        elif not hasattr(visual, "blocks"):
+            found["heads"] = heads_of(visual)
+        texts = [getattr(net.model, name, None) for name in ("transformer", "text", "encode_text")]
+        text = next(x for x in texts if isinstance(x, torch.nn.Module))
+        found["text_heads"] = heads_of(text)
+        clip = importlib.import_module("clip")
+        if isinstance(net.model, clip.CLIP):
+            found["gelu"] = "quick" if clip_config(net)["quick_gelu"] else "exact"
+    if to == "safetensors" and net.args:
+        found |= {"args": net.args, "head_layer": net.head_layer, "whole": is_whole(net)}
+    return found
+
+
 def export(net, to, folder):
     """Writes the network in the form of `to` into `folder` -> the lines of Python that load it, and
     the preprocessing that it expects. Raises UserError."""
-    state, files, usage = EXPORTS[to](net)
+    try:
+        state, files, usage = EXPORTS[to](net)
+    except NoCounterpart as error:
+        others = " or ".join(f"--to {name}" for name in where_else(net, to))
+        raise UserError(f"{net.method}'s {net.arch} cannot go to {to}, which {error}: {others} "
+                        "takes it") from error  # fmt: skip
     state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     folder = Path(folder)
+    file = "model.safetensors" if to in ("transformers", "safetensors") else "model.pt"
+    files = {**files, "export.json": described(net, to, file)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if to in ("transformers", "safetensors"):
+        if file.endswith("safetensors"):
             save_file = importlib.import_module("safetensors.torch").save_file
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            save_file(state, folder / file, metadata={"format": "pt"})
         else:
-            torch.save(state, folder / "model.pt")
+            torch.save(state, folder / file)
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         if net.tokenizer:

@@ -25,7 +25,8 @@ from torch import nn
 from common import UserError, rank
 from data import Tokenizer
 from evaluation.names import align_state
-from evaluation.recognise import FAMILIES, HEADS, Known, beside, depth, family, other, state_of
+from evaluation.recognise import FAMILIES, HEADS, Known, beside, depth, family, other, read_json
+from evaluation.recognise import state_of
 from monitor import EvalView
 from run import load_checkpoint
 
@@ -412,6 +413,10 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
     torch.manual_seed(0)
     if saved.keys() >= {"method", "args", "model"}:
         net = open_ours(path, saved, head_layer, random_weights)
+    elif read_json(file.parent / "export.json").get("args") and file.suffix == ".safetensors":
+        if head_layer:
+            raise UserError(f"{path} was exported, use --head-layer for the export")
+        net = open_export(file, saved, random_weights)
     else:
         known = Known(heads, text_heads, gelu)
         net = open_published(file, state_of(saved), random_weights, known)
@@ -454,7 +459,28 @@ def open_ours(path, saved, head_layer, random_weights):
         encoder=encoder,
         view=method.eval_view(args),
         tokenizer=tokenizer,
+        args=saved["args"],
+        head_layer=head_layer,
     )
+
+
+def open_export(file, state, random_weights):
+    """What `export --to safetensors` wrote of one of our checkpoints, whose arguments export.json
+    has -> the namespace of open_network."""
+    said = read_json(file.parent / "export.json")
+    own = file.parent / "tokenizer.json"
+    saved = {"method": said["method"], "args": said["args"], "model": state}
+    if own.is_file():
+        saved["tokenizer"] = own.read_text(encoding="utf-8")
+    if said["whole"]:
+        return open_ours(file, saved, said["head_layer"], random_weights)
+    net = open_ours(file, saved, said["head_layer"], random_weights=True)
+    try:
+        if not random_weights:
+            load_strictly(net.encoder, state)
+    except ValueError as error:
+        raise UserError(f"{file} does not fit its export.json: {reason_of(error)}") from error
+    return net
 
 
 def open_published(path, state, random_weights, known):
@@ -491,7 +517,8 @@ def open_published(path, state, random_weights, known):
         report(path, name, known)
     encoder = module.image_encoder(model) if name in LANGUAGE_IMAGE else model
     return types.SimpleNamespace(method=name, arch=type(model).__name__, step=None, model=model,
-                                 encoder=encoder, view=view, tokenizer=None)  # fmt: skip
+                                 encoder=encoder, view=view, tokenizer=None, args=None,
+                                 head_layer=0)  # fmt: skip
 
 
 def view_of(said, view):

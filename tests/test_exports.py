@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import clip
+import dinov2
 import runs
 from command import main
 from common import UserError
 from data import Tokenizer
+from evaluation.exports import EXPORTS, is_whole
 from evaluation.weights import open_network
 from test_golden import close
 
@@ -24,7 +27,8 @@ def checkpoint(folder, name):
     if path.exists():
         return path
     module = runs.module_of(name)
-    more = {"simclr_cifar": ["--stem", "cifar"], "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"]}
+    more = {"simclr_cifar": ["--stem", "cifar"], "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
+            "align_hf": ["--embed-dim", "160"]}
     flags = [*runs.FLAGS[name.split("_")[0]], *more[name]] if name in more else runs.FLAGS[name]
     args = module.parse_args(module.Args, module.RECIPES, flags)
     torch.manual_seed(0)
@@ -62,17 +66,98 @@ def test_encoders(folder, name, to, capsys):
     assert f"centre of {net.view.size} pixels" in printed and (folder / name / f"export_{to}/model.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov2_registers"])
-def test_dinov2_in_timm(folder, name, capsys):
-    net, space, _ = exported(folder, name, "timm", capsys)
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_registers", "dinov2_swiglu"])
+def test_dinov2(folder, name, to, capsys):
+    net, space, _ = exported(folder, name, to, capsys)
     with torch.no_grad():
-        close(space["model"].eval()(space["images"]), net.encoder.eval()(space["images"]), atol=1e-4)
-    assert space["model"].num_reg_tokens == 4 * (name == "dinov2_registers")
+        out = space["features"] if to == "transformers" else space["model"].eval()(space["images"])
+        close(out, net.encoder.eval()(space["images"]), atol=1e-4)
+    if to == "timm":
+        assert space["model"].num_reg_tokens == 4 * (name == "dinov2_registers")
+    else:
+        assert type(space["model"]).__name__ == "Dinov2WithRegistersModel" if name == "dinov2_registers" else "Dinov2Model"
 
 
-def test_swiglu_stays_here(folder, capsys):
-    with pytest.raises(UserError, match="use --to safetensors"):
-        exported(folder, "dinov2_swiglu", "timm", capsys)
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_of_518_pixels(registers, to, tmp_path, capsys):
+    """It is evaluated with 224, and so is what the lines load."""
+    vit = dinov2.VisionTransformer(518, 14, 192, 1, 3, registers=registers, gamma=0.5).eval()
+    torch.nn.init.normal_(vit.pos_embed)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    main(["export", str(tmp_path / "vit.pth"), "--to", to, "--out", str(tmp_path / to)])
+    space = {"images": torch.rand(1, 3, 224, 224)}
+    exec(capsys.readouterr().out, space)
+    back = open_network(tmp_path / to, CPU)
+    with torch.no_grad():
+        want = vit(space["images"])
+        close(space["features"] if to == "transformers" else space["model"].eval()(space["images"]), want, atol=1e-4)
+        close(back.encoder.eval()(space["images"]), want, atol=1e-4)
+    assert back.view.size == 224
+
+
+def test_align_in_transformers(folder, capsys):
+    net, space, _ = exported(folder, "align_hf", "transformers", capsys)
+    images, ids, other = torch.rand(2, 3, 64, 64), torch.randint(1, 500, (3, 24)), space["model"].eval()
+    with torch.no_grad():
+        close(other.get_image_features(images).pooler_output, net.model.eval().encode_image(images), atol=1e-4)
+        out = other(input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids))
+        unit = torch.nn.functional.normalize
+        close(out.text_embeds, unit(net.model.encode_text(ids), dim=1), atol=1e-4)
+    with pytest.raises(UserError, match="another width than the embedding: --to safetensors takes it"):
+        main(["export", str(checkpoint(folder, "align")), "--to", "transformers"])
+
+
+METHODS = ["clip", "clip_resnet", "slip", "declip", "declip_resnet", "align", "align_hf", "simclr", "simclr_cifar", "moco", "mocov3",
+            "byol", "simsiam", "dino", "ibot", "dinov2", "dinov2_registers", "dinov2_swiglu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_everything_comes_back(folder, name, capsys):
+    """Whatever a checkpoint goes to is read here again, with equal features and preprocessing; what is named in a refusal works."""
+    path, done = checkpoint(folder, name), []
+    net, images = open_network(path, CPU), torch.rand(2, 3, *[64 if "align" in name else 32] * 2)
+    with torch.no_grad():
+        want = net.encoder.eval()(images)
+        for to in EXPORTS:
+            try:
+                main(["export", str(path), "--to", to])
+            except UserError as error:
+                words = str(error)
+                assert words.endswith("takes it") and f"--to {to}" not in words
+                named = set(words.rpartition(": ")[2].replace("--to ", "").removesuffix(" takes it").split(" or "))
+                continue
+            done.append(to)
+            back = open_network(path / f"export_{to}", CPU, text=bool(net.tokenizer))
+            assert bool(back.tokenizer) == (bool(net.tokenizer) and is_whole(back)), to
+            close(back.encoder.eval()(images), want, atol=1e-4)
+            assert vars(back.view) == vars(net.view), to
+            if is_whole(net) and is_whole(back):
+                ids = torch.randint(1, 500, (2, 24), generator=torch.Generator().manual_seed(0))
+                close(back.model.eval().encode_text(ids), net.model.eval().encode_text(ids), atol=1e-4)
+    capsys.readouterr()
+    assert "safetensors" in done and (len(done) == len(EXPORTS) or named == set(done))
+
+
+def test_laions_clip_keeps_its_gelu_and_heads(tmp_path, capsys):
+    model = clip.CLIP(32, 32, 0, 64, 8, 16, 600, 128, 4, 1)
+    model.visual = clip.VisionTransformer(32, 8, 128, 1, 4, 32)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    given = ["--heads", "4", "--text-heads", "4", "--gelu", "exact"]
+    net = open_network(tmp_path / "x.pt", CPU, heads=4, text_heads=4, gelu="exact", text=False)
+    images, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 500, (2, 16))
+    for to in ("open_clip", "transformers", "safetensors"):
+        folder = tmp_path / to
+        main(["export", str(tmp_path / "x.pt"), "--to", to, "--out", str(folder), *given])
+        space = {}
+        exec(capsys.readouterr().out, space)
+        back = open_network(folder, CPU, text=False)
+        with torch.no_grad():
+            close(back.encoder.eval()(images), net.encoder.eval()(images), atol=1e-5)
+            close(back.model.eval().encode_text(ids), net.model.eval().encode_text(ids), atol=1e-5)
+            if to == "open_clip":
+                close(space["model"].eval().encode_image(images), net.model.encode_image(images), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -100,23 +185,22 @@ def test_clip(folder, name, to, capsys):
     assert (folder / name / f"export_{to}/tokenizer.json").exists() == (name == "clip")
 
 
-@pytest.mark.parametrize("name", ["clip", "slip", "dino", "moco"])
+@pytest.mark.parametrize("name", ["clip", "slip", "declip", "dino", "moco"])
 def test_safetensors(folder, name, capsys):
-    """CLIP and SLIP whole; of others what is evaluated. It is read here again."""
+    """Language-image models whole; of others what is evaluated."""
     net, space, _ = exported(folder, name, "safetensors", capsys)
-    want = (net.model if name in ("clip", "slip") else net.encoder).state_dict()
+    want = (net.model if "lip" in name else net.encoder).state_dict()
     assert space["state"].keys() == want.keys() and all(torch.equal(space["state"][k], want[k]) for k in want)
-    again = open_network(folder / name / "export_safetensors/model.safetensors", CPU, text=False)
-    if name != "dino":  # whose small one has a number of heads of its own
-        with torch.no_grad():
-            close(again.encoder.eval()(space["images"]), net.encoder.eval()(space["images"]))
 
 
 ERRORS = [
-    ("clip --to timm", "clip's vit_micro_patch16 has no counterpart in timm"),
-    ("simclr --to open_clip", "open_clip takes CLIP, simclr's image encoder goes to timm"),
-    ("moco --to transformers", "a ResNet goes to timm or torchvision"),
-    ("clip_resnet --to transformers", "has no CLIP with a ResNet"),
+    ("clip --to timm", "which has no such image encoder: --to open_clip or --to transformers or --to safetensors takes it"),
+    ("declip --to timm", "which has no such image encoder: --to safetensors takes it"),
+    ("declip_resnet --to torchvision", "which has no such image encoder: --to safetensors takes it"),
+    ("simclr --to open_clip", "which takes no other language-image model than CLIP: --to timm or --to torchvision or --to safetensors"),
+    ("moco --to transformers", "which has ResNets in a form of its own: --to timm or --to torchvision or --to safetensors takes it"),
+    ("clip_resnet --to transformers", "has no CLIP with a ResNet: --to open_clip or --to safetensors takes it"),
+    ("dinov2 --to torchvision", "has no LayerScale: --to timm or --to transformers or --to safetensors takes it"),
     ("clip slip --to timm", "one checkpoint at a time"),
     ("nowhere --to timm", "no checkpoint"),
     ("clip --to keras", "keras"),
@@ -137,10 +221,12 @@ def test_width_that_nobody_has(folder, tmp_path):
     args = simclr.parse_args(simclr.Args, {}, [*runs.FLAGS["simclr"], "--arch", "resnet18x2"])
     saved = {"method": "simclr", "args": vars(args), "model": simclr.build_model(args).state_dict()}
     torch.save(saved, tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match="usual depth and width"):
+    with pytest.raises(UserError, match="usual depth and width: --to safetensors takes it"):
         main(["export", str(tmp_path), "--to", "torchvision"])
     main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "there")])
-    assert (tmp_path / "there/model.safetensors").exists()
+    wide, image = open_network(tmp_path, CPU), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        close(open_network(tmp_path / "there", CPU).encoder.eval()(image), wide.encoder.eval()(image))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="use another --out"):
         main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "file")])
