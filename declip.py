@@ -115,8 +115,7 @@ RECIPES = {
 # ---------------------------------------- augmentation ----------------------------------------
 # Adapted from slip.py: SSLView, crops from 20%
 class SSLView:
-    """One view of an image: MoCo v2's augmentation (official code). Image and caption losses and
-    L_ISS see the same two views."""
+    """One view of an image, MoCo v2's (official code); all losses see the same two views."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
         self.size = size
@@ -195,8 +194,7 @@ def masked_row(tokenizer, any_id, caption, rng):
 
 
 def add_mask_token(tokenizer):
-    """-> a Tokenizer with <|mask|> in front of start and end, whose ids go up by one, as in the
-    official code."""
+    """-> a Tokenizer with <|mask|> before start and end, whose ids go up by one (official code)."""
     last_two = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     if (tokenizer.sot, tokenizer.eot) != last_two:
         raise UserError(
@@ -328,7 +326,9 @@ class AttentionPool2d(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, HW, D)
         mean = x.mean(1, keepdim=True)
         x = torch.cat([mean, x], dim=1) + self.positional_embedding.to(x)
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q = self.q_proj(x[:, :1])
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         q, k, v = (t.unflatten(-1, (-1, 64)).transpose(1, 2) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, 64)
         return self.c_proj(x.flatten(1))
@@ -657,7 +657,7 @@ def train(args: Args) -> dict:
         iss = simsiam_loss(*p, *z)
         tss = mlm_loss(word_logits, labels[labels != -100])
         loss = clip_weight * clip + mvs_weight * mvs + args.nns_weight * nns
-        loss = loss + args.ssl_weight * (iss + tss)
+        loss += args.ssl_weight * (iss + tss)
         scaler.scale(loss).backward()
         if args.clip_grad:
             scaler.unscale_(optimizer)
