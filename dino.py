@@ -60,7 +60,7 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
-    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # 3x3 without pool (small: stride 2)
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
     hidden_dim: int = 2048  # hidden width of the head (App. C); the bottleneck after it has 256
