@@ -26,6 +26,8 @@ POLICIES = {
     ("slip", "image"): policy((0.5, 1.0), "bilinear"),
     ("slip", "view1"): policy((0.08, 1.0), "bilinear", MOCO),
     ("slip", "view2"): policy((0.08, 1.0), "bilinear", MOCO),
+    ("declip", "view1"): policy((0.2, 1.0), "bilinear", MOCO),
+    ("declip", "view2"): policy((0.2, 1.0), "bilinear", MOCO),
     ("simclr", "view1"): policy((0.08, 1.0), "bicubic", STRONG, kernel=BLUR_TENTH, norm=None),
     ("simclr", "view2"): policy((0.08, 1.0), "bicubic", STRONG, kernel=BLUR_TENTH, norm=None),
     ("byol", "view1"): policy((0.08, 1.0), "bicubic", BYOL, 1.0, 0.0, kernel=BLUR_TENTH),
