@@ -95,12 +95,15 @@ class Loader:
             batches, threads = iter(loader), torch.get_num_threads()
         except OSError as error:
             raise UserError(f"{SHM_FULL}: {error}") from error
+        if self.workers and sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise a worker's death in the middle of a step; next() finds it too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for step in range(start, stop):
             begin = time.perf_counter()
             torch.set_num_threads(threads if self.workers else 1)  # small crops are slower on several
             try:
                 batch = next(batches)
-            except (UserError, RuntimeError) as error:
+            except (UserError, RuntimeError, EOFError, OSError) as error:
                 import trouble
                 if not (text := trouble.sentence(error)):
                     raise

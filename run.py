@@ -55,7 +55,7 @@ RANGES = {
     **dict.fromkeys(["text_layers", "head_layers", "projector_layers", "local_crops"], (0, 1000)),
     **dict.fromkeys(["momentum", "key_momentum", "tau", "tau_end", "teacher_momentum"], (0, 1)),
     **dict.fromkeys(["teacher_momentum_end", "center_momentum", "bn_momentum", "ema", "mass"], (0, 1)),
-    **dict.fromkeys(["mask_prob", "mask_ratio", "crop_split", "min_area", "label_smoothing"], (0, 1)),
+    **dict.fromkeys(["mask_prob", "mask_ratio", "crop_split", "label_smoothing"], (0, 1)),
     **dict.fromkeys(["drop_path", "drop_connect", "erase", "beta2"], (0, 0.9999)),
     **dict.fromkeys(["temperature", "teacher_temp", "warmup_teacher_temp"], (0.001, 1000)),
     "context_length": (3, 4096),

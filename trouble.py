@@ -20,8 +20,10 @@ def sentence(error):
     if type(error).__name__ == "UserError":  # one that a loader worker raised comes with a traceback
         return str(error).split("UserError: ")[-1].strip()
     first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in first:
-        return f"a loader worker died ({first}): lower --workers, as its memory may be used up"
+    cut_off = isinstance(error, EOFError | ConnectionError)  # it died while it handed on a batch
+    if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker (pid" in first):
+        why = first or "its connection ended"
+        return f"a loader worker died ({why}): lower --workers, as its memory may be used up"
     if isinstance(error, ModuleNotFoundError):
         return f"{first}; `pip install {error.name}` or leave its flag out"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -477,7 +477,8 @@ def test_a_second_sigterm_ends_what_hangs(server, photos):  # noqa: F811
     assert program.wait().returncode == 128 + signal.SIGTERM
 
 
-def test_a_killed_worker_is_a_sentence_and_the_state_is_saved(server, photos):  # noqa: F811
+@pytest.mark.parametrize("turn", range(3))  # it may die while it computes or hands on a batch
+def test_a_killed_worker_is_a_sentence_and_the_state_is_saved(server, photos, turn):  # noqa: F811
     program = Program(server, *run_of("simclr", photos, flags="--epochs 400 --workers 1 --save-every 0"))
     run = wait_for_rows(program.where, 2)
     children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
