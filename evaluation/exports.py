@@ -47,16 +47,19 @@ def heads_of(transformer):
     return None
 
 
-def resnet_name(state):
-    """-> torchvision's name of a ResNet, and the lines that turn it into one with CIFAR's stem, if
-    it has that."""
+def resnet_name(net, state):
+    """-> torchvision's name of a ResNet, and the lines that turn it into one with a stem for
+    small images, if it has that. Raises NoCounterpart if torchvision has no such network."""
     block = "Bottleneck" if "layer1.0.conv3.weight" in state else "BasicBlock"
     name = DEPTHS.get((block, *(depth(state, f"layer{i}.") for i in (1, 2, 3, 4))))
     if name is None or state["layer1.0.conv2.weight"].shape[:2] != (64, 64):
         raise NoCounterpart("has only ResNets of the usual depth and width")
     if state["conv1.weight"].shape[-1] != 3:
         return name, ""
-    convolution = "model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)\n"
+    # a state dict has no strides: CIFAR's stem has 1, --stem small has 2
+    first = next(m for m in net.encoder.modules() if isinstance(m, torch.nn.Conv2d))
+    options = f"3, stride={first.stride[0]}, padding=1, bias=False"
+    convolution = f"model.conv1 = nn.Conv2d(3, 64, {options})\n"
     return name, convolution + "model.maxpool = nn.Identity()\n"
 
 
@@ -90,7 +93,7 @@ LOAD = 'model.load_state_dict(torch.load("FOLDER/model.pt", weights_only=True))'
 def to_timm(net):
     state, found = encoder_state(net)
     if "ResNet" in found:
-        name, small = resnet_name(state)
+        name, small = resnet_name(net, state)
         make = f'model = timm.create_model("{name}", num_classes=0)\n{small}'
         return state, {}, f"import timm, torch\nfrom torch import nn\n{make}{LOAD}"
     size, patch, layers, heads, width, hidden = vit_sizes(net.encoder)
@@ -117,7 +120,7 @@ def to_torchvision(net):
     if found == "DINOv2":
         raise NoCounterpart("has no LayerScale")
     if "ResNet" in found:
-        name, small = resnet_name(state)
+        name, small = resnet_name(net, state)
         make = f"model = torchvision.models.{name}()\nmodel.fc = nn.Identity()\n{small}"
     else:
         size, patch, layers, heads, width, hidden = vit_sizes(net.encoder)

@@ -27,7 +27,8 @@ def checkpoint(folder, name):
     if path.exists():
         return path
     module = runs.module_of(name)
-    more = {"simclr_cifar": ["--stem", "cifar"], "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
+    more = {"simclr_cifar": ["--stem", "cifar"], "simclr_small": ["--stem", "small"],
+            "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
             "align_hf": ["--embed-dim", "160"]}
     flags = [*runs.FLAGS[name.split("_")[0]], *more[name]] if name in more else runs.FLAGS[name]
     args = module.parse_args(module.Args, module.RECIPES, flags)
@@ -54,7 +55,7 @@ def exported(folder, name, to, capsys):
     return open_network(path, CPU), space, printed
 
 
-RESNETS, VITS = ["simclr", "simclr_cifar", "moco", "byol", "simsiam"], ["dino", "ibot", "mocov3", "slip"]
+RESNETS, VITS = ["simclr", "simclr_cifar", "simclr_small", "moco", "byol", "simsiam"], ["dino", "ibot", "mocov3", "slip"]
 
 
 @pytest.mark.parametrize("to", ["timm", "torchvision"])
