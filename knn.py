@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
+from monitor import EvalView  # noqa: F401, so that a method finds all it needs here
 from monitor import MOST, chunks, evaluation_set, extract, hit_rank, labelled, percent
 from monitor import say_evaluation, subset_indices, what_classes_lack
 
