@@ -347,8 +347,6 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
         raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
-    if max(args.tau, args.tau_end) > 1:
-        raise UserError("--tau and --tau-end are what stays of the target, at most 1: use 0.9 to 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)

@@ -56,7 +56,8 @@ def accuracies(directory):
         chance = re.split("_top1|@", name)[0] + "_chance"
         if chance in last:
             first = evaluations[0]
-            random = f"random weights {first[name]:.1f}, " if first["step"] == 0 else ""
+            known = first["step"] == 0 and name in first  # byol.py's random target is evaluated later
+            random = f"random weights {first[name]:.1f}, " if known else ""
             title = name.removesuffix("_top1").replace("knn", "kNN")
             lines.append(f"{title} {value:.1f} ({random}chance {last[chance]:.3g})")
     return lines
