@@ -123,9 +123,9 @@ def test_fork_set_is_named_as_the_tree_has_it():
     """Flat shared files without the evaluation command are what a method file needs beside it."""
     text = PAGES["README.md"].replace("\n", " ")
     named = re.search(r"copy slip\.py, (.*?) into an empty folder", text)[1]
-    needed = {name for name in table.SHARED if "/" not in name} - {"evaluate.py", "synonyms.py"}
+    needed = {name for name in table.SHARED if "/" not in name} - {"evaluate.py", "synonyms.py", "knn.py"}
     assert set(re.findall(r"\w+\.py", named)) == needed
-    assert "declip.py needs synonyms.py too" in text
+    assert "Methods without captions need knn.py too, and declip.py needs synonyms.py." in text
 
 
 @pytest.mark.parametrize("line", ["torchrun slip.py --dat x", "python evaluate.py knn runs/x --data a --kk 3",
