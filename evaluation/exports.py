@@ -57,8 +57,7 @@ def resnet_name(net, state):
     if state["conv1.weight"].shape[-1] != 3:
         return name, ""
     # a state dict has no strides: CIFAR's stem has 1, --stem small has 2
-    first = next(m for m in net.encoder.modules() if isinstance(m, torch.nn.Conv2d))
-    options = f"3, stride={first.stride[0]}, padding=1, bias=False"
+    options = f"3, stride={net.encoder.conv1.stride[0]}, padding=1, bias=False"
     convolution = f"model.conv1 = nn.Conv2d(3, 64, {options})\n"
     return name, convolution + "model.maxpool = nn.Identity()\n"
 
@@ -295,6 +294,8 @@ def described(net, to, file):
             "std": net.view.std, "interpolation": net.view.filter.name.lower()}  # fmt: skip
     found = {"weights": file, "method": net.method, "arch": net.arch, "view": view}
     encoder = net.encoder
+    if hasattr(encoder, "conv1"):
+        found["stride"] = encoder.conv1.stride[0]
     if hasattr(encoder, "blocks"):
         found["heads"] = vit_sizes(encoder)[3]
     if is_whole(net):

@@ -193,7 +193,9 @@ def resnet_of(state, known, table):
     net.fc = nn.Identity()
     if state["conv1.weight"].shape[-1] != 3:
         return net, 224
-    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    stride = known.beside.get("stride", 1)  # 1 for CIFAR; ours for small images has 2
+    net.conv1 = nn.Conv2d(3, 64, 3, stride, padding=1, bias=False)
+    net.maxpool = nn.Identity()
     return net, 32
 
 
