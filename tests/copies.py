@@ -3,6 +3,7 @@ and blank lines included, and the original of `# Adapted from clip.py: NAME` exi
 wrong in any file, `--fix` rewrites the copies."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ VARIANT = re.compile(r"^# Adapted from (\w+\.py): (\w+)\b")
 INDENTED_MARK = re.compile(r"^\s+# (Copied|Adapted) from\b")
 
 
+parsed = functools.lru_cache(64)(ast.parse)  # the same few files are asked for hundreds of times
+
+
 def definition(source: str, name: str) -> tuple[int, int]:
     """First and last line (0-based, exclusive) of a top-level definition, its decorators included."""
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if getattr(node, "name", None) == name:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             return first - 1, node.end_lineno
