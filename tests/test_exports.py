@@ -77,7 +77,8 @@ def test_dinov2(folder, name, to, capsys):
     if to == "timm":
         assert space["model"].num_reg_tokens == 4 * (name == "dinov2_registers")
     else:
-        assert type(space["model"]).__name__ == "Dinov2WithRegistersModel" if name == "dinov2_registers" else "Dinov2Model"
+        kind = "Dinov2WithRegistersModel" if name == "dinov2_registers" else "Dinov2Model"
+        assert type(space["model"]).__name__ == kind
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers"])
