@@ -78,8 +78,37 @@ def pictures(folder, left_out):
         for name in files:
             if not name.startswith(".") and readable(ending_of(name)):
                 yield os.path.join(where, name)[cut:]
-            elif name != "classnames.txt":
+            elif name not in CLASS_LISTS:
                 left_out[why(name)] += 1
+
+
+# ---------------------------------------- classes ----------------------------------------
+CLASS_LISTS = ("classnames.txt", "LOC_synset_mapping.txt", "imagenet_class_index.json")
+
+
+def class_names(path):
+    """A list of class names -> the names in the order of the labels or, where they stand beside
+    WordNet ids, {id: name}. Of several names for a class, the first is taken."""
+    text = path.read_text(encoding="utf-8-sig").strip()
+    if path.suffix != ".json":
+        lines = text.splitlines()
+        pairs = [re.fullmatch(r"(n\d{8})\s+(.+)", line) for line in lines]
+        if not all(pairs):
+            return lines
+        return {pair[1]: pair[2].split(",")[0] for pair in pairs}
+    names = {}
+    for key, value in json.loads(text).items():  # {"0": ["n01440764", "tench"]} or {"n01440764": "tench"}
+        words = [key, *([value] if isinstance(value, str) else value)]
+        number = next(i for i, word in enumerate(words) if re.fullmatch(r"n\d{8}", word))
+        names[words[number]] = words[number + 1].replace("_", " ")
+    return names
+
+
+def class_folders(names):
+    """Names of class folders in the order of their labels: numbers by value, all others by name."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 # ---------------------------------------- tables ----------------------------------------

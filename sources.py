@@ -140,8 +140,10 @@ def _ending(name):
 
 def _open_files(folder, names, root):
     import layouts
-    lists = [p for p in (folder / "classnames.txt", root / "classnames.txt") if p.exists()]
-    classes = lists[0].read_text(encoding="utf-8-sig").strip().splitlines() if lists else None
+    lists = [path / name for path in (folder, root) for name in layouts.CLASS_LISTS]
+    lists = [path for path in lists if path.exists()]
+    named = layouts.class_names(lists[0]) if lists else None  # a list or {WordNet id: name}
+    classes = [named[i] for i in sorted(named)] if isinstance(named, dict) else named
     files = [n for n in names if _ending(n) in (".tar", *TABLES) and (folder / n).is_file()]
     if tars := [folder / n for n in files if _ending(n) == ".tar"]:
         others = {*TABLES, *layouts.PICTURES, ".gz", ".tgz"}
@@ -159,12 +161,17 @@ def _open_files(folder, names, root):
         return Rows(folder, layouts.index_rows(table, layouts.array_rows) if is_array else table, classes)
     left_out = Counter()
     paths = sorted(layouts.pictures(folder, left_out), key=lambda path: path.split(os.sep))
-    tops = sorted({path.split(os.sep)[0] for path in paths})
-    tops = {top: i for i, top in enumerate(tops)}
+    tops = layouts.class_folders({path.split(os.sep)[0] for path in paths})
     labelled = len(tops) > 1 and all(os.sep in path for path in paths)  # one folder per class
+    if labelled and tops != sorted(tops) and rank() == 0:
+        text = "class folders are numbers, and labels follow their values: 2 comes before 10"
+        print(f"{folder}: {text}", file=sys.stderr, flush=True)
+    if isinstance(named, dict):
+        classes = [named.get(top, top) for top in tops]
     if labelled and len(classes or tops) != len(tops):
-        named = f"{lists[0]} names {len(classes)} classes"
-        raise UserError(f"{named}, but {folder} has {len(tops)} folders")
+        count = f"{lists[0]} names {len(classes)} classes"
+        raise UserError(f"{count}, but {folder} has {len(tops)} folders")
+    tops = {top: i for i, top in enumerate(tops)}
     labels = (tops[path.split(os.sep)[0]] if labelled else -1 for path in paths)
     rows = ({"image": path, "label": label} for path, label in zip(paths, labels))
     dataset = Rows(folder, rows, (classes or list(tops)) if labelled else None)
@@ -217,8 +224,16 @@ class Rows:
             image = layouts.read_zip(archive + ".zip", member, _read)
         else:
             image = _read_file(path)
-        label = -1 if row.get("label") in (None, "") else int(float(str(row["label"])))  # 3, "3" or "3.0"
-        return Sample(image, _captions(row), label, path)
+        return Sample(image, _captions(row), _label(row.get("label"), self.classes), path)
+
+
+def _label(value, classes):
+    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of these."""
+    text = "" if value is None else str(value).strip()
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return classes.index(text) if text in (classes or []) else -1
 
 
 def _object(text):
@@ -271,7 +286,8 @@ class Tars:
         captions = _captions(_object(meta)) if meta else []
         captions = captions or ([text.decode("utf-8-sig", "replace").strip()] if text else [])
         name = data[:100].partition(b"\0")[0].decode(errors="replace")
-        return Sample(data[512:], captions, int(label or -1), f"{path.name}:{name}")
+        label = _label(label.decode(errors="replace"), self.classes)
+        return Sample(data[512:], captions, label, f"{path.name}:{name}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -309,14 +310,65 @@ def test_rows_of_a_table(tmp_path):
     ]
     pictures_in(tmp_path)
     (tmp_path / "t.jsonl").write_text(
-        "\n".join(map(json.dumps, rows)) + "\n{broken\n5\n{}\n" + '{"image": "0.jpg", "label": "?"}'
+        "\n".join(map(json.dumps, rows)) + "\n{broken\n5\n{}\n"
     )
     dataset = open_dataset(str(tmp_path / "t.jsonl"))
     assert [dataset[i].captions for i in range(5)] == [["A", ""], ["B"], ["C"], ["D"], []]
     assert [dataset[i].label for i in range(5)] == [-1, 2, 0, -1, -1]
-    for i in range(5, 9):
+    for i in range(5, 8):
         with pytest.raises(ValueError):
             dataset[i]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_labels_that_are_texts(tmp_path, named):
+    """They are no mistake for methods that need no label; where classnames.txt has them they are numbers."""
+    if named:
+        (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+    labels = ["cat", "dog", "1", "?", "nan", "cat"]
+    write_tar(tmp_path / "train-0.tar", {str(i): {"jpg": JPEG[i], "cls": labels[i].encode()} for i in range(N)})
+    pictures_in(tmp_path)
+    lines = [f"{i}.jpg,{label}" for i, label in enumerate(labels)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,label", *lines]) + "\n")
+    expected = [1, 0, 1, -1, -1, 1] if named else [-1, -1, 1, -1, -1, -1]
+    for path in (tmp_path, tmp_path / "t.csv"):
+        assert [sample.label for sample in map(open_dataset(str(path)).__getitem__, range(N))] == expected
+
+
+def test_folders_that_are_numbers(tmp_path, capsys):
+    pictures_in(tmp_path, [f"{(0, 1, 10, 2, 9, 20)[i]}/{i}.jpg" for i in range(N)])
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.classes == ["0", "1", "2", "9", "10", "20"] and "2 comes before 10" in capsys.readouterr().err
+    assert {int(s.key.split("/")[-2]): s.label for s in map(dataset.__getitem__, range(N))} == {
+        0: 0, 1: 1, 2: 2, 9: 3, 10: 4, 20: 5}  # fmt: skip
+    (tmp_path / "classnames.txt").write_text("".join(f"name {i}\n" for i in range(N)))
+    assert open_dataset(str(tmp_path)).classes == [f"name {i}" for i in range(N)]
+
+
+WORDNET = {
+    "classnames.txt": "n02 no id\nn01440764 x\n",
+    "LOC_synset_mapping.txt": "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn01484850 great white shark\n",
+    "imagenet_class_index.json": '{"1": ["n01443537", "goldfish"], "0": ["n01440764", "tench"], "2": ["n01484850", "great_white_shark"]}',
+}
+
+
+@pytest.mark.parametrize("file, text", [
+    ("LOC_synset_mapping.txt", WORDNET["LOC_synset_mapping.txt"]), ("classnames.txt", WORDNET["LOC_synset_mapping.txt"]),
+    ("imagenet_class_index.json", WORDNET["imagenet_class_index.json"]),
+    ("imagenet_class_index.json", '{"n01484850": "great_white_shark", "n01440764": "tench", "n01443537": "goldfish"}'),
+])  # fmt: skip
+def test_names_of_wordnet_ids(tmp_path, file, text):
+    """In a list of all classes beside the splits, of which a part has folders."""
+    ids = ["n01440764", "n01484850"]
+    for split in ("train", "val"):
+        pictures_in(tmp_path / split, [f"{ids[i // 3]}/{i}.JPEG" for i in range(N)])
+    assert open_dataset(str(tmp_path), split="val").classes == ids
+    (tmp_path / file).write_text(text)
+    for split in ("train", "val"):
+        assert open_dataset(str(tmp_path), split=split).classes == ["tench", "great white shark"]
+    shutil.rmtree(tmp_path / "train")
+    write_tar(tmp_path / "train-0.tar", {str(i): {"jpg": JPEG[i], "cls": b"2"} for i in range(N)})
+    assert open_dataset(str(tmp_path)).classes == ["tench", "goldfish", "great white shark"]
 
 
 def test_members_of_zips(tmp_path, monkeypatch):

@@ -7,11 +7,15 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 from PIL import Image
 
 import command
+from common import UserError
+from knn import knn_sets
+from monitor import language_set
 from runs import COMMON, FLAGS, METHODS, ROOT, environment, make_photos, module_of
 
 LANGUAGE = ["clip", "slip", "declip", "align"]
@@ -104,6 +108,55 @@ def test_next_line_without_what_is_evaluated(train, folder):
     evaluation, line = train("simclr", "--data", data + "/train.jsonl", "--output-dir", "runs/no val")
     assert len(evaluation) == 1 and "has no val split" in evaluation[0]
     assert paste(line) == ["neighbors", "runs/no val", "--data", data + "/train.jsonl"]
+
+
+@pytest.fixture
+def said(tmp_path, capsys):
+    """-> function that opens evaluation data, a folder below tmp_path -> (line it prints, the sets)."""
+
+    def ask(sets, data):
+        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir=""))
+        (line,) = capsys.readouterr().out.splitlines()
+        return line.removeprefix("evaluation: "), found
+
+    return ask
+
+
+def pictures(folder, classes):
+    for split in ("train", "val"):
+        for i, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / split / name / f"{i}.png")
+
+
+def test_what_will_be_evaluated(said, tmp_path):
+    pictures(tmp_path / "words", ["cat", "dog"])
+    text, (bank, val) = said(knn_sets, "words")
+    assert text == "kNN of 2 validation images among 2 training images of words" and len(bank) == len(val) == 2
+    text, val = said(language_set, "words")
+    assert text == "zero-shot classification of 2 validation images of words" and val.classes == ["cat", "dog"]
+
+    pictures(tmp_path / "ids", ["n01440764", "n01443537"])
+    assert said(knn_sets, "ids")[1][0].classes == ["n01440764", "n01443537"]
+    text, val = said(language_set, "ids")
+    assert "WordNet ids and its classnames.txt is missing" in text and text.startswith("none, because ") and val is None
+
+    pictures(tmp_path / "numbers", ["1.5"])  # one folder is no class
+    for split in ("train", "val"):
+        (tmp_path / "numbers" / f"{split}.csv").write_text(f"file,label\n{split}/1.5/0.png,0\n")
+    text, (bank, val) = said(knn_sets, "numbers")
+    assert text == "none, because numbers has labels but its classnames.txt is missing, see docs/data.md"
+    assert bank is None and val is None
+    text, val = said(language_set, "nowhere")
+    assert text.startswith(f"none, because there is no data at {tmp_path}/nowhere") and val is None
+
+
+def test_splits_of_different_classes_are_refused(tmp_path):
+    """Labels count classes: 1 would be a dog in one split and a cow in the other."""
+    pictures(tmp_path, ["cat", "dog"])
+    (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
+    with pytest.raises(UserError, match=r"differ in their classes \(cow, dog\)"):
+        knn_sets(types.SimpleNamespace(data=str(tmp_path), eval_data="", data_dir=""))
 
 
 def test_next_line_in_a_shell(folder):
