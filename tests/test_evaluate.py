@@ -1,5 +1,6 @@
 """monitor.py and evaluate.py against the official numbers, against references written out in float64, and on two processes."""
 
+import gzip
 import itertools
 import json
 import math
@@ -646,6 +647,25 @@ def test_commands(folder, capsys):
     assert cached[0]["metrics"]["base_lr"] in probes.LRS and plain[0]["metrics"]["base_lr"] == 0.1
     deeper = run(folder, "knn", "simclr", "--head-layer", "1")
     assert deeper[0]["metrics"].keys() == {"top1", "top5", "chance"}
+
+
+def test_tokenizer_of_published_weights(folder, tmp_path):
+    """One that --tokenizer names, or the merges in --data-dir."""
+    saved = torch.load(folder / "clip/checkpoint.pt", weights_only=True)
+    torch.save(saved["model"], tmp_path / "ViT.pt")
+    (tmp_path / "own.json").write_text(saved["tokenizer"])
+    argv = ["zeroshot", str(tmp_path / "ViT.pt"), "--data", str(folder / "classes"), *FLAGS]
+    main([*argv, "--tokenizer", str(tmp_path / "own.json")])
+    merges = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    merges.write_bytes(gzip.compress(b"title\na b\n"))
+    main([*argv, "--tokenizer", str(merges)])
+    main([*argv, "--data-dir", str(tmp_path)])
+    own, named, found = (line["metrics"] for line in results(tmp_path / "ViT.pt"))
+    assert named == found and own.keys() == named.keys()
+    many = gzip.compress("\n".join(["title", *(f"{a} {b}" for a in "abcdefghij" for b in "klmnopqrstu")]).encode())
+    merges.write_bytes(many)
+    with pytest.raises(UserError, match="own with --tokenizer"):
+        main([*argv, "--data-dir", str(tmp_path)])
 
 
 def test_weights_are_loaded_or_random(folder):
