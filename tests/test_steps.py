@@ -196,6 +196,10 @@ def test_what_is_decayed(step_trace):
         norms = [m for m in trace.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         spared = {id(p) for norm in norms for p in norm.parameters()}
         assert len(spared) > 10
+    assert_only_these_are_spared(trace, spared)
+
+
+def assert_only_these_are_spared(trace, spared):
     for group in trace.groups[0]:
         decayed = group["weight_decay"] > 0 and not group["exclude"]
         if decayed:
@@ -203,6 +207,15 @@ def test_what_is_decayed(step_trace):
         for p in group["params"]:
             if p.ndim > 0:  # of a scalar, the temperature, the papers say nothing
                 assert decayed == (id(p) not in spared), p.shape
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_what_sgd_decays(name, photos, tmp_path):
+    """LARS leaves norms and biases out by a mark of its own; SGD knows their weight decay alone."""
+    flags = ["--optimizer", "sgd", "--weight-decay", "0.01", "--max-steps", "1"]
+    trace = traced(name, photos, tmp_path / name, None, *flags)
+    assert not any(group["exclude"] for group in trace.groups[0])
+    assert_only_these_are_spared(trace, {id(p) for p in trace.model.parameters() if p.ndim == 1})
 
 
 def test_gradients_are_fresh_and_finite(step_trace):
