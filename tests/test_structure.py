@@ -62,7 +62,8 @@ def test_a_changed_copy_is_mended(tmp_path, monkeypatch):
 
 # ------------------------------------------------ layout ------------------------------------------------
 METHOD_NAMES = [path.stem for path in method_files()]
-LONGEST = 110  # characters of a line in a method file
+LONGEST = 100  # characters of a line in a method file
+DENSEST = 11.5  # nodes of the syntax tree in a code line of a method file, on average
 LOADED = 2490  # lines that a run of SLIP loads, all together; one thought per line costs slip.py 81 of them
 
 
@@ -89,6 +90,23 @@ def test_line_caps():
     assert {name: lines[name] for name in METHOD_NAMES if lines[name] > 700} == {}
     for name in METHOD_NAMES:
         assert max(map(len, modules()[name].read_text().splitlines())) <= LONGEST, name
+
+
+def density(text):
+    """Nodes of the syntax tree per line of code, which is neither blank nor a comment nor part of a docstring."""
+    tree, documented = ast.parse(text), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    code = [line for i, line in lines if i not in documented and line.strip() and not line.strip().startswith("#")]
+    return len(list(ast.walk(tree))) / len(code)
+
+
+def test_method_files_have_air():
+    found = {name: density(modules()[name].read_text()) for name in METHOD_NAMES}
+    print({name: round(nodes, 2) for name, nodes in found.items()})
+    assert {name: nodes for name, nodes in found.items() if nodes > DENSEST} == {}
 
 
 def test_lines_that_a_run_loads():
