@@ -122,8 +122,8 @@ def test_schedule():
     peak, total = args["warmup_lr"], args["max_iter"]
     ours = [warmup_cosine(step, total - 1, args["warmup_steps"] - 1, peak, args["base_lr"]) for step in range(total)]
     call = " ".join(Path(declip.__file__).read_text().split())
-    assert "warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1 total = run.total - 1" in call
-    assert "step, total, warmup, args.lr, start=args.lr / 10, end=args.min_lr )" in call  # as train() has it
+    assert "warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1" in call
+    assert "step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr )" in call  # as train() has it
     close(ours, y["lr"], rtol=1e-6, atol=1e-9)
 
 
