@@ -95,7 +95,7 @@ SMALL = dict(
 )
 RECIPES = {
     "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
-                   symmetric=False, queue_size=1024, epochs=3, batch_size=64, lr=0.12,
+                   temperature=0.2, queue_size=1024, epochs=2, batch_size=128, lr=0.02,
                    weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", symmetric=False, queue_size=4096, epochs=2,
                    batch_size=128, lr=0.06),
