@@ -47,8 +47,8 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
-from common import user_errors, world_size
+from common import UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
+from common import sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
 from monitor import EvalView, bar, captions, language_eval, language_set
 from run import Run, RunArgs, parse_args
@@ -81,6 +81,7 @@ class Args(RunArgs):
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 16384  # pairs of a step, over all processes (Sec. 5)
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB in the paper (Sec. 5)
     lr: float = 1e-3  # peak learning rate (Sec. 5)
     warmup_epochs: float = 0.091  # linear warm-up from 0: 10,000 steps (Sec. 5)
@@ -596,6 +597,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
+    checkpoint_blocks(model, args.grad_checkpointing, nn.TransformerEncoderLayer)
     if args.compile:
         model.compile()
     norms = set()

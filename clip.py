@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, all_gather, all_reduce_mean, init_distributed, mixed_precision
-from common import sync_batchnorm, user_errors, warmup_cosine, world_size
+from common import UserError, all_gather, all_reduce_mean, checkpoint_blocks, init_distributed
+from common import mixed_precision, sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, normalize, open_dataset
 from data import random_resized_crop, to_float
 from monitor import EvalView, captions, language_eval, language_set
@@ -65,6 +65,7 @@ class Args(RunArgs):
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 32768  # pairs of a step, over all processes and pieces (Table 18)
     accum_steps: int = 1  # encode a batch in so many pieces, with the exact gradient (ViT only)
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     lr: float = 5e-4  # peak learning rate, here that of ViT-B (Table 20)
     min_lr: float = 0.0  # learning rate at the end of the cosine (Sec. 2.5)
     warmup_epochs: float = 0.164  # warm-up from 1e-6: 2,000 steps of 32,768 in 400M (Table 18)
@@ -498,6 +499,7 @@ def train(args: Args) -> dict:
         raise UserError(
             f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
         )
+    checkpoint_blocks(model, args.grad_checkpointing, ResidualAttentionBlock)
     if args.compile:
         model.compile()
     trained = list(model.parameters())

@@ -1,8 +1,8 @@
 """Shared plumbing that belongs to no single paper: processes and what they exchange, batch norm
-over all of them, precision, the learning-rate schedule, LARS. What an experiment writes down is in
-run.py."""
+over all of them, precision, activation checkpointing, schedule, LARS. run.py writes experiments down."""
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils import checkpoint
 
 
 class UserError(Exception):
@@ -133,8 +134,7 @@ class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Makes every batch norm of `model` use the statistics of the global batch. Parameter names
-    stay."""
+    """Makes every batch norm of `model` use the statistics of the global batch. Parameter names stay."""
     if world_size() == 1:
         return model
     if device.type == "cuda":
@@ -159,6 +159,21 @@ def mixed_precision(dtype: str, device: torch.device):
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 
+def checkpoint_blocks(model: nn.Module, how: str, *classes):
+    """Modules of these classes keep less for the backward pass, which computes the rest again (arXiv
+    1604.06174): "full" keeps inputs, "selective" matrix products and attention too. The numbers stay."""
+    def policy(_, op, *args, **kwargs):  # of "selective": mm, addmm, bmm and every kind of attention are kept
+        kept = re.search("mm|attention", op.name())
+        return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    selective = functools.partial(checkpoint.create_selective_checkpoint_contexts, policy)
+    options = {"use_reentrant": False} | ({"context_fn": selective} if how == "selective" else {})
+    blocks = [block for block in model.modules() if isinstance(block, classes)]
+    if how != "none" and not blocks:
+        raise UserError("--grad-checkpointing is for transformer blocks, and this --arch has none")
+    for block in blocks if how != "none" else []:
+        block.forward = functools.partial(checkpoint.checkpoint, block.forward, **options)
+
+
 def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=False) -> float:
     """Value at a step that counts from 0: linear from `start` to `peak` over `warmup` steps, then
     half a cosine to `end` at step `total`, which is one after a run's last step. With reach_peak
@@ -170,8 +185,7 @@ def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=Fals
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (arXiv 1708.03888) with momentum, in its two published
-    forms.
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888) with momentum, in its two published forms.
 
     With gradient g, parameter p and momentum m, the direction is d = g + weight_decay p, multiplied
     by trust |p| / |d| (by 1 if either norm is 0). Then, with lr_in_momentum, v = m v + lr d and p

@@ -28,9 +28,8 @@ of the paper. With --released the following is done as in the released code:
  - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
    the text encoder then pools at. By default T is the embedding of the text without masks.
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
-Never reproduced, even with --released: per-process batch norm and queue; a queue that is lost at a
-restart and drops entries that do not fit before its end; L_TSS averaged over processes, not over
-tokens. All of these would make a run depend on the number of processes or restarts.
+Never reproduced, since a run would depend on processes or restarts: per-process batch norm and
+queue; a queue lost at a restart, which drops what does not fit; L_TSS averaged over processes.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -48,8 +47,8 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
-from common import user_errors, warmup_cosine, world_size
+from common import UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
+from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from monitor import EvalView, captions, language_eval, language_set
@@ -82,6 +81,7 @@ class Args(RunArgs):
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 4096  # pairs of a step, over all processes (official code)
     accum_steps: int = 1  # more is refused: batch norm, negatives and queue need the whole batch
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     lr: float = 1e-3  # peak learning rate (official code)
     min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
     warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
@@ -251,7 +251,6 @@ class ResidualAttentionBlock(nn.Module):
 
 # Adapted from clip.py: Transformer, blocks that make the mask
 class Transformer(nn.Module):
-
     def __init__(self, width, layers, causal=False):
         super().__init__()
         self.resblocks = nn.Sequential()
@@ -603,6 +602,7 @@ def train(args: Args) -> dict:
     if args.released and isinstance(model.visual, VisionTransformer):
         model.visual.conv1.requires_grad_(False)
     queue = TextQueue(args.queue_size, model.encode_text.text_projection.out_features).to(device)
+    checkpoint_blocks(model, args.grad_checkpointing, ResidualAttentionBlock)
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -43,8 +43,8 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
-from common import user_errors, warmup_cosine, world_size
+from common import LARS, UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
+from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
 from knn import EvalView, knn_eval, knn_sets
@@ -84,6 +84,7 @@ class Args(RunArgs):
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 1024  # images of a step, over all processes and pieces (Sec. 3.2)
     accum_steps: int = 1  # encode a batch in so many pieces, exactly; refused with batch norm
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
     min_lr: float = 1e-5  # learning rate at the end, not scaled (official arguments of that run)
     warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.2)
@@ -572,6 +573,7 @@ def train(args: Args) -> dict:
         steps = f"--accum-steps {args.accum_steps}"
         raise UserError(f"{steps} does not divide the {b} samples of a process")
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
+    checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the teacher's

@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, all_gather, init_distributed, mixed_precision, user_errors
-from common import warmup_cosine, world_size
+from common import UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
+from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
 from knn import EvalView, knn_eval, knn_sets
@@ -84,6 +84,7 @@ class Args(RunArgs):
     epochs: int = 800  # passes over the data (Sec. 3.2); 400 for ViT-B
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 1024  # images of a step, over all processes (Sec. 3.2)
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
     min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled (official code)
     warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.2)
@@ -551,6 +552,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = model.to(device, memory_format=torch.channels_last)
+    checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but the teacher's

@@ -186,6 +186,7 @@ class Run:
     Raises UserError if the directory belongs to other arguments, a running process or no run."""
 
     MAY_CHANGE = {"max_steps", *(field.name for field in dataclasses.fields(RunArgs))}  # in a restart
+    MAY_CHANGE.add("grad_checkpointing")
 
     def __init__(self, method: str, args, loader, state: dict, extra: dict | None = None):
         self.method, self.args, self.loader, self.state, self.extra = method, args, loader, state, extra or {}

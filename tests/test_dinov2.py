@@ -357,10 +357,11 @@ def test_log_and_evaluation(photos, tmp_path, flags):
 def test_fsdp_is_the_same_run(photos, tmp_path):
     """Two processes with and without --fsdp: curve, gradient norm's effect, checkpoint; then a resumed one."""
     evaluated = ["--eval-every", "0", "--eval-data", "shapes"]
+    sharded = ["--fsdp", "--grad-checkpointing", "full"]
     jobs = [["dinov2", str(photos), str(tmp_path / "ddp"), ["--max-steps", "20", "--no-shared-head", *evaluated]],
-            ["dinov2", str(photos), str(tmp_path / "fsdp"), ["--max-steps", "20", "--no-shared-head", *evaluated, "--fsdp"]],
-            ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "9", "--no-shared-head", *evaluated, "--fsdp"]],
-            ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "20", "--no-shared-head", *evaluated, "--fsdp"]],
+            ["dinov2", str(photos), str(tmp_path / "fsdp"), ["--max-steps", "20", "--no-shared-head", *evaluated, *sharded]],
+            ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "9", "--no-shared-head", *evaluated, *sharded]],
+            ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "20", "--no-shared-head", *evaluated, *sharded]],
             ["dinov2", str(photos), str(tmp_path / "shared"), ["--max-steps", "3", "--fsdp"]]]  # fmt: skip
     argv = argv_of("tests/runs.py", json.dumps(jobs), processes=2)
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)

@@ -13,9 +13,11 @@ NAMES = [*METHODS, "clip_resnet", "declip_resnet"]
 VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
+    "clip_checkpointed": ("clip", ["--grad-checkpointing", "full"]),
     "declip_released": ("declip", ["--released"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
-    "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3"]),
+    "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3",
+                                   "--grad-checkpointing", "selective"]),  # fmt: skip
     "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
     "simsiam": ("simsiam", ["--base-lr", "0.05"]),
     "dino_resnet": ("dino", ["--arch", "resnet18", "--stem", "imagenet", "--head-bn", "--optimizer", "sgd"]),

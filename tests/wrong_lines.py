@@ -192,6 +192,9 @@ OWN = {
         ("aspect = 0.3 ** rng.uniform(-1, 1)", "aspect = 0.3"),
     ],
     "common.py": [
+        ('re.search("mm|attention", op.name())', 're.search("attention", op.name())', "tests/test_memory.py"),
+        ('if how == "selective" else {}', 'if how == "full" else {}', "tests/test_memory.py"),
+        ('blocks if how != "none" else []', '[]', "tests/test_memory.py"),
         ("return torch.cat(parts)", "return torch.cat(parts[::-1])"),
         ("        torch.distributed.all_reduce(grad)\n", ""),
         ("x = x.detach() / world_size()", "x = x.detach()"),

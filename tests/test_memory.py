@@ -1,0 +1,112 @@
+"""What saves memory changes no number: activation checkpointing."""
+
+import functools
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import slip
+from common import UserError, checkpoint_blocks
+from runs import make_photos, module_of, rows, train_here
+
+CHECKPOINTED = ["clip", "clip_resnet", "slip", "declip", "align", "mocov3", "dino", "ibot", "dinov2"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointing_changes_no_number(name, photos, tmp_path):
+    """Three steps of the loop: stochastic depth, masks, EMA and batch norm in heads included."""
+    flags = ["--max-steps", "3", "--eval-every", "0", "--save-every", "0"]
+    grads = {}
+    for how in ("none", "selective", "full"):
+        grads[how] = train_here(name, photos, tmp_path / how, *flags, "--grad-checkpointing", how)
+    for how in ("selective", "full"):
+        for a, b in zip(grads["none"], grads[how], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        curves = [[row["loss"] for row in rows(tmp_path / run) if "loss" in row] for run in ("none", how)]
+        assert len(curves[0]) == 3 and curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+class Dropping(nn.Module):
+    """A block that draws from the global random state."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.5), nn.Linear(256, 64))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointed_blocks_draw_the_same_random_numbers(compiled):
+    results, x = {}, torch.randn(32, 64)
+    for how in ("none", "selective", "full"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[Dropping() for _ in range(4)])
+        names = list(model.state_dict())
+        checkpoint_blocks(model, how, Dropping)
+        assert list(model.state_dict()) == names
+        if compiled:
+            model.compile(backend="aot_eager")
+        torch.manual_seed(1)
+        model(x).square().mean().backward()
+        results[how] = [p.grad for p in model.parameters()]
+    for how in ("selective", "full"):
+        for a, b in zip(results["none"], results[how], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.seen = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.bytes += size
+                    self.seen[key] = weakref.ref(storage, functools.partial(self.gone, key, size))
+        return out
+
+    def gone(self, key, size, _):
+        del self.seen[key]
+        self.bytes -= size
+
+
+def test_how_much_blocks_keep():
+    """Of a ViT's block, in float32 and in widths D of a token: all of it, or what "selective" promises (the input, qkv 3,
+    attention, projection, the products of the MLP 4 and 1), or the input alone."""
+    width, tokens, kept = 64, 17, {}
+    for how in ("none", "selective", "full"):
+        model = nn.Sequential(*[slip.Block(width, 4) for _ in range(8)])
+        checkpoint_blocks(model, how, slip.Block)
+        live, x = LiveBytes(), torch.randn(16, tokens, width)
+        live.seen = {p.untyped_storage()._cdata: p for p in model.parameters()}
+        with live:
+            y = model(x)
+        kept[how] = live.bytes / (8 * 16 * tokens * width * 4)
+        assert y.requires_grad
+    assert kept["none"] > 15 and 11 <= kept["selective"] < 11.5 and 1 <= kept["full"] < 1.1, kept
+
+
+@pytest.mark.parametrize("name, flags", [("dino", ["--arch", "resnet18"]), ("mocov3", ["--arch", "resnet18"])])
+def test_a_network_without_blocks_is_refused(name, flags, photos, tmp_path):
+    with pytest.raises(UserError, match="--grad-checkpointing is for transformer blocks"):
+        train_here(name, photos, tmp_path / "run", *flags, "--grad-checkpointing", "full")
+    assert not (tmp_path / "run").exists()
+    assert module_of(name).Args.grad_checkpointing == "none"
