@@ -1,0 +1,342 @@
+"""GiB of GPU memory that one process of a training command needs, without a GPU and without data.
+
+    python benchmarks/memory.py slip --data yfcc15m --gpus 8             # predicted, in seconds
+    python benchmarks/memory.py dinov2 --recipe imagenet --gpus 8 --accum-steps 4
+    python benchmarks/memory.py slip --recipe yfcc15m --gpus 8 --measure # on a GPU, beside the prediction
+
+train() of the method file runs two steps as it is, with the flags of the command, on tensors that
+have a shape and no content (torch's FakeTensorMode), under bf16 autocast, at the batch of one
+process. Counted is every storage that an operation makes, from its birth to its death, so the
+peak holds parameters, EMA copies, buffers, gradients, the optimizer's state, everything autograd
+keeps, what is computed again by --grad-checkpointing, and what lives for a moment. The other
+processes are played by constants: gathered features have the size of the global batch, DDP's
+buckets that of the gradients. Masks and stochastic depth choose as many rows as they do on
+average, and captions have full length.
+
+Not counted: the CUDA context, NCCL's buffers, workspaces of cuDNN and cuBLAS, and what the
+allocator loses between blocks; leave 4 GiB or more for them. --compile is not predicted, but
+--measure takes it. With --fsdp parameters, gradients and optimizer are divided by the processes,
+and two blocks of student and teacher are whole.
+
+--measure runs the same two steps on random pixels on this machine's GPU and prints
+torch.cuda.max_memory_allocated() beside the prediction. It is one process with the batch of one
+of --gpus, so gathered features and buckets are those of --gpus there too.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import random
+import sys
+import time
+import weakref
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from data import Loader  # noqa: E402
+from run import parse_args  # noqa: E402
+
+GIB = 2**30
+STEPS = 2  # the first one makes the optimizer's state, the second one meets it
+SAMPLES = {"yfcc15m": 14_689_580, "cc12m": 10_900_000, "redcaps": 12_000_000, "cc3m": 2_900_000}
+SAMPLES |= {"imagenet": 1_281_167, "coco": 118_287, "flickr30k": 29_000, "flickr8k": 6_000}
+
+
+# ---------------------------------------- counting ----------------------------------------
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations have made and that are still alive, and their peak."""
+
+    def __init__(self, results=None):
+        super().__init__()
+        self.bytes, self.peak, self.kept, self.seen = 0, 0, 0, {}
+        self.results = results or {}  # of operations that have to be replaced
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = self.results.get(func, func)(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.bytes += size
+                    self.peak = max(self.peak, self.bytes)
+                    self.seen[key] = weakref.ref(storage, functools.partial(self.gone, key, size))
+        return out
+
+    def gone(self, key, size, _):
+        del self.seen[key]
+        self.bytes -= size
+
+    def backward_starts(self):
+        self.kept = max(self.kept, self.bytes)
+
+
+def on_average(args):
+    """{operation: what it returns}, for those whose result depends on values, which tensors without content do not have.
+    A mask chooses as many rows as it does on average."""
+    aten = torch.ops.aten
+    stays = 1 - getattr(args, "drop_path", 0.0)  # stochastic depth leaves out the rest (dinov2.py)
+    masked = 0.15  # tokens of a caption (declip.py)
+    if hasattr(args, "mask_ratio"):
+        masked = args.mask_prob * args.mask_ratio
+
+    def item(x):
+        return 1.0 if x.is_floating_point() else 0  # False for a bool
+
+    def nonzero(x):
+        return torch.empty(max(1, round(x.numel() * stays)), x.ndim, dtype=torch.int64)
+
+    def index(x, indices):
+        mask = indices[0]
+        if mask is None or mask.dtype != torch.bool:
+            return aten.index.Tensor(x, indices)
+        return x.new_empty(max(1, round(mask.numel() * masked)), *x.shape[mask.ndim :])
+
+    def in_place(*_, **__):
+        return None
+
+    return {aten._local_scalar_dense.default: item, aten.nonzero.default: nonzero, aten.index.Tensor: index,
+            aten._fused_adamw_.default: in_place}  # fmt: skip
+
+
+# ---------------------------------------- rehearsal ----------------------------------------
+class Unread:
+    """Stands for a dataset of which only the number of samples matters."""
+
+    classes, captioned = None, True
+
+    def __init__(self, name):
+        self.name = name
+
+    def __len__(self):
+        return SAMPLES.get(self.name, 100_000)
+
+
+class FullCaptions:
+    """Stands for a tokenizer: every caption fills the context."""
+
+    def __init__(self, spec, context_length=77, captions=(), vocab_size=49408, *_, **__):
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.sot, self.eot = vocab_size - 2, vocab_size - 1
+
+    def __call__(self, caption, rng=None):
+        return [self.sot, *[i % 100 + 1 for i in range(self.context_length - 2)], self.eot]
+
+    def to_json(self):
+        return "{}"
+
+
+class Silent:
+    """Stands for run.Run: keeps what is to be saved, writes nothing."""
+
+    def __init__(self, method, args, loader, state, extra=None):
+        self.loader, self.state, self.step, self.dir = loader, state, 0, Path("runs")
+        self.epoch_steps = loader.steps_per_epoch
+        self.total = self.last = args.epochs * self.epoch_steps
+
+    def batches(self):
+        return self.loader.batches(0, STEPS)
+
+    def end_step(self, terms, **numbers):
+        self.step += 1
+
+    def say(self, text):
+        pass
+
+    def due(self, every, at_end=True):
+        return False
+
+    def agree_to_stop(self):
+        return False
+
+    def finish(self, *_, **__):
+        return self.state
+
+
+def make_batch(loader, b, device):
+    """What the loader of a process yields, with random or no pixels."""
+    few = min(b, 64)
+    repeated = torch.arange(b) % few
+    batch = {"index": torch.arange(b, device=device), "label": torch.zeros(b, dtype=torch.int64, device=device)}
+    for name, view in loader.views.items():
+        draws = [view.sample(random.Random(f"{name} {i}")) for i in range(few)]
+        params = {}
+        for key in draws[0]:
+            values = [torch.as_tensor(draw[key]) for draw in draws]
+            params[key] = torch.stack(values)[repeated].to(device)
+        pixels = torch.randint(256, (b, view.size, view.size, 3), dtype=torch.uint8, device=device)
+        batch[name] = pixels.permute(0, 3, 1, 2), params
+    for name, text in loader.texts.items():
+        batch[name] = torch.tensor([text("a b c", random.Random(0))] * b, device=device)
+    return batch
+
+
+@contextlib.contextmanager
+def alone_among(module, gpus, device, marks):
+    """Replaces in a method file what needs data, a run directory or other processes."""
+    buckets = []
+
+    class Repeated(Loader):
+        def batches(self, start, stop):
+            for step in range(start, stop):
+                yield step, make_batch(self, self.batch_size // gpus, device)
+
+    def gather(x):
+        parts = [torch.empty_like(x) for _ in range(gpus)]
+        return torch.cat([x, *parts[1:]])
+
+    def distributed(model, *_, **__):
+        buckets.extend(torch.empty_like(p) for p in model.parameters() if p.requires_grad)
+        return model
+
+    replaced = {
+        "Run": Silent, "Loader": Repeated, "Tokenizer": FullCaptions, "open_dataset": lambda name, *_: Unread(name),
+        "language_set": lambda *_: None, "knn_sets": lambda *_: (None, None), "evaluation_set": lambda *_: None,
+        "captions": lambda *_: (), "open_synonyms": lambda *_: None, "add_mask_token": lambda tokenizer: tokenizer,
+        "init_distributed": lambda *_: device, "sync_batchnorm": lambda model, *_: model, "all_gather": gather,
+        "all_reduce_mean": lambda x: x.detach() / gpus, "world_size": lambda: gpus, "rank": lambda: 0,
+        "DistributedDataParallel": distributed, "fully_shard": lambda module, *_, **__: module,
+    }  # fmt: skip
+    backward = torch.Tensor.backward
+
+    def watched(tensor, *args, **kwargs):
+        marks()
+        return backward(tensor, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for name, value in replaced.items():
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(mock.patch("torch.distributed.get_rank", lambda *_: 0))
+        stack.enter_context(mock.patch("torch.Tensor.backward", watched))
+        yield
+    buckets.clear()
+
+
+def nbytes(tensors):
+    """Of the distinct storages."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def parts(state, gpus):
+    """Bytes of what lives through the whole step, by what it is."""
+    model, optimizer = state["model"], state["optimizer"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    others = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    if "queue" in state:
+        others += list(state["queue"].buffers())
+    moments = [t for t in tree_leaves([optimizer.state[p] for p in trained]) if torch.is_tensor(t)]
+    return {
+        "parameters": nbytes(trained), "copies and buffers": nbytes(others), "gradients": nbytes(trained),
+        "buckets of DDP": nbytes(trained) * (gpus > 1), "optimizer": nbytes(moments),
+    }  # fmt: skip
+
+
+def predict(module, args, gpus):
+    """-> {part: bytes}: the peak of one process, what lives all the time, what the backward pass starts with."""
+    fsdp = getattr(args, "fsdp", False)
+    live = LiveBytes(on_average(args))
+    device = torch.device("cpu")
+
+    def view_on_gpu(original):  # the form that a GPU computes, which needs no values
+        def call(view, x, params):
+            with mock.patch("torch.compiler.is_compiling", lambda: True):
+                return original(view, x, params)
+
+        return call
+
+    views = [c for c in vars(module).values() if isinstance(c, type) and hasattr(c, "crop") and "__call__" in vars(c)]
+    with contextlib.ExitStack() as stack:
+        for view in views:
+            stack.enter_context(mock.patch.object(view, "__call__", view_on_gpu(view.__call__)))
+        stack.enter_context(mock.patch("torch.nn.Module.to", lambda model, *_, **__: model))
+        stack.enter_context(mock.patch("torch.distributed.is_initialized", lambda: fsdp))
+        stack.enter_context(alone_among(module, gpus, device, live.backward_starts))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(live)
+        state = module.train(args)
+        found = parts(state, gpus)
+        static = sum(found.values())
+        found["kept for backward"] = live.kept - static + found["gradients"]
+        peak = live.peak
+        if fsdp:
+            found["buckets of DDP"] = 0
+            blocks = len(state["model"].student.backbone.blocks)
+            whole = 2 * (found["parameters"] + found["copies and buffers"]) / blocks
+            peak += static * (1 / gpus - 1) + whole
+        del state
+    gc.collect()
+    return {"peak": peak, **found}
+
+
+def measure(module, args, gpus):
+    """-> bytes at the peak of two steps on real tensors: torch.cuda.max_memory_allocated() or, without a GPU, counted."""
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        with alone_among(module, gpus, device, lambda: None):
+            module.train(args)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    live = LiveBytes()
+    with alone_among(module, gpus, device, live.backward_starts), live:
+        module.train(args)
+    return live.peak
+
+
+# ---------------------------------------- commands ----------------------------------------
+def resolve(method, words):
+    """-> module and Args of a command line. --recipe alone also names the data."""
+    module = importlib.import_module(method)
+    if "--recipe" in words and "--data" not in words:
+        words = [*words, "--data", words[words.index("--recipe") + 1].split("-")[0]]
+    return module, parse_args(module.Args, module.RECIPES, words)
+
+
+def say(found):
+    for name, size in found.items():
+        print(f"  {name:20} {size / GIB:8.2f} GiB", flush=True)
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
+    parser.add_argument("method", help="name of a method file")
+    parser.add_argument("--gpus", type=int, default=8, help="processes of the command")
+    parser.add_argument("--measure", action="store_true", help="also run two steps on this machine's GPU, if it has one")
+    options, words = parser.parse_known_args()
+    began = time.time()
+    module, args = resolve(options.method, words)
+    args.device, args.dtype = "cpu", "bf16"
+    found = predict(module, args, options.gpus)
+    print(f"{options.method}.py {' '.join(words)}: batch {args.batch_size // options.gpus} on each of {options.gpus}")
+    say(found)
+    print(f"  predicted in {time.time() - began:.0f} s", flush=True)
+    if options.measure:
+        cuda = torch.cuda.is_available()
+        args.device, began = "cuda:0" if cuda else "cpu", time.time()
+        name = torch.cuda.get_device_name() if cuda else "the CPU"
+        row = {"method": options.method, "flags": words, "gpus": options.gpus, "device": name,
+               "predicted_gib": round(found["peak"] / GIB, 3)}  # fmt: skip
+        try:
+            row["measured_gib"] = round(measure(module, args, options.gpus) / GIB, 3)
+            text = f"{row['measured_gib']:.2f} GiB, predicted / measured {row['predicted_gib'] / row['measured_gib']:.3f}"
+        except torch.cuda.OutOfMemoryError as error:
+            row["error"] = text = f"out of memory: {str(error)[:150]}"
+        print(f"  measured on {name} in {time.time() - began:.0f} s: {text}")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
