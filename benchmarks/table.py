@@ -66,7 +66,8 @@ def methods():
     found = {}
     for path in sorted(ROOT.glob("*.py")):
         source = path.read_text()
-        if "class Args" not in source or "\ndef train(" not in source:
+        experiments = path.stem.endswith("_ablations")  # of a method's paper, and on that method's page
+        if experiments or "class Args" not in source or "\ndef train(" not in source:
             continue
         text = ast.get_docstring(ast.parse(source))
         parent = re.search(r"Diff against: (\w+)\.py", text)

@@ -65,7 +65,8 @@ def read(path):
 @functools.cache
 def python_files():
     """Files that get a page of annotated source, methods first."""
-    return [f"{name}.py" for name in methods()] + list(table.SHARED)
+    experiments = sorted(path.name for path in ROOT.glob("*_ablations.py"))
+    return [f"{name}.py" for name in methods()] + experiments + list(table.SHARED)
 
 
 def place(path):
@@ -109,6 +110,7 @@ def methods_nav():
     items = []
     for name, (title, _, parent) in methods().items():
         pages = [f"{name}.md", f"source/{name}.md"] + ([f"difference/{name}.md"] if parent else [])
+        pages += [f"source/{name}_ablations.md"] * (ROOT / f"{name}_ablations.py").exists()
         items.append({title: pages})
     return items
 

@@ -77,10 +77,11 @@ def problems(fix=False) -> list[str]:
     return found
 
 
-def method_files():
-    """Files with an Args dataclass and a train function."""
+def method_files(experiments=False):
+    """Files with an Args dataclass and a train function. NAME_ablations.py, which holds the experiments of the paper of
+    NAME.py, is one with `experiments` alone."""
     names = [p for p in sorted(ROOT.glob("*.py")) if "class Args" in p.read_text() and "\ndef train(" in p.read_text()]
-    return names
+    return [p for p in names if experiments or not p.stem.endswith("_ablations")]
 
 
 if __name__ == "__main__":

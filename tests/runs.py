@@ -21,6 +21,7 @@ FLAGS = {
     "clip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-3"],
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
     "slip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
+    "slip_ablations": [*COMMON, *TEXT, "--arch", "vit_micro_patch8", "--lr", "1e-4", "--ssl-mlp-dim", "64", "--ssl-emb-dim", "16"],
     "declip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-4", "--ssl-dim", "32", "--queue-size", "256"],
     "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "256",
                       "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
@@ -47,7 +48,7 @@ METHODS = ["clip", "slip", "declip", "align", "simclr", "moco", "mocov3", "byol"
 
 def module_of(name):
     """The method's module; clip_resnet is clip.py with a ResNet small enough for a test, declip_resnet declip.py."""
-    module = importlib.import_module(name.split("_")[0])
+    module = importlib.import_module(name if (ROOT / f"{name}.py").exists() else name.split("_")[0])
     if name == "clip_resnet":
         module.ARCHS["resnet_test"] = (32, (1, 1, 1, 1), 8, 64)
     if name == "declip_resnet":

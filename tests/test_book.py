@@ -97,7 +97,7 @@ def test_pages_exist(book):
     names = ["", "family/", "curves/", "pictures/", "glossary/", "quickstart/"]
     names += [f"{path.stem}/" for path in (ROOT / "docs").glob("*.md")]
     names += [f"source/{name}/" for name in METHODS] + [f"difference/{name}/" for name in CHILDREN]
-    names += [f"source/{file.removesuffix('.py')}/" for file in table.SHARED]
+    names += [f"source/{file.removesuffix('.py')}/" for file in [*table.SHARED, "slip_ablations.py"]]
     assert {f"{name}index.html" for name in names} == set(pages_of(book))
     assert len(METHODS) == 13 and len(CHILDREN) == 11
 

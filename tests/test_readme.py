@@ -48,7 +48,7 @@ def commands(text):
 
 
 def method_docstrings():
-    for path in [*method_files(), ROOT / "evaluate.py"]:
+    for path in [*method_files(experiments=True), ROOT / "evaluate.py"]:
         for line in ast.get_docstring(ast.parse(path.read_text())).splitlines():
             if match := re.search(r"(?:torchrun|python) (?:\S+ )*?\w+\.py(?: [^ (]\S*)*", line):
                 yield path.name, match[0]
@@ -109,7 +109,7 @@ def test_readme_can_be_finished():
 
 def test_shared_files_are_listed():
     """The table of docs/contributing.md has every file that is no method, and no other."""
-    methods = {path.name for path in method_files()}
+    methods = {path.name for path in method_files(experiments=True)}
     flat = {path.name for path in ROOT.glob("*.py")} - methods
     package = {f"evaluation/{path.name}" for path in (ROOT / "evaluation").glob("*.py")} - {"evaluation/__init__.py"}
     assert set(table.SHARED) == flat | package
@@ -136,7 +136,7 @@ def test_a_wrong_command_is_noticed(line):
 
 
 def known_flags():
-    modules = [importlib.import_module(path.stem) for path in [*method_files(), ROOT / "evaluate.py"]]
+    modules = [importlib.import_module(path.stem) for path in [*method_files(experiments=True), ROOT / "evaluate.py"]]
     flags = {"--" + name.replace("_", "-") for module in modules for name in vars(module.Args())}
     flags |= {"--no-" + flag[2:] for flag in flags} | {"--help"}
     flags |= {w for path in OURS.values() for w in re.findall(r'"(--[a-z][\w-]*)"', path.read_text())}
