@@ -1,13 +1,14 @@
-"""What two augmented views of a photo cost on one CPU core.
+"""What the views of a photo cost on one CPU core.
 
 pil: torchvision transforms on PIL images, the way the official codes make views. Against it this project's
-two parts: worker, what a loader worker does (decode, crop twice), and device, the batched operations that do
-the rest on the training device. Here that is the same core; with a GPU only the worker's part is left to it.
+two parts: worker, what a loader worker does (decode, crop), and device, the batched operations that do the
+rest on the training device. Here that is the same core; with a GPU only the worker's part is left to it.
 
     python benchmarks/augment.py                                     # about a minute
     python benchmarks/augment.py --out results/augment.json
 
-Needs scikit-learn for its two photos. pil and the project take turns, round by round.
+Needs scikit-learn for its two photos. pil and the project take turns, round by round. The clock counts work
+of this process alone, not what others on the machine take.
 """
 
 import argparse
@@ -34,10 +35,13 @@ from torchvision import transforms as T  # noqa: E402
 
 from common import init_distributed  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, decode  # noqa: E402
+from clip import LanguageView  # noqa: E402
+from dino import DINOView  # noqa: E402
 from simclr import SimCLRView  # noqa: E402
 from slip import SSLView  # noqa: E402
 
 SIZE = 224
+BILINEAR, BICUBIC = T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC
 
 
 def photos():
@@ -59,61 +63,78 @@ class PILBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-def pil_policy(strength, hue, interpolation, normalised):
-    """Crop, jitter, grey, blur and flip with the probabilities that SimCLR and SLIP share."""
-    steps = [
-        T.RandomResizedCrop(SIZE, (0.08, 1.0), interpolation=interpolation),
-        T.RandomApply([T.ColorJitter(strength, strength, strength, hue)], p=0.8),
-        T.RandomGrayscale(0.2),
-        T.RandomApply([PILBlur()], p=0.5),
-        T.RandomHorizontalFlip(),
-        T.ToTensor(),
-    ]
-    return T.Compose(steps + [T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] * normalised)
+def pil_policy(jitter, interpolation, size=SIZE, scale=(0.08, 1.0), blur=0.5, solarize=0.0, normalised=True):
+    """Crop, flip, colours, blur; with jitter None crop alone."""
+    steps = [T.RandomResizedCrop(size, scale, interpolation=interpolation)]
+    if jitter:
+        steps += [T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(*jitter)], p=0.8),
+                  T.RandomGrayscale(0.2), T.RandomApply([PILBlur()], p=blur)]  # fmt: skip
+    if solarize:
+        steps.append(T.RandomSolarize(128, p=solarize))
+    return T.Compose([*steps, T.ToTensor(), *[T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] * normalised])
 
 
-def on_pil(policy, files):
-    """-> float (2 n, 3, SIZE, SIZE)."""
-    views = []
+def on_pil(policies, files):
+    """-> a list of float (n, 3, S, S), one per view."""
+    views = [[] for _ in policies]
     for file in files:
         image = Image.open(io.BytesIO(file)).convert("RGB")
-        views += [policy(image), policy(image)]
-    return torch.stack(views)
+        for policy, view in zip(policies, views):
+            view.append(policy(image))
+    return [torch.stack(view) for view in views]
 
 
 # -------------------------------------------- here --------------------------------------------
-def in_worker(view, files, seed):
-    """What a loader worker does for a batch: two pairs (uint8 (n, 3, SIZE, SIZE), draws)."""
-    pairs = ([], [])
+def in_worker(views, files, seed):
+    """What a loader worker does for a batch: per view uint8 (n, 3, S, S) and its draws."""
+    taken = [([], []) for _ in views]
     for i, file in enumerate(files):
         image = decode(file)
-        for number, pair in enumerate(pairs):
+        for number, (view, (crops, draws)) in enumerate(zip(views, taken)):
             rng = random.Random(f"{seed} {i} {number}")
-            pair.append((view.crop(image, rng).permute(1, 2, 0), view.sample(rng)))
+            crops.append(view.crop(image, rng).permute(1, 2, 0))
+            draws.append(view.sample(rng))
     batches = []
-    for pair in pairs:
-        crops, draws = zip(*pair)
-        draws = {name: torch.tensor([draw[name] for draw in draws]) for name in draws[0]}
-        batches.append((torch.stack(crops).permute(0, 3, 1, 2), draws))
+    for crops, draws in taken:
+        stacked = {name: torch.tensor([draw[name] for draw in draws]) for name in draws[0]}
+        batches.append((torch.stack(crops).permute(0, 3, 1, 2), stacked))
     return batches
 
 
-def on_device(view, batches):
-    return [view(x, draws) for x, draws in batches]
+def on_device(views, batches):
+    return [view(x, draws) for view, (x, draws) in zip(views, batches)]
+
+
+def cases():
+    """name -> (description, views here, policies on PIL images)."""
+    strong = pil_policy((0.8, 0.8, 0.8, 0.2), BICUBIC, normalised=False)
+    weak = pil_policy((0.4, 0.4, 0.4, 0.1), BILINEAR)
+    colours, large, small = (0.4, 0.4, 0.2, 0.1), (0.4, 1.0), (0.05, 0.4)
+    dino = [pil_policy(colours, BICUBIC, SIZE, large, blur=1.0)]
+    dino += [pil_policy(colours, BICUBIC, SIZE, large, blur=0.1, solarize=0.2)]
+    dino += [pil_policy(colours, BICUBIC, 96, small)] * 8
+    views = [DINOView(SIZE, large, 1.0), DINOView(SIZE, large, 0.1, 0.2)] + [DINOView(96, small, 0.5)] * 8
+    crop = pil_policy(None, BICUBIC, scale=(0.9, 1.0))
+    return {
+        "slip": (f"two {SIZE} px views of slip", [SSLView(SIZE)] * 2, [weak] * 2),
+        "simclr": (f"two {SIZE} px views of simclr", [SimCLRView(SIZE)] * 2, [strong] * 2),
+        "dino": (f"two {SIZE} px and eight 96 px views of dino", views, dino),
+        "clip": (f"one {SIZE} px crop of clip", [LanguageView(SIZE)], [crop]),
+    }
 
 
 # -------------------------------------------- measuring --------------------------------------------
-def measure(view, policy, files, rounds):
-    """-> {way: (fastest, median)} in ms per sample of two views."""
+def measure(views, policies, files, rounds):
+    """-> {way: (fastest, median)} in ms per sample, of all its views together."""
     times = {"pil": [], "worker": [], "device": [], "worker+device": []}
     for i in range(rounds + 1):
-        start = time.perf_counter()
-        on_pil(policy, files)
-        pil = time.perf_counter()
-        batches = in_worker(view, files, i)
-        worker = time.perf_counter()
-        on_device(view, batches)
-        device = time.perf_counter()
+        start = time.process_time()
+        on_pil(policies, files)
+        pil = time.process_time()
+        batches = in_worker(views, files, i)
+        worker = time.process_time()
+        on_device(views, batches)
+        device = time.process_time()
         if i:  # the first round warms up
             for way, seconds in zip(times, (pil - start, worker - pil, device - worker, device - pil)):
                 times[way].append(seconds / len(files) * 1e3)
@@ -142,7 +163,7 @@ def environment():
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="samples per round")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     args = parser.parse_args()
@@ -152,22 +173,17 @@ def main():
     random.seed(0)
     torch.manual_seed(0)
     files = (photos() * args.batch_size)[: args.batch_size]
-    bilinear, bicubic = T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC
-    ways = {
-        "slip": (SSLView(SIZE), pil_policy(0.4, 0.1, bilinear, normalised=True)),
-        "simclr": (SimCLRView(SIZE), pil_policy(0.8, 0.2, bicubic, normalised=False)),
-    }
     results = {}
-    print(f"ms per sample of two {SIZE} px views, fastest round (median) of {args.rounds}, one thread")
-    for name, (view, policy) in ways.items():
-        ms = measure(view, policy, files, args.rounds)
+    print(f"CPU ms per sample, fastest round (median) of {args.rounds}, one thread")
+    for name, (what, views, policies) in cases().items():
+        ms = measure(views, policies, files, args.rounds)
         ratios = {way: [ms["pil"][i] / ms[way][i] for i in (0, 1)] for way in ("worker", "worker+device")}
-        results[name] = {"ms": ms, "times_faster_than_pil": ratios}
+        results[name] = {"what": what, "ms": ms, "times_faster_than_pil": ratios}
         cells = [f"{way} {fastest:.2f} ({median:.2f})" for way, (fastest, median) in ms.items()]
         cells += [f"pil / {way} {fastest:.1f} ({median:.1f})" for way, (fastest, median) in ratios.items()]
         print(f"{name:7}", ", ".join(cells), flush=True)
     if args.out:
-        settings = {"photo": "500x375 JPEG quality 90", "threads": 1, "rounds": args.rounds}
+        settings = {"photo": "500x375 JPEG quality 90", "photo_bytes": [len(file) for file in photos()], "threads": 1, "rounds": args.rounds}
         settings["batch_size"] = args.batch_size
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**environment(), **settings, "results": results}, indent=1) + "\n")

@@ -14,6 +14,7 @@ line numbers in links such as [`clip_loss`](../clip.py#L364). The tables are:
     retrieval DATA     retrieval of all language-image methods on DATA       docs/results.md
     evaluations        every checkpoint that was evaluated on real data      docs/results.md
     speed              benchmarks of steps, augmentation and memory          docs/results.md
+    scale              what runs on 1 to 1,024 GPUs cost                     docs/scale.md
     results METHOD     the runs of one method                                docs/METHOD.md
     curves METHOD      their learning curves                                 docs/METHOD.md
     ends PREFIX        the last evaluation of runs with this prefix          docs/align.md
@@ -28,7 +29,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|scale|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
              "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
@@ -303,7 +304,7 @@ def speed(prefix):
                 pil = found["ms"]["pil"][0]
                 for way, what in (("worker", "loader worker"), ("worker+device", "and the device's part")):
                     ms, ratio = found["ms"][way][0], found["times_faster_than_pil"][way][0]
-                    what = f"two 224 px views of {name}, {machine}, one thread: {what}"
+                    what = f"{found.get('what', f'two 224 px views of {name}')}, {machine}, one thread: {what}"
                     rows.append([link, what, f"PIL {pil:.1f} ms", f"{ms:.1f} ms", f"{ratio:.1f}x"])
             elif kind == "step":
                 peer, theirs = next(iter(found["rows"].items()))
@@ -318,6 +319,13 @@ def speed(prefix):
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
+def scale_tables(prefix):
+    """By benchmarks/scale.py."""
+    import scale
+
+    return scale.tables()
+
+
 # -------------------------------------------- writing --------------------------------------------
 def updated(path, missing):
     """The page as it should be. What a link names and no file defines is appended to `missing`."""
@@ -327,7 +335,7 @@ def updated(path, missing):
         kind, _, method = match[2].partition(" ")
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "results": results_table,
                 "curves": curves, "knn": knn_of_all, "retrieval": retrieval_of_all, "ends": ends,
-                "speed": speed, "evaluations": evaluations}[kind]  # fmt: skip
+                "speed": speed, "scale": scale_tables, "evaluations": evaluations}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):

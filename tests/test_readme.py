@@ -33,6 +33,7 @@ FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad"} | {"--no-index"}  # of op
 FOREIGN_FLAGS |= {"--caption_col", "--output_format"}  # of img2dataset
 FOREIGN_FLAGS |= {"--ntasks-per-node", "--shm-size", "--max-restarts"}  # of srun, docker, torchrun
 FOREIGN_FLAGS |= {"--index-url", "--dist"}  # of pip, of pytest
+FOREIGN_FLAGS |= {"--requeue"}  # of sbatch
 NO_FLAGS = {"--batchsize", "--flag"}  # the example of an error message, the synopsis
 
 
