@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 ROOT = Path(__file__).parent.parent
 COMMON = "--device cpu --batch-size 8 --epochs 4 --warmup-epochs 1 --workers 0 --log-every 1 --image-size 32".split()
 TEXT = "--tokenizer train --vocab-size 600 --context-length 24 --text-width 64 --text-layers 1 --embed-dim 32".split()
-RESNET18 = "--arch resnet18 --width 1 --stem imagenet".split()  # also where the demo's recipe says otherwise
+RESNET = "--arch resnet10 --width 0.25 --stem imagenet".split()  # also where the demo's recipe says otherwise
+RESNET18 = "--arch resnet18 --width 1".split()  # after FLAGS: a network that other projects have too
 FLAGS = {
     "clip": [*COMMON, *TEXT, "--arch", "vit_micro_patch16", "--lr", "1e-3"],
     "clip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-3"],
@@ -27,10 +28,10 @@ FLAGS = {
                       "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
     "align": [*COMMON, *TEXT, "--arch", "efficientnet_micro", "--image-size", "64", "--lr", "1e-3", "--temperature", "0.2",
               "--min-side", "0"],  # fmt: skip
-    "simclr": [*COMMON, *RESNET18, "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
-    "simsiam": [*COMMON, *RESNET18, "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
+    "simclr": [*COMMON, *RESNET, "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
+    "simsiam": [*COMMON, *RESNET, "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
                 "--projector-layers", "2", "--hidden-dim", "64"],
-    "byol": [*COMMON, *RESNET18, "--base-lr", "0.02", "--tau", "0.9", "--hidden-dim", "64", "--out-dim", "16"],
+    "byol": [*COMMON, *RESNET, "--base-lr", "0.02", "--tau", "0.9", "--hidden-dim", "64", "--out-dim", "16"],
     "dino": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
              "--base-lr", "0.016", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
     "ibot": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
@@ -38,7 +39,7 @@ FLAGS = {
     "dinov2": [*COMMON, "--arch", "vit_micro_patch8", "--local-size", "16", "--local-crops", "2", "--out-dim", "64", "--hidden-dim", "64",
                "--mask-prob", "0.8", "--layer-scale", "0.1", "--freeze-last-layer", "1", "--base-lr", "0.006",
                "--koleo-group", "0", "--warmup-teacher-temp-epochs", "2"],  # fmt: skip
-    "moco": [*COMMON, *RESNET18, "--lr", "1e-3", "--temperature", "0.5", "--head-dim", "16",
+    "moco": [*COMMON, *RESNET, "--lr", "1e-3", "--temperature", "0.5", "--head-dim", "16",
              "--queue-size", "600", "--bn-group", "4", "--key-momentum", "0.9"],
     "mocov3": [*COMMON, "--arch", "vit_micro_patch16", "--base-lr", "3e-4", "--mlp-dim", "64", "--head-dim", "16",
                "--key-momentum", "0.9"],

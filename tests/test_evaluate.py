@@ -706,7 +706,7 @@ ERRORS = [
     ("linear simclr", "batch"),
     ("logreg simclr --split train", "other than train"),
     ("linear simclr --grid", "need a transformer with 4 blocks"),
-    ("linear simclr --blocks 4", "need a transformer with 4 blocks and timm's names, not simclr's resnet18"),
+    ("linear simclr --blocks 4", "need a transformer with 4 blocks and timm's names, not simclr's resnet10"),
     ("linear simclr --lr-steps 6O", "must be epochs"),
 ]
 

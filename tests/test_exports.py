@@ -31,6 +31,8 @@ def checkpoint(folder, name):
             "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
             "align_hf": ["--embed-dim", "160"]}
     flags = [*runs.FLAGS[name.split("_")[0]], *more[name]] if name in more else runs.FLAGS[name]
+    if name in RESNETS:
+        flags = [*flags, *runs.RESNET18]
     args = module.parse_args(module.Args, module.RECIPES, flags)
     torch.manual_seed(0)
     model, g = module.build_model(args), torch.Generator().manual_seed(1)

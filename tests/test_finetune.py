@@ -200,7 +200,7 @@ def test_layers_of_every_family():
     values = sorted({scale for scale, _ in found.values()})
     assert values == pytest.approx([0.65**k for k in range(depth + 1, -1, -1)])
     simclr = runs.module_of("simclr")
-    model = simclr.build_model(simclr.parse_args(simclr.Args, simclr.RECIPES, runs.FLAGS["simclr"]))
+    model = simclr.build_model(simclr.parse_args(simclr.Args, simclr.RECIPES, [*runs.FLAGS["simclr"], *runs.RESNET18]))
     encoder = simclr.image_encoder(model, head_layer=1)
     found = scales(with_head(encoder, 512))
     assert found["encoder.head.linears.0.weight"][0] == 1.0 and found["encoder.backbone.conv1.weight"][0] < 0.03
@@ -350,7 +350,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("finetune")
     for name in ("simclr", "slip", "clip"):
         module = runs.module_of(name)
-        args = module.parse_args(module.Args, module.RECIPES, runs.FLAGS[name])
+        args = module.parse_args(module.Args, module.RECIPES, runs.FLAGS[name] + runs.RESNET18 * (name == "simclr"))
         torch.manual_seed(1)
         (root / name).mkdir()
         saved = {"method": name, "args": vars(args), "model": module.build_model(args).state_dict(), "step": 3}

@@ -283,7 +283,7 @@ def test_checkpoint_opens_in_evaluate(tmp_path):
     photos = make_photos(tmp_path / "photos")
     train_here("moco", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
     net = open_network(tmp_path / "run", torch.device("cpu"))
-    assert net.method == "moco" and net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 512)
+    assert net.method == "moco" and net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 
 # ------------------------------------------------ paste ------------------------------------------------

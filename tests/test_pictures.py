@@ -269,7 +269,7 @@ def test_neighbors_are_nearest(folder, monkeypatch):
 
 ERRORS = [
     ("attention simclr", "needs a transformer with timm's names"),
-    ("pca simclr", "not simclr's resnet18"),
+    ("pca simclr", "not simclr's resnet10"),
     ("attention dino --samples 1,x", "must be numbers"),
     ("attention dino --samples 6", "has those from 0 to 5"),
     ("attention dino --samples -1", "has those from 0 to 5"),

@@ -125,7 +125,7 @@ def test_what_is_applied_in_which_order(name, key, views_of, monkeypatch):
                 return x
 
             monkeypatch.setattr(module, operation, recorded)
-    params = view.sample(random.Random(0))
+    params = {parameter: f"<{parameter}>" for parameter in view.sample(random.Random(0))}
     view(torch.zeros(1, 3, view.size, view.size), params)
     given = dict(calls)
     expected = ["to_float"]

@@ -82,14 +82,27 @@ def wait_for_step(directory, step, seconds=120):
     raise TimeoutError(f"step {step} was not reached")
 
 
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """Runs that nothing ends early, each for all tests that compare with it: (method, processes) -> directory."""
+    found = {}
+
+    def run_of(name, processes, *flags):
+        if (name, processes) not in found:
+            found[name, processes] = directory = tmp_path_factory.mktemp("whole") / name
+            argv = ["--data", photos, "--output-dir", directory, *FLAGS[name], *flags]
+            done = command(f"{name}.py", *argv, processes=processes)
+            assert done.returncode == 0, done.stderr[-2000:]
+        return found[name, processes]
+
+    return run_of
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("name, processes", [("slip", 1), ("slip", 2), ("moco", 2)])
-def test_killed_and_continued(photos, tmp_path, name, processes, number):
+def test_killed_and_continued(photos, whole, tmp_path, name, processes, number):
     """SLIP: two encoders, batch norm, AdamW. MoCo: a queue that all processes hold, batch norm that they share."""
     flags = ["--save-every", "2", "--eval-every", "0", "--max-steps", "20"]
-    done = command(f"{name}.py", "--data", photos, "--output-dir", tmp_path / "whole", *FLAGS[name], *flags,
-                   processes=processes)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     process = start(name, photos, tmp_path / "killed", *flags, processes=processes)
     wait_for_step(tmp_path / "killed", 3)
     if number == signal.SIGKILL:
@@ -104,7 +117,7 @@ def test_killed_and_continued(photos, tmp_path, name, processes, number):
     done = command(f"{name}.py", "--data", photos, "--output-dir", tmp_path / "killed", *FLAGS[name], *flags,
                    processes=processes)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(whole(name, processes, *flags), tmp_path / "killed")
 
 
 def test_refused_when_arguments_changed(photos, tmp_path):

@@ -1,17 +1,20 @@
-"""Three real steps of every method's loop, watched: moving averages, who is called with which weights, learning
-rates, weight decay, queues, and how a loss is put together. The official numbers of whole steps start with two
-equal encoders, so that an average that is left out, inverted or late moves nothing in them: here it shows."""
+"""Eight real steps of every method's loop, watched: loss, gradient and update against a second definition of each,
+moving averages, who is called with which weights, learning rates, weight decay, queues. The official numbers of whole
+steps start with two equal encoders, so that an average that is left out, inverted or late moves nothing in them: here
+it shows."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import references
 import run
 from runs import FLAGS, METHODS, make_photos, module_of, rows
 
-STEPS = 4
+STEPS = 8
 EPOCH = 6  # steps of an epoch of the photos
 TOTAL = 4 * EPOCH  # of the whole schedule, whose warm-up is the first epoch
 FASTER = {  # than in other tests: an average has to move by more than the rounding
@@ -23,12 +26,22 @@ FASTER = {  # than in other tests: an average has to move by more than the round
 
 
 class Trace:
-    """What a run of STEPS steps did. states[t]: the model after t steps; called[t]: a weight of the averaged
-    network when step t called it first; groups[t]: what the optimizer was given for step t."""
+    """What a run of STEPS steps did. states[t]: the model after t steps, others[t]: what else has weights or queues
+    of its own; called[t], inputs[t]: a weight of the averaged network when step t called it first, and its input;
+    batches[t], groups[t]: what the loop and the optimizer were given for step t."""
 
-    def __init__(self, args, model):
-        self.args, self.model = args, model
-        self.states, self.called, self.groups, self.rows = [clone(model)], [], [], []
+    def __init__(self, name, args, loader, state):
+        self.name, self.args, self.model = name, args, state["model"]
+        self.epoch_steps, self.state = loader.steps_per_epoch, state
+        self.blank = copy.deepcopy(self.model)
+        self.states, self.others, self.called, self.inputs = [], [], [], []
+        self.batches, self.groups, self.rows, self.views, self.losses = [], [], [], {}, []
+        self.keep()
+
+    def keep(self):
+        self.states.append(clone(self.model))
+        modules = {key: item for key, item in self.state.items() if isinstance(item, torch.nn.Module)}
+        self.others.append({key: clone(item) for key, item in modules.items() if key != "model"})
 
 
 def clone(model):
@@ -37,41 +50,74 @@ def clone(model):
 
 def traced(name, photos, directory, averaged, *flags):
     module, found = module_of(name), []
-    start, end_step = run.Run.__init__, run.Run.end_step
+    start, batches, end_step, loader_of = run.Run.__init__, run.Run.batches, run.Run.end_step, module.Loader
+    views_of_run, precision = {}, module.mixed_precision
+
+    def scaled(dtype, device):
+        """With a scale, which float32 does not need: the loop has to multiply by it and to divide by it, in order."""
+        return precision(dtype, device)[0], torch.amp.GradScaler(device.type, init_scale=1024.0)
+
+    def loader(dataset, views, *rest):
+        views_of_run.update(views)
+        return loader_of(dataset, views, *rest)
+
+    def heard(function):
+        original = getattr(module, function)
+
+        def with_note(*args):
+            found[0].losses.append((function, torch.is_autocast_enabled("cpu"), args[0]))
+            return original(*args)
+
+        return with_note
 
     def watch(self, method, args, loader, state, *rest):
         start(self, method, args, loader, state, *rest)
-        trace = Trace(args, state["model"])
+        trace = Trace(name, args, loader, state)
+        trace.views = views_of_run
         found.append(trace)
         if averaged:
             network = trace.model.get_submodule(averaged)
             probe = list(network.parameters())[0]
 
-            def called(*_):
+            def called(_, inputs):
                 if len(trace.called) < len(trace.states):
                     trace.called.append(probe.detach().clone())
+                    trace.inputs.append(copy.deepcopy(inputs[0]))
 
             for part in network.modules():
                 part.register_forward_pre_hook(called)
 
+    def noted(self):
+        for step, batch in batches(self):
+            found[0].batches.append(batch)
+            yield step, batch
+
     def record(self, *terms, **numbers):
         end_step(self, *terms, **numbers)
-        found[0].states.append(clone(found[0].model))
+        found[0].keep()
 
     def given(optimizer, *_):
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it itself
+        scale = 1.0 if scale is None else float(scale)
         found[0].groups.append([
             {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": list(group["params"]),
-             "grads": [None if p.grad is None else p.grad.clone() for p in group["params"]],
+             "grads": [None if p.grad is None else p.grad / scale for p in group["params"]],
              "exclude": group.get("exclude")}
             for group in optimizer.param_groups
         ])  # fmt: skip
 
     patch = pytest.MonkeyPatch()
     patch.setattr(run.Run, "__init__", watch)
+    patch.setattr(run.Run, "batches", noted)
     patch.setattr(run.Run, "end_step", record)
+    patch.setattr(module, "Loader", loader)
+    patch.setattr(module, "mixed_precision", scaled)
+    for function in LOSSES:
+        if hasattr(module, function):
+            patch.setattr(module, function, heard(function))
     hook = register_optimizer_step_pre_hook(given)
     argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *FASTER.get(name, []),
-            "--max-steps", str(STEPS), "--eval-every", "0", "--save-every", "0", *flags]  # fmt: skip
+            "--max-steps", str(STEPS), "--eval-every", "0", "--save-every", "0", "--clip-grad", "0", *flags]  # fmt: skip
     try:
         module.train(module.parse_args(module.Args, module.RECIPES, argv))
     finally:
@@ -88,6 +134,8 @@ def photos(tmp_path_factory):
 
 AVERAGED = {"moco": "encoder_k", "mocov3": "momentum_encoder", "byol": "target", "dino": "teacher",
             "ibot": "teacher", "dinov2": "teacher"}  # fmt: skip
+LOSSES = ("clip_loss", "nt_xent_loss", "info_nce", "simsiam_loss", "mlm_loss", "align_loss", "info_nce_loss", "byol_loss",
+          "contrastive_loss", "dino_loss", "patch_loss", "koleo_loss")  # fmt: skip
 ONLINE = {"moco": "encoder_q", "mocov3": "base_encoder", "byol": "online", "dino": "student", "ibot": "student",
           "dinov2": "student"}  # fmt: skip
 TRACES = {}
@@ -100,6 +148,52 @@ def step_trace(request, photos, tmp_path):
     if name not in TRACES:
         TRACES[name] = traced(name, photos, tmp_path / name, AVERAGED.get(name))
     return name, TRACES[name]
+
+
+def test_loss_and_gradient_are_those_of_the_paper(step_trace):
+    """Of the last step, before which everything has moved: from the views it was given and the weights it had."""
+    name, trace = step_trace
+    step = STEPS - 1
+    batch, model = trace.batches[step], copy.deepcopy(trace.blank)
+    model.load_state_dict(trace.states[step])
+    views = {key: view(*batch[key]) for key, view in trace.views.items()}
+    assert len({id(batch[key]) for key in views}) == len(views)
+    loss = getattr(references, name)(trace, step, model, views, batch)
+    assert trace.rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    expected, compared = dict(model.named_parameters()), 0
+    names = {id(p): key for key, p in trace.model.named_parameters()}
+    largest = max(float(p.grad.abs().max()) for p in expected.values() if p.grad is not None)
+    for group in trace.groups[step]:
+        for p, grad in zip(group["params"], group["grads"], strict=True):
+            want = expected[names[id(p)]].grad
+            assert (grad is None) == (want is None), names[id(p)]
+            if want is not None:
+                compared += 1
+                torch.testing.assert_close(grad, want, rtol=1e-3, atol=1e-4 * largest, msg=lambda m, p=p: f"{names[id(p)]}: {m}")
+    assert compared > 10
+    for key in ("center", "center2"):
+        if key in trace.states[0]:
+            torch.testing.assert_close(trace.states[step + 1][key], getattr(trace, f"expected_{key}").detach())
+
+
+def test_every_step_is_the_optimizer_s(step_trace):
+    """From the gradients, rates and decays it was given, with the paper's moments and none left over."""
+    name, trace = step_trace
+    names, memory, moved = {id(p): key for key, p in trace.model.named_parameters()}, {}, 0.0
+    for step in range(STEPS):
+        for group in trace.groups[step]:
+            for p, grad in zip(group["params"], group["grads"], strict=True):
+                key = names[id(p)]
+                before, after = (trace.states[t][key].double() for t in (step, step + 1))
+                if grad is None:
+                    assert torch.equal(before, after), key
+                    continue
+                given = group["lr"], group["weight_decay"], group["exclude"]
+                want = references.updated(name, before, grad.double(), *given, memory.setdefault(key, {}))
+                torch.testing.assert_close(after, want, rtol=1e-5, atol=1e-6 * group["lr"] + 1e-7, msg=lambda m, key=key: f"{key}: {m}")
+                moved = max(moved, float((after - before).abs().max()))
+    assert moved > 1e-5
 
 
 def half_cosine(start, end, share):
@@ -173,12 +267,25 @@ def peak(name, args):
     return args.base_lr * args.batch_size / 256
 
 
+def rate(name, args, step):
+    """Linear over the first epoch, then half a cosine; an inclusive linspace has the peak in its last step."""
+    start, steps = WARMUP.get(name, (0, 6))
+    top = peak(name, args)
+    if step <= steps:
+        return start + (top - start) * step / steps
+    if name == "align":  # linear to 0 (Sec. 5)
+        return top * (TOTAL - step) / (TOTAL - EPOCH)
+    if name == "moco":  # by whole epochs (official code)
+        step = step // EPOCH * EPOCH
+    first, last = (5, TOTAL - 1) if name == "declip" else (EPOCH, TOTAL)  # its official code counts from 1
+    return half_cosine(top, args.min_lr, (step - first) / (last - first))
+
+
 def test_learning_rate_of_every_step(step_trace):
     name, trace = step_trace
     args = trace.args
     for step in range(STEPS):
-        start, steps = WARMUP.get(name, (0, 6))  # an inclusive linspace has the peak in its last step
-        want = start + (peak(name, args) - start) * step / steps
+        want = rate(name, args, step)
         assert trace.rows[step]["lr"] == pytest.approx(want, rel=1e-6), step
         rates = [group["lr"] for group in trace.groups[step]]
         if name == "simsiam":  # the predictor's learning rate is not scheduled (Sec. 4.2)
@@ -269,9 +376,15 @@ def test_the_logit_scale_is_held_at_100(name, photos, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_clipping_bounds_the_gradient(name, photos, tmp_path):
-    """All of it together, or each network or weight by itself as DINO's official code does; 0 switches it off."""
-    trace = traced(name, photos, tmp_path / name, None, "--max-steps", "1", "--clip-grad", "1e-4")
+def test_clipping_and_precision(name, photos, tmp_path):
+    """Gradients are clipped all together, or each network or weight by itself as DINO's official code does. Under bf16
+    networks compute in bfloat16 and losses outside of autocast."""
+    trace = traced(name, photos, tmp_path / name, None, "--max-steps", "1", "--clip-grad", "1e-4", "--dtype", "bf16")
+    inputs = []
+    for function, autocast, given in trace.losses:
+        assert not autocast, function
+        inputs.append(given if torch.is_tensor(given) else given[0])
+    assert any(x.dtype == torch.bfloat16 for x in inputs)
     grads = [g for group in trace.groups[0] for g in group["grads"] if g is not None]
     norms = torch.stack([g.double().norm() for g in grads])
     limit = 1e-4 * 1.001
