@@ -51,7 +51,7 @@ from common import UserError, all_gather, checkpoint_blocks, init_distributed, m
 from common import sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
 from monitor import EvalView, bar, captions, language_eval, language_set
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 from sources import IMAGE_KEYS
 
 
@@ -87,6 +87,8 @@ class Args(RunArgs):
     warmup_epochs: float = 0.091  # linear warm-up from 0: 10,000 steps (Sec. 5)
     weight_decay: float = 1e-5  # weight decay of everything but batch norms (Sec. 5, coyo)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in coyo)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
+    freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it
     seed: int = 0  # random seed of weights, order, crops and choice of captions
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -597,6 +599,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
+    init_weights(model, args, tokenizer)
     checkpoint_blocks(model, args.grad_checkpointing, nn.TransformerEncoderLayer)
     if args.compile:
         model.compile()
@@ -604,7 +607,7 @@ def train(args: Args) -> dict:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             norms |= {id(p) for p in module.parameters()}
-    trained = list(model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if id(p) not in norms]  # biases, layer norms and tau too (coyo)
     no_decay = [p for p in trained if id(p) in norms]
     groups = [

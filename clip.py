@@ -44,7 +44,7 @@ from common import mixed_precision, sync_batchnorm, user_errors, warmup_cosine, 
 from data import CLIP_MEAN, CLIP_STD, Loader, Tokenizer, normalize, open_dataset
 from data import random_resized_crop, to_float
 from monitor import EvalView, captions, language_eval, language_set
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -57,6 +57,7 @@ class Args(RunArgs):
     embed_dim: int = 0  # width of the joint embedding, E (0: the architecture's in Tables 19, 20)
     text_width: int = 0  # width of the text transformer, with heads of 64 (0: the architecture's)
     text_layers: int = 12  # blocks of the text transformer (Sec. 2.4)
+    gelu: Literal["quick", "exact"] = "quick"  # OpenAI's approximation, or GELU as in LAION's CLIP
     context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
     vocab_size: int = 49408  # rows of the token table; at most so many with --tokenizer train
@@ -74,6 +75,8 @@ class Args(RunArgs):
     eps: float = 1e-6  # AdamW's epsilon for ViTs; 1e-8 for ResNets (Table 18)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     gather_grad: bool = True  # gradient through gathered features, exact for any process count
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
+    freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it
     seed: int = 0  # random seed of weights, order, crops and choice of captions
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -396,10 +399,15 @@ def build_model(args) -> CLIP:
     text_width = args.text_width or text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
-    return CLIP(
+    model = CLIP(
         embed_dim, args.image_size, layers, width, patch_size,
         args.context_length, args.vocab_size, text_width, text_width // 64, args.text_layers,
     )  # fmt: skip
+    if args.gelu == "exact":
+        for module in model.modules():
+            if isinstance(module, ResidualAttentionBlock):
+                module.mlp.gelu = nn.GELU()
+    return model
 
 
 def image_encoder(model: CLIP) -> nn.Module:
@@ -461,7 +469,9 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
     for piece in pieces:
         outputs = encode(*piece)
         last = first + len(outputs[0])
-        torch.autograd.backward(outputs, [f.grad[first:last] for f in features])
+        learned = [x for x in outputs if x.requires_grad]  # not those of a frozen encoder
+        grads = [f.grad[first:last] for x, f in zip(outputs, features) if x.requires_grad]
+        torch.autograd.backward(learned, grads)
         first = last
     if world_size() > 1:
         for p in model.parameters():
@@ -491,6 +501,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
+    init_weights(model, args, tokenizer)
     if args.accum_steps > 1 and isinstance(model.visual, ModifiedResNet):
         raise UserError(
             f"--accum-steps cannot be exact for {args.arch}: batch norm must see the whole batch"
@@ -502,7 +513,7 @@ def train(args: Args) -> dict:
     checkpoint_blocks(model, args.grad_checkpointing, ResidualAttentionBlock)
     if args.compile:
         model.compile()
-    trained = list(model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
     no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
     groups = [

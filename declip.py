@@ -52,7 +52,7 @@ from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from monitor import EvalView, captions, language_eval, language_set
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 from synonyms import open_synonyms
 
 
@@ -87,6 +87,8 @@ class Args(RunArgs):
     warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
     weight_decay: float = 0.1  # of everything but gains and biases (official code)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
+    freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it
     seed: int = 0  # random seed of weights, order, crops, choice of captions and masks
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -599,6 +601,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
+    init_weights(model, args, tokenizer)
     if args.released and isinstance(model.visual, VisionTransformer):
         model.visual.conv1.requires_grad_(False)
     queue = TextQueue(args.queue_size, model.encode_text.text_projection.out_features).to(device)

@@ -48,7 +48,7 @@ from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
 from knn import EvalView, knn_eval, knn_sets
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -93,6 +93,7 @@ class Args(RunArgs):
     weight_decay: float = 0.04  # at the start, of everything but biases and norms (Sec. 3.2)
     weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine (Sec. 3.2)
     clip_grad: float = 0.0  # largest gradient norm of each parameter by itself (0: off)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order, views and stochastic depth
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -573,6 +574,7 @@ def train(args: Args) -> dict:
         steps = f"--accum-steps {args.accum_steps}"
         raise UserError(f"{steps} does not divide the {b} samples of a process")
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
+    init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()

@@ -43,7 +43,7 @@ from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
 from knn import EvalView, knn_eval, knn_sets
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -91,6 +91,7 @@ class Args(RunArgs):
     weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine
     clip_grad: float = 3.0  # largest gradient norm of backbone and of each head (0: off)
     fsdp: bool = False  # shard parameters, gradients and optimizer over the processes (Sec. 5)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order, views, masks and stochastic depth
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -606,6 +607,7 @@ def train(args: Args) -> dict:
     if group == 1 or group and args.batch_size % group:
         raise UserError(f"--koleo-group {group} must be at least 2 and divide --batch-size "
                         f"{args.batch_size}, or be 0 for the global batch")
+    init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()

@@ -44,7 +44,7 @@ from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, to_float
 from knn import EvalView, knn_eval, knn_sets
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -76,6 +76,7 @@ class Args(RunArgs):
     momentum: float = 0.9  # momentum of SGD (Sec. 3.3)
     weight_decay: float = 1e-4  # weight decay of every parameter (Sec. 3.3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -428,6 +429,7 @@ def train(args: Args) -> dict:
     # model and optimizer
     model = group_batchnorm(build_model(args), args.bn_group)
     model = model.to(device, memory_format=torch.channels_last)
+    init_weights(model, args)
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but encoder_k's

@@ -42,7 +42,7 @@ from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
 from knn import EvalView, knn_eval, knn_sets
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -74,6 +74,7 @@ class Args(RunArgs):
     trust: float = 1e-3  # trust coefficient of LARS
     weight_decay: float = 0.1  # AdamW: of all parameters; LARS: not of biases and norms
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -449,6 +450,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()

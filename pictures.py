@@ -48,16 +48,18 @@ def read_log(directory):
 
 def accuracies(directory):
     """-> what a run came to, a line for each accuracy of its last evaluation, beside the same network
-    with random weights (a row of the log at step 0) and chance."""
+    at the start, with random weights or those of --init (a row of the log at step 0), and chance."""
     rows, lines = read_log(directory), []
     evaluations = [row for row in rows if any(name.endswith("_chance") for name in row) and "loss" not in row]
     last = evaluations[-1] if evaluations else {}
+    args = json.loads((Path(directory) / "args.json").read_text(encoding="utf-8"))
+    start = "weights of --init" if args.get("init") else "random weights"
     for name, value in last.items():
         chance = re.split("_top1|@", name)[0] + "_chance"
         if chance in last:
             first = evaluations[0]
             known = first["step"] == 0 and name in first  # byol.py's random target is evaluated later
-            random = f"random weights {first[name]:.1f}, " if known else ""
+            random = f"{start} {first[name]:.1f}, " if known else ""
             title = name.removesuffix("_top1").replace("knn", "kNN")
             lines.append(f"{title} {value:.1f} ({random}chance {last[chance]:.3g})")
     return lines

@@ -1,6 +1,7 @@
 """The paper trail of a training run: its command line, directory, log, checkpoint and pictures.
 
-Nothing here changes a number, and nothing here knows a method. Method files show how it is used."""
+Nothing here changes a number, but for --init, and nothing here knows a method. Method files show how
+it is used."""
 
 import argparse
 import contextlib
@@ -177,6 +178,14 @@ def hold(file):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def init_weights(model, args, tokenizer=None):
+    """--init and --freeze (docs/init.md), by init.py, which only runs with these flags load."""
+    if args.init or getattr(args, "freeze", ""):
+        if not Path(__file__).with_name("init.py").exists():
+            raise UserError("--init needs init.py, recognise.py and names.py beside run.py: copy them")
+        importlib.import_module("init").start(model, args, tokenizer)
+
+
 class Run:
     """The directory of one run: args.json, env.json, metrics.jsonl, checkpoint.pt, pictures.
 
@@ -274,6 +283,7 @@ class Run:
             before = json.loads((path / "args.json").read_text(encoding="utf-8"))
             if not isinstance(before, dict):
                 raise UserError(f"{path}/args.json is damaged: choose another --output-dir")
+            before = vars(type(self.args)()) | before  # flags that are newer than the run
             changed = [k for k in args if k not in self.MAY_CHANGE and before.get(k) != args[k]]
             if changed:
                 was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)

@@ -48,7 +48,7 @@ from common import user_errors, warmup_cosine, world_size
 from data import Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, open_dataset
 from data import random_resized_crop, to_float
 from knn import EvalView, knn_eval, knn_sets
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -79,6 +79,7 @@ class Args(RunArgs):
     momentum: float = 0.9  # momentum of either optimizer
     weight_decay: float = 1e-6  # on all but biases and batch norm (Sec. 2.3); 1e-4 in version 2
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -335,6 +336,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    init_weights(model, args)
     if args.compile:
         model.compile()
     trained = list(model.parameters())

@@ -54,7 +54,7 @@ from common import LARS, UserError, all_gather, init_distributed, mixed_precisio
 from common import user_errors, warmup_cosine, world_size
 from data import Loader, hflip, open_dataset, random_resized_crop, to_float
 from monitor import EvalView, evaluation_set, extract, labelled, say_evaluation, zeroshot_metrics
-from run import Run, RunArgs, load_checkpoint, parse_args
+from run import Run, RunArgs, init_weights, load_checkpoint, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -85,6 +85,7 @@ class Args(RunArgs):
     momentum: float = 0.9  # momentum of either optimizer
     weight_decay: float = 0.0  # on all but biases and batch norm (Sec. 3.1); 1e-4 to distill
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order, views and the choice of labels
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -323,8 +324,10 @@ def earlier_stages(args):
     if stages.get(args.recipe or args.data, "finetune") != args.stage:
         fitting = ", ".join(name for name, stage in stages.items() if stage == args.stage)
         raise UserError(f"--stage {args.stage} needs a --recipe of its own: {fitting}")
-    if args.stage == "finetune" and (args.teacher or not args.checkpoint):
+    if args.stage == "finetune" and (args.teacher or not (args.checkpoint or args.init)):
         raise UserError("fine-tuning needs --checkpoint, and --teacher a --recipe NAME-distill")
+    if args.checkpoint and args.init:
+        raise UserError("--checkpoint and --init both say where training starts: give one of them")
     if args.stage == "distill" and not args.teacher:
         raise UserError("distilling needs --teacher, a run of this file")
     found = []
@@ -340,6 +343,8 @@ def take_network_of(before, args):
     """What `args` leave open about the network becomes what it was in a run with args `before`."""
     args.arch = args.arch or before["arch"]
     args.image_size = args.image_size or before["image_size"]
+    if not args.arch or not args.image_size:
+        raise UserError("--init does not say which network to build: give --arch and --image-size")
     args.width = args.width or before.get("width", 1.0)  # older runs have no such flag
     if args.stem == "auto":
         args.stem = chosen_stem(types.SimpleNamespace(**before))
@@ -364,7 +369,8 @@ def train(args: Args) -> dict:
         ranges = "--label-fraction must be in (0, 1], --temperature above 0, --alpha in [0, 1]"
         raise UserError(ranges)
     pretrained, taught = earlier_stages(args)
-    take_network_of((pretrained or taught)["args"], args)
+    before = pretrained or taught or {"args": {"arch": "", "image_size": None, "stem": args.stem}}
+    take_network_of(before["args"], args)
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
@@ -402,6 +408,7 @@ def train(args: Args) -> dict:
         teacher.load_state_dict(taught["model"])
         teacher.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
+    init_weights(model, args)
     if args.compile:
         model.compile()
     update_scale, weight_decay = 1.0, args.weight_decay

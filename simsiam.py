@@ -44,7 +44,7 @@ from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, to_float
 from knn import EvalView, knn_eval, knn_sets
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -75,6 +75,7 @@ class Args(RunArgs):
     momentum: float = 0.9  # momentum of SGD
     weight_decay: float = 1e-4  # weight decay of every parameter, batch norm too (Sec. 3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -311,6 +312,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    init_weights(model, args)
     if args.compile:
         model.compile()
     encoder = [p for p in model.encoder.parameters() if p.requires_grad]  # all but a bias before BN

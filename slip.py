@@ -49,7 +49,7 @@ from common import mixed_precision, sync_batchnorm, user_errors, warmup_cosine, 
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from monitor import EvalView, captions, language_eval, language_set
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -83,6 +83,8 @@ class Args(RunArgs):
     eps: float = 1e-8  # AdamW's epsilon (official main.py)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     gather_grad: bool = True  # gradient through features gathered for L_clip (official: without)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
+    freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it
     seed: int = 0  # random seed of weights, order, crops and choice of captions
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -454,7 +456,9 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
     for piece in pieces:
         outputs = encode(*piece)
         last = first + len(outputs[0])
-        torch.autograd.backward(outputs, [f.grad[first:last] for f in features])
+        learned = [x for x in outputs if x.requires_grad]  # not those of a frozen encoder
+        grads = [f.grad[first:last] for x, f in zip(outputs, features) if x.requires_grad]
+        torch.autograd.backward(learned, grads)
         first = last
     if world_size() > 1:
         for p in model.parameters():
@@ -489,6 +493,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(build_model(args), device).to(device)
+    init_weights(model, args, tokenizer)
     if b % args.accum_steps:
         raise UserError(
             f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
@@ -496,7 +501,7 @@ def train(args: Args) -> dict:
     checkpoint_blocks(model, args.grad_checkpointing, Block, ResidualAttentionBlock)
     if args.compile:
         model.compile()
-    trained = list(model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
     no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
     groups = [

@@ -48,7 +48,7 @@ from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from data import solarize
 from monitor import EvalView, captions, language_eval, language_set
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, init_weights, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -84,6 +84,7 @@ class Args(RunArgs):
     warmup_epochs: float = 1.0  # linear warm-up from 1e-6 (paper)
     weight_decay: float = 0.1  # on all but gains and biases (official README)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
+    init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order, crops, masks and choice of captions
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
@@ -670,6 +671,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = sync_batchnorm(model, device).to(device)
+    init_weights(model, args, tokenizer)
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but an EMA's

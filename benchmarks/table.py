@@ -45,6 +45,9 @@ SHARED = {
     "monitor.py": "accuracy while training: feature extraction, zero-shot, recall",
     "knn.py": "the same for methods without captions: nearest neighbours",
     "trouble.py": "sentences for a full disk, too little memory, processes that do not meet",
+    "init.py": "weights to start from, and encoders that stay as they are; only with --init",
+    "recognise.py": "reads weights, says whose they are, and what the tensors do not tell",
+    "names.py": "names of tensors in other projects and here, in both directions",
     "evaluate.py": "the evaluation command",
     "evaluation/protocols.py": "what its protocols do",
     "evaluation/features.py": "features that are kept on disk, and those of several blocks",
@@ -52,9 +55,7 @@ SHARED = {
     "evaluation/finetune.py": "fine-tuning with all or some of the labels",
     "evaluation/pictures.py": "pictures of what a network sees",
     "evaluation/results.py": "tables, results.jsonl and the files of pictures",
-    "evaluation/weights.py": "reads checkpoints, those of other projects too",
-    "evaluation/recognise.py": "says whose weights a file holds, and what the tensors do not tell",
-    "evaluation/names.py": "names of tensors in other projects and here, in both directions",
+    "evaluation/weights.py": "opens checkpoints as networks, those of other projects too",
     "evaluation/exports.py": "writes weights for other projects",
 }
 START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations

@@ -120,7 +120,7 @@ def on_config(config):
         memory.clear()
     for function in (methods, results, definitions, python_files):
         function.cache_clear()  # mkdocs serve builds again and again
-    running = ["running.md", "scale.md", "data.md", "curation.md", "evaluation.md"]
+    running = ["running.md", "scale.md", "init.md", "data.md", "curation.md", "evaluation.md"]
     placed = {"choosing.md", "glossary.md", "results.md"} | set(running)
     placed |= {f"{name}.md" for name in methods()}
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in placed)

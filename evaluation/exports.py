@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from evaluation.names import align_state, clip_to_transformers, dinov2_to_timm, vit_to_torchvision
-from evaluation.names import vit_to_transformers
-from evaluation.recognise import depth, family
+from names import align_state, clip_to_transformers, dinov2_to_timm, vit_to_torchvision
+from names import vit_to_transformers
+from recognise import depth, family
 
 DEPTHS = {("BasicBlock", 2, 2, 2, 2): "resnet18", ("BasicBlock", 3, 4, 6, 3): "resnet34",
           ("Bottleneck", 3, 4, 6, 3): "resnet50", ("Bottleneck", 3, 4, 23, 3): "resnet101",

@@ -1,21 +1,17 @@
 """Weights in: opens a checkpoint of one of our method files, or published weights of another
-project, as a network that is ready to be evaluated. evaluation/recognise.py says whose weights a
-file holds, evaluation/names.py translates the names of its tensors.
+project, as a network that is ready to be evaluated. recognise.py reads a file and says whose
+weights it holds, names.py translates the names of its tensors.
 
     net = open_network("runs/dino_shapes", device)  # or dino_deitsmall16_pretrain.pth, RN50.pt, ...
     features = net.encoder(net.view(pixels, {}))    # uint8 (b, 3, S, S), as net.view.crop() returns
 
-Only tensors, numbers and argparse's Namespace are ever unpickled, so that a file cannot run code.
 Everything is loaded strictly; tensors that are not needed, such as heads, are removed by name and
 counted before that."""
 
-import argparse
 import importlib
 import math
 import sys
 import types
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -24,82 +20,15 @@ from torch import nn
 
 from common import UserError, rank
 from data import Tokenizer
-from evaluation.names import align_state
-from evaluation.recognise import FAMILIES, HEADS, Known, beside, depth, family, other, read_json
-from evaluation.recognise import state_of
 from monitor import EvalView
-from run import load_checkpoint
+from names import align_state
+from recognise import FAMILIES, HEADS, Known, beside, depth, family, file_of, other, read, read_json
+from recognise import some, state_of
 
 ROOT = Path(__file__).parent.parent  # where the method files are
-# What a folder may hold, ours first and then as transformers and open_clip call their files
-FILES = ("checkpoint.pt", "model.safetensors", "model.pt", "open_clip_model.safetensors",
-         "open_clip_pytorch_model.bin", "pytorch_model.bin")  # fmt: skip
 
 
-# -------------------------------------------- files -----------------------------------------------
-class Ignored:
-    """Stands for an object beside the weights that is of no use here."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-# Objects that other projects save beside their weights, such as the best accuracy as numpy's number
-# or the output folder as a Path. They become Ignored; argparse's Namespace is read as it is.
-HARMLESS = ["numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "pathlib.WindowsPath",
-            "pathlib._local.PosixPath", "pathlib._local.WindowsPath"]  # fmt: skip
-HARMLESS += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
-             for name in ("scalar", "_reconstruct")]  # fmt: skip
-
-
-def stand_in(name):
-    """A class that the unpickler takes for the one with this name."""
-    module, _, own = name.rpartition(".")
-    return type(own, (Ignored,), {"__module__": module})
-
-
-def file_of(path):
-    """The file of weights in a run directory or in a folder that another project wrote."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    return next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
-
-
-def read(path):
-    """-> the dict in a file, which may be written by torch.save, be a safetensors file or one of
-    OpenAI's TorchScript archives. Raises UserError."""
-    if str(path).endswith(".safetensors"):
-        load_file = importlib.import_module("safetensors.torch").load_file
-        try:
-            return load_file(path)
-        except Exception as error:  # safetensors raises a class of its own for a damaged file
-            raise UserError(f"{path} is no safetensors file or is damaged ({error})") from error
-    try:
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith("/constants.pkl") for name in names):
-            # torch.jit is deprecated, but nothing else reads these archives
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                return torch.jit.load(path, map_location="cpu").state_dict()
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    with torch.serialization.safe_globals([argparse.Namespace, *map(stand_in, HARMLESS)]):
-        saved = load_checkpoint(path)
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
-    return saved
-
-
-def some(words):
-    """At most three of these words, and how many more there are."""
-    words = list(words)
-    rest = f" and {len(words) - 3} more" if len(words) > 3 else ""
-    return ", ".join(words[:3]) + rest
-
-
+# -------------------------------------------- strictly --------------------------------------------
 def load_strictly(model, state):
     """Copies a state dict into a model; half precision becomes single. Raises ValueError, which
     names up to three tensors of a kind and counts the others."""

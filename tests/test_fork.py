@@ -17,6 +17,7 @@ from runs import COMMON, FLAGS, METHODS, ROOT, rows
 SHARED = ["common.py", "data.py", "layouts.py", "monitor.py", "pictures.py", "run.py", "scenes.py", "sources.py", "trouble.py"]
 MORE = dict.fromkeys(["simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2"], ["knn.py"])
 MORE["declip"] = ["synonyms.py"]
+INIT = ["init.py", "recognise.py", "names.py"]  # for --init alone
 NAMES = [*METHODS, "simclrv2"]
 STEPS = ["--data", "shapes", "--max-steps", "4", "--eval-every", "2", "--save-every", "2"]
 FINETUNE = ["--checkpoint", "../simclr/whole", "--label-fraction", "0.5", "--warmup-epochs", "0", "--base-lr", "0.003"]
@@ -95,10 +96,10 @@ def fork(server, tmp_path_factory):
     return make
 
 
-def run_in(server, folder, directory, kill_at=0):
+def run_in(server, folder, directory, *more, kill_at=0):
     name = folder.name
     flags = [*COMMON, *FINETUNE] if name == "simclrv2" else FLAGS[name]
-    return server(str(folder), f"{name}.py", [*flags, *STEPS, "--output-dir", directory], kill_at)
+    return server(str(folder), f"{name}.py", [*flags, *STEPS, "--output-dir", directory, *more], kill_at)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,3 +124,17 @@ def test_carried_away(server, fork, name):
     assert run_in(server, folder, "killed") == 0, (folder / "out.txt").read_text()[-2000:]
     assert "continued at 2" in (folder / "out.txt").read_text()
     assert rows(folder / "killed") == whole
+
+
+def test_weights_to_start_from_need_three_files_more(server, fork):
+    folder = fork("moco")
+    assert run_in(server, folder, "more", "--init", "whole") == 2
+    assert "--init needs init.py, recognise.py and names.py beside run.py" in (folder / "out.txt").read_text()
+    for file in INIT:
+        shutil.copy(ROOT / file, folder)
+    assert run_in(server, folder, "more", "--init", "whole") == 0, (folder / "out.txt").read_text()[-2000:]
+    assert "--init whole: a run of moco.py" in (folder / "out.txt").read_text()
+    loaded = json.loads((folder / "loaded.json").read_text())
+    assert {os.path.relpath(path, folder) for path in loaded} >= set(INIT)
+    for file in INIT:
+        (folder / file).unlink()  # other tests look at what a run without the flag loads

@@ -24,8 +24,8 @@ import runs
 import slip
 from command import main
 from common import UserError
-from evaluation.names import clip_from_transformers, clip_to_transformers, dinov2_to_timm
-from evaluation.recognise import FAMILIES, OTHERS, family, other, state_of
+from names import clip_from_transformers, clip_to_transformers, dinov2_to_timm
+from recognise import FAMILIES, OTHERS, family, other, state_of
 from evaluation.weights import load_released, open_network
 from test_golden import close
 

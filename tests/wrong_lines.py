@@ -22,6 +22,8 @@ TESTS = {
     "data.py": "tests/test_augment.py tests/test_tokenizer.py tests/test_ops.py",
     "knn.py": "tests/test_evaluate.py",
     "monitor.py": "tests/test_evaluate.py",
+    "init.py": "tests/test_init.py",
+    "names.py": "tests/test_init.py tests/test_weights.py",
 }
 
 # What the files have in common: each applies to the files in which it stands exactly once
@@ -77,6 +79,8 @@ OWN = {
         ("torch.sigmoid(1.702 * x)", "torch.sigmoid(1.6 * x)"),
         ("std_out = std * (2 * layers) ** -0.5", "std_out = std * layers**-0.5"),
         ("p.grad = all_reduce_mean(p.grad)", "p.grad = p.grad", "tests/test_world_size.py -k clip"),
+        ("for x, f in zip(outputs, features) if x.requires_grad]", "for x, f in zip(outputs[::-1], features) if x.requires_grad]", "tests/test_init.py tests/test_world_size.py -k clip"),
+        ('    if args.gelu == "exact":', '    if args.gelu == "quick":', "tests/test_init.py -k 'gelu or timm_in_clip or open_clip'"),
         ("first = b * torch.distributed.get_rank()", "first = 0", "tests/test_world_size.py -k clip"),
     ],
     "slip.py": [
@@ -229,6 +233,29 @@ OWN = {
         ("greater_or_nan = ~(scores <= best)", "greater_or_nan = scores > best"),
         ("(column < best_column)", "(column > best_column)"),
         ("return 100 * hits.sum().item() / hits.numel()", "return hits.sum().item() / hits.numel()"),
+    ],
+    "init.py": [
+        ('mode="bicubic"', 'mode="bilinear"'),
+        ("flat = torch.cat([flat[:1], grid.flatten(2)[0].T])", "flat = torch.cat([flat[-1:], grid.flatten(2)[0].T])"),
+        ("theirs[f\"{last}.bias\"] * gamma", "theirs[f\"{last}.bias\"]"),
+        ('if which == "ls1" else', 'if which == "ls2" else'),
+        ("theirs[name] = torch.ones_like(own[name])", "theirs[name] = own[name]"),
+        ("            elif heads != needed:", "            elif heads == needed + 1:"),
+        ("start = place if whole and place in found else evaluated", "start = evaluated"),
+        ("out[name] = theirs[name][: len(own[name])]", "out[name] = theirs[name][-len(own[name]) :]"),
+        ("if before[\"model\"] != now[\"model\"]:", "if before == {}:"),
+        ("elif args.tokenizer == \"train\":", "elif args.tokenizer == \"\":"),
+        ("if source.gelu and source.gelu != gelu:", "if source.gelu == gelu == 0:"),
+        ("        if tensor.shape != own[name].shape:", "        if tensor.ndim != own[name].ndim:"),
+        ("name not in ours and name not in STATE", "name not in ours"),
+        ("            p.requires_grad_(False)\n", "            pass\n"),
+        ("            module.eval()\n", "            pass\n"),
+        ('    if name.startswith(PROJECTIONS):\n        return False\n', ""),
+        ("        if random:\n", "        if random and not side:\n"),
+        ('(Path(args.output_dir).expanduser() / "checkpoint.pt").exists()', 'False'),
+    ],
+    "names.py": [
+        ("torch.cat([positions[:1], positions[1:] + bias])", "positions + bias"),
     ],
     "knn.py": [
         ("equal.cumsum(1, dtype=torch.int32) <= missing", "equal.cumsum(1, dtype=torch.int32) < missing"),

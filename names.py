@@ -151,6 +151,23 @@ CLIP_NAMES = {  # OpenAI's: those of transformers' CLIPModel
 }  # fmt: skip
 
 
+def vit_to_clip(state):
+    """timm's names -> those of CLIP's image encoder, whose patch embedding has no bias: it becomes a
+    part of the positions, to which it is added. CLIP's norm before the blocks is not there."""
+    state = dict(state)
+    bias = state.pop("patch_embed.proj.bias", 0)
+    positions = state.pop("pos_embed")[0]
+    state["positional_embedding"] = torch.cat([positions[:1], positions[1:] + bias])
+    state["cls_token"] = state["cls_token"].flatten()
+    return renamed(state, [
+        (r"^cls_token$", "class_embedding"), (r"^patch_embed\.proj\.", "conv1."),
+        (r"^blocks\.", "transformer.resblocks."), (r"\.norm([12])\.", r".ln_\1."),
+        (r"\.attn\.qkv\.", ".attn.in_proj_"), (r"\.attn\.proj\.", ".attn.out_proj."),
+        (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+        (r"^norm\.", "ln_post."),
+    ])  # fmt: skip
+
+
 def clip_to_transformers(state):
     out = {"logit_scale": state["logit_scale"], "visual_projection.weight": state["visual.proj"].T,
            "text_projection.weight": state["text_projection"].T}  # fmt: skip

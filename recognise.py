@@ -1,17 +1,94 @@
-"""Whose weights are these? Takes the tensors out of what was saved, without wrappers and prefixes,
-and recognises the project that they come from by their names. What the names and sizes do not tell,
-such as the number of attention heads, is looked up or asked for here."""
+"""Whose weights are these? Reads a file of weights, takes the tensors out of what was saved, without
+wrappers and prefixes, and recognises the project that they come from by their names. What the names
+and sizes do not tell, such as the number of attention heads, is looked up or asked for here.
 
+Only tensors, numbers and argparse's Namespace are ever unpickled, so that a file cannot run code.
+init.py starts training from what is read here, evaluation/ measures it."""
+
+import argparse
+import importlib
 import json
 import re
+import warnings
+import zipfile
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+import names
 from common import UserError
-from evaluation import names
+from run import load_checkpoint
+
+# What a folder may hold, ours first and then as transformers and open_clip call their files
+FILES = ("checkpoint.pt", "model.safetensors", "model.pt", "open_clip_model.safetensors",
+         "open_clip_pytorch_model.bin", "pytorch_model.bin")  # fmt: skip
+
+
+# -------------------------------------------- files -----------------------------------------------
+class Ignored:
+    """Stands for an object beside the weights that is of no use here."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Objects that other projects save beside their weights, such as the best accuracy as numpy's number
+# or the output folder as a Path. They become Ignored; argparse's Namespace is read as it is.
+HARMLESS = ["numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "pathlib.WindowsPath",
+            "pathlib._local.PosixPath", "pathlib._local.WindowsPath"]  # fmt: skip
+HARMLESS += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
+             for name in ("scalar", "_reconstruct")]  # fmt: skip
+
+
+def stand_in(name):
+    """A class that the unpickler takes for the one with this name."""
+    module, _, own = name.rpartition(".")
+    return type(own, (Ignored,), {"__module__": module})
+
+
+def file_of(path):
+    """The file of weights in a run directory or in a folder that another project wrote."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+
+
+def read(path):
+    """-> the dict in a file, which may be written by torch.save, be a safetensors file or one of
+    OpenAI's TorchScript archives. Raises UserError."""
+    if str(path).endswith(".safetensors"):
+        load_file = importlib.import_module("safetensors.torch").load_file
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises a class of its own for a damaged file
+            raise UserError(f"{path} is no safetensors file or is damaged ({error})") from error
+    try:
+        inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in inside):
+            # torch.jit is deprecated, but nothing else reads these archives
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                return torch.jit.load(path, map_location="cpu").state_dict()
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    with torch.serialization.safe_globals([argparse.Namespace, *map(stand_in, HARMLESS)]):
+        saved = load_checkpoint(path)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
+    return saved
+
+
+def some(words):
+    """At most three of these words, and how many more there are."""
+    words = list(words)
+    rest = f" and {len(words) - 3} more" if len(words) > 3 else ""
+    return ", ".join(words[:3]) + rest
+
 
 # -------------------------------------------- families --------------------------------------------
 # marks: patterns, each of which has to begin the name of some tensor; prefix: that of the evaluated
