@@ -1,6 +1,7 @@
 """What saves memory changes no number: activation checkpointing."""
 
 import functools
+import json
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import slip
 from common import UserError, checkpoint_blocks
-from runs import make_photos, module_of, rows, train_here
+from runs import ROOT, make_photos, module_of, rows, train_here
 
 CHECKPOINTED = ["clip", "clip_resnet", "slip", "declip", "align", "mocov3", "dino", "ibot", "dinov2"]
 
@@ -110,3 +111,11 @@ def test_a_network_without_blocks_is_refused(name, flags, photos, tmp_path):
         train_here(name, photos, tmp_path / "run", *flags, "--grad-checkpointing", "full")
     assert not (tmp_path / "run").exists()
     assert module_of(name).Args.grad_checkpointing == "none"
+
+
+def test_the_table_of_gib_is_what_was_recorded():
+    text = (ROOT / "docs/running.md").read_text()
+    recorded = json.loads((ROOT / "results/memory.json").read_text())["rows"]
+    lines = [f"| `{row['command']}` | {row['batch']} | {row['gib']['kept for backward']:.1f} | {row['gib']['peak']:.1f} |"
+             for row in recorded]  # fmt: skip
+    assert len(lines) >= 6 and [line for line in text.splitlines() if line.startswith("| `") and ".py --data" in line] == lines
