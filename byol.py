@@ -54,7 +54,7 @@ from common import LARS, UserError, all_gather, init_distributed, mixed_precisio
 from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from knn import EvalView, knn_eval, knn_sets
+from knn import EvalView, probe_sets
 from run import Run, RunArgs, init_weights, parse_args
 
 
@@ -351,7 +351,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = knn_sets(args)
+    probe, bank, val = probe_sets(args)
     blur1, blur2 = (1.0, 0.1) if args.blur else (0.0, 0.0)  # probabilities (Table 6)
     view1 = BYOLView(args.image_size, blur1, solarize=0.0, crop_min=args.crop_min)
     view2 = BYOLView(args.image_size, blur2, solarize=0.2, crop_min=args.crop_min)
@@ -386,7 +386,7 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4.0
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
@@ -411,12 +411,12 @@ def train(args: Args) -> dict:
         terms = {"loss": (loss, chance), "feature_std": (feature_std(z1), None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr, tau=tau)
         if val and run.due(args.eval_every):
-            metrics = knn_eval(image_encoder(model), bank, val, eval_view(args), device)
+            metrics = probe(image_encoder(model), bank, val, eval_view(args), device)
             if args.target == "random":  # the online network should surpass it
-                target = knn_eval(model.target.backbone, bank, val, eval_view(args), device)
+                target = probe(model.target.backbone, bank, val, eval_view(args), device)
                 metrics |= {f"target_{name}": value for name, value in target.items()}
             run.log_evaluation(metrics)
-        if run.agree_to_stop() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     return run.finish("knn", val)

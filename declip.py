@@ -692,7 +692,7 @@ def train(args: Args) -> dict:
         run.end_step(terms, **numbers, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
-        if run.agree_to_stop() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     return run.finish("zeroshot", val)

@@ -47,7 +47,7 @@ from common import LARS, UserError, all_gather, checkpoint_blocks, init_distribu
 from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from knn import EvalView, knn_eval, knn_sets
+from knn import EvalView, probe_sets
 from run import Run, RunArgs, init_weights, parse_args
 
 
@@ -550,7 +550,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = knn_sets(args)
+    probe, bank, val = probe_sets(args)
     model = build_model(args)
     depth = 0  # blocks for which a view draws numbers: a ResNet has no stochastic depth
     if args.drop_path and hasattr(model.student.backbone, "blocks"):
@@ -603,7 +603,7 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     piece = b // args.accum_steps
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         crops = [views[name](*batch[name]) for name in views]
@@ -653,8 +653,8 @@ def train(args: Args) -> dict:
             teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
         )
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
-        if run.agree_to_stop() or run.due(args.save_every):
+            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     return run.finish("knn", val)

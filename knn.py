@@ -1,17 +1,18 @@
-"""Accuracy while training without captions: the vote of the k nearest neighbours. monitor.py has the
-features, and says what "Collective" means.
+"""Accuracy while training without captions: the vote of the k nearest neighbours, or a linear
+classifier. monitor.py has the features, and says what "Collective" means.
 
-Letters: N training and M validation samples, D width of a feature, b rows of a batch."""
+Letters: N training and M validation samples, D width of a feature, C classes, b rows of a batch."""
 
 import torch
 import torch.nn.functional as F
 
 from common import UserError
 from monitor import EvalView  # noqa: F401, so that a method finds all it needs here
-from monitor import MOST, chunks, evaluation_set, extract, hit_rank, labelled, percent
+from monitor import MOST, chunks, evaluation_set, extract, hit_rank, labelled, percent, rank_scores
 from monitor import say_evaluation, subset_indices, what_classes_lack
 
 BANK = 5000  # training images among which an evaluation looks for neighbours
+PENALTY = 0.01  # of the linear classifier, see ridge
 
 
 def nearest(queries, bank, k):
@@ -67,37 +68,95 @@ def knn(bank, bank_labels, queries, query_labels, k=20, temperature=0.07, num_cl
     return found[k, temperature]
 
 
+# -------------------------------------------- linear classifier --------------------------------
+def ridge(features, labels, num_classes, penalty=PENALTY):
+    """A linear classifier by ridge regression, in closed form: (N, D), (N,) -> mean (D,), weight
+    (D, C) and bias (C,) of scores (x / |x| - mean) @ weight + bias, float64 on the CPU.
+
+    W minimises |X W - Y|^2 + lambda |W|^2: X (N, D) unit vectors less their mean, Y (N, C) 1 for
+    the class of a row and 0 elsewhere, less the share of each class, which is the bias. lambda is
+    `penalty` times the mean eigenvalue of X^T X, and thereby does not depend on N and D."""
+    x = F.normalize(features.cpu().double(), dim=1)
+    y = F.one_hot(labels.cpu(), num_classes).double()
+    mean, bias = x.mean(0), y.mean(0)
+    x = x - mean
+    gram = x.T @ x  # (D, D)
+    scale = gram.diagonal().mean().clamp(min=1e-12)  # 0 if all features are the same
+    gram.diagonal().add_(penalty * scale)
+    weight = torch.cholesky_solve(x.T @ (y - bias), torch.linalg.cholesky(gram))
+    return mean, weight, bias
+
+
+@torch.no_grad()
+def linear(bank, bank_labels, queries, query_labels, num_classes):
+    """`ridge` of the bank, (N, D) and (N,), tried on queries, (M, D) and (M,) -> (top1, top5) in
+    percent. Like knn, top5 counts the first 5 classes; equal scores rank in the order of classes."""
+    mean, weight, bias = ridge(bank, bank_labels, num_classes)
+    scores = (F.normalize(queries.cpu().double(), dim=1) - mean) @ weight + bias
+    # rounded to float32: equal scores stay equal in any order of addition
+    ranks = hit_rank(scores.float(), query_labels.cpu()[:, None] == torch.arange(num_classes))
+    return percent(ranks < 1), percent(ranks < 5)
+
+
 # -------------------------------------------- in the training loop --------------------------------
-def knn_sets(args):
-    """-> the train and the val split for knn_eval, or None for both. Says which of the two it is.
+def probe_sets(args):
+    """-> what measures accuracy while training, knn_eval or linear_eval as --probe says, and the
+    train and the val split it is called with, or None for all three. Says which of the two it is.
     Raises UserError if the splits have different classes, which would pair wrong labels."""
     bank = evaluation_set(args, "train")
     val = evaluation_set(args) if bank else None
     if not val:
-        return None, None
+        return None, None, None
     for dataset in (bank, val):
         if lack := what_classes_lack(dataset):
             say_evaluation(f"none, because {lack}")
-            return None, None
+            return None, None, None
     if bank.classes != val.classes:
         odd = sorted(set(bank.classes) ^ set(val.classes))[:3] or ["their order"]
         raise UserError(f"train and val of {val.name} differ in their classes ({', '.join(odd)}): "
                         "give both the same ones, or use other --eval-data")  # fmt: skip
-    sizes = f"{min(MOST, len(val)):,} validation images among {min(BANK, len(bank)):,} training images"
-    say_evaluation(f"kNN of {sizes} of {val.name}")
-    return bank, val
+    tested = f"{min(MOST, len(val)):,} validation images"
+    known = f"{min(BANK, len(bank)):,} training images of {val.name}"
+    if args.probe == "linear":
+        say_evaluation(f"linear classifier of {tested}, fitted to {known}")
+        return linear_eval, bank, val
+    say_evaluation(f"kNN of {tested} among {known}")
+    return knn_eval, bank, val
 
 
-def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07,
-             max_train=BANK, max_val=MOST, **options):  # fmt: skip
-    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"}, or {} without classes. It is quick
-    because it takes fixed subsets of both splits (0: all). options: those of `extract`."""
+def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, max_val=MOST,
+                   **options):  # fmt: skip
+    """Collective. -> features and labels of fixed subsets of both splits (0: all), which makes an
+    evaluation quick: bank (N, D), (N,), queries (M, D), (M,) on the device; or None without
+    classes. options: those of `extract`."""
     if not (train_set and val_set and train_set.classes and val_set.classes):
-        return {}
+        return None
     inputs = []
     for dataset, most in ((train_set, max_train), (val_set, max_val)):
         indices = subset_indices(dataset, most)
         features, labels = extract(encoder, dataset, view, device, indices=indices, **options)
         inputs += [x.to(device) for x in labelled(dataset, features, labels)]
+    return inputs
+
+
+def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, **options):
+    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"} and rank_scores of the validation images,
+    or {} without classes. options: those of `probe_features`."""
+    inputs = probe_features(encoder, train_set, val_set, view, device, **options)
+    if not inputs:
+        return {}
     top1, top5 = knn(*inputs, k, temperature, len(train_set.classes))
-    return {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
+    scores = {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
+    return scores | rank_scores(inputs[2])
+
+
+def linear_eval(encoder, train_set, val_set, view, device, **options):
+    """Collective. knn_eval's twin for --probe linear -> {"linear_top1", "linear_top5",
+    "linear_chance"} and rank_scores of the validation images, or {} without classes."""
+    inputs = probe_features(encoder, train_set, val_set, view, device, **options)
+    if not inputs:
+        return {}
+    top1, top5 = linear(*inputs, len(train_set.classes))
+    chance = 100 / len(train_set.classes)
+    scores = {"linear_top1": top1, "linear_top5": top5, "linear_chance": chance}
+    return scores | rank_scores(inputs[2])

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torchvision
 from PIL import Image
+from tqdm import tqdm
 
-from common import UserError
+from common import UserError, rank, world_size
 
 try:
     import fcntl
@@ -327,6 +328,36 @@ def index_tar(path):
 
 
 # ---------------------------------------- arrays ----------------------------------------
+class Tars:
+    """WebDataset shards, read at random. read(path, start, size) -> bytes; sample(picture, text,
+    meta, label, classes, key): a sample of the bytes of its members."""
+
+    def __init__(self, shards, classes, left_out, read, sample):
+        turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())  # others elsewhere
+        quiet = rank() > 0 or None
+        bar = tqdm(turns, f"index of {shards[0].parent}", leave=False, delay=2, disable=quiet)
+        indices = {s: dict(np.load(index_tar(shards[s]))) for s in bar}
+        self.shards, self.classes, self.left_out = shards, classes, Counter(left_out)
+        self.read, self.sample = read, sample
+        self.members = [indices[s]["members"] for s in range(len(shards))]
+        for index in indices.values():
+            self.left_out += Counter(json.loads(str(index["left_out"])))
+        self.ends = np.cumsum([len(m) for m in self.members])
+        self.captioned = any(m[:, 1:3].any() for m in self.members)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        shard = int(np.searchsorted(self.ends, i, side="right"))
+        path, rows = self.shards[shard], self.members[shard]
+        picture, *others = rows[i - self.ends[shard]].tolist()
+        data = self.read(path, 512 * picture[0] - 512, 512 + picture[1])  # the block before holds its name
+        members = [self.read(path, 512 * block, size) for block, size in others]
+        name = data[:100].partition(b"\0")[0].decode(errors="replace")
+        return self.sample(data[512:], *members, self.classes, f"{path.name}:{name}")
+
+
 class Npz:
     captioned = False
 

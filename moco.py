@@ -43,7 +43,7 @@ from common import UserError, all_gather, all_reduce_mean, init_distributed, mix
 from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, to_float
-from knn import EvalView, knn_eval, knn_sets
+from knn import EvalView, probe_sets
 from run import Run, RunArgs, init_weights, parse_args
 
 
@@ -421,7 +421,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = knn_sets(args)
+    probe, bank, val = probe_sets(args)
     view = MoCoView(args.image_size, args.version, args.crop_min, args.blur)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -447,7 +447,7 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
@@ -489,8 +489,8 @@ def train(args: Args) -> dict:
         terms = {"loss": (loss, chance), "top1": (top1, None), "feature_std": (std, None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
-        if run.agree_to_stop() or run.due(args.save_every):
+            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     return run.finish("knn", val)

@@ -41,7 +41,7 @@ from common import LARS, UserError, all_gather, checkpoint_blocks, init_distribu
 from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, solarize, to_float
-from knn import EvalView, knn_eval, knn_sets
+from knn import EvalView, probe_sets
 from run import Run, RunArgs, init_weights, parse_args
 
 
@@ -442,7 +442,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = knn_sets(args)
+    probe, bank, val = probe_sets(args)
     view1 = MoCoV3View(args.image_size, first=True, crop_min=args.crop_min, blur=args.blur)
     view2 = MoCoV3View(args.image_size, first=False, crop_min=args.crop_min, blur=args.blur)
     views = {"view1": view1, "view2": view2}
@@ -477,7 +477,7 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4 * args.temperature * math.log(args.batch_size)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
@@ -504,8 +504,8 @@ def train(args: Args) -> dict:
         terms = {"loss": (loss, chance), "feature_std": (feature_std(k1), None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr, key_momentum=m)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
-        if run.agree_to_stop() or run.due(args.save_every):
+            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     return run.finish("knn", val)

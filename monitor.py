@@ -246,6 +246,26 @@ def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu"
     return F.normalize(torch.stack([e.mean(0) for e in per_class]), dim=1)
 
 
+def effective_rank(features):
+    """RankMe (arXiv 2210.02885, Eq. 1; Roy and Vetterli 2007): over how many directions features
+    spread. (N, D) -> a number from 1 (all on one line: collapsed) to min(N, D), without a unit.
+
+    exp(-sum_k p_k ln p_k), p_k = s_k / sum_j s_j, s the singular values of the features, which are
+    not centred. The paper takes projector outputs, and adds 1e-7 to p_k; here values below 5e-7 of
+    the largest are 0, and 0 ln 0 = 0. Three digits after the point do not depend on threads."""
+    x = features.cpu().double()
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x  # the smaller one has the same spectrum
+    squares = torch.linalg.eigvalsh(gram)
+    values = squares.where(squares > 2.5e-13 * squares.max(), 0).sqrt()
+    shares = values / values.sum().clamp(min=1e-300)
+    return round(torch.special.entr(shares).sum().exp().item(), 3)
+
+
+def rank_scores(features):
+    """What stands beside an accuracy; full_rank is the most that (N, D) features can have."""
+    return {"effective_rank": effective_rank(features), "full_rank": min(features.shape)}
+
+
 def zeroshot_metrics(logits, labels):
     """logits (N, C), labels (N,) -> dict in percent. top1; from five classes on top5 and
     mean_top1_top5 (Kinetics); mean_per_class, the mean recall of the classes that occur in `labels`
@@ -320,6 +340,8 @@ def evaluation_set(args, split="val"):
 
 def language_set(args):
     """-> the val split for language_eval, or None. Says which of the two it is."""
+    if args.probe != "knn":
+        raise UserError("--probe is for methods without captions, leave it out here")
     val = evaluation_set(args)
     if not val:
         return None
@@ -358,7 +380,7 @@ def captions(dataset, most=20000):
 def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None,
                     captions=False, **options):  # fmt: skip
     """Collective. -> (zeroshot_metrics or {} without classnames, recall or {} without captions,
-    number of images), from one pass over the dataset. classnames, templates: as in
+    image features (N, D)), from one pass over the dataset. classnames, templates: as in
     zeroshot_weights; options: those of `extract`."""
     options["tokenizer"] = tokenizer if captions else None
     extracted = extract_features(model, model.encode_image, dataset, view, device, **options)
@@ -371,21 +393,22 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
         features, labels = labelled(dataset, images, labels)
         metrics = zeroshot_metrics(F.normalize(features, dim=1) @ weights.T, labels)
     retrieval = recall(images, texts, image_of_text) if len(texts) else {}
-    return metrics, retrieval, len(images)
+    return metrics, retrieval, images
 
 
 def language_eval(model, tokenizer, dataset, view, device, max_images=MOST, **options):
     """Collective. -> with classes {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1"
-    (mean of both directions), "recall_chance"}. It is quick because it takes a fixed subset of the
-    dataset (0: all). model: has encode_image and encode_text. options: those of `extract`."""
+    (mean of both directions), "recall_chance"}, and rank_scores of the images. It is quick because
+    it takes a fixed subset of the dataset (0: all). model: has encode_image and encode_text.
+    options: those of `extract`."""
     names = None if what_classes_lack(dataset, words=True) else dataset.classes
     options |= {"classnames": names, "captions": dataset.captioned}
     options["indices"] = subset_indices(dataset, max_images)
-    zeroshot, retrieval, n = language_scores(model, tokenizer, dataset, view, device, **options)
+    zeroshot, retrieval, images = language_scores(model, tokenizer, dataset, view, device, **options)
     out = {}
     if zeroshot:
         out = {"zeroshot_top1": zeroshot["top1"], "zeroshot_chance": 100 / len(dataset.classes)}
     if retrieval:
         both = retrieval["image_to_text_recall@1"] + retrieval["text_to_image_recall@1"]
-        out |= {"recall@1": both / 2, "recall_chance": 100 / n}
-    return out
+        out |= {"recall@1": both / 2, "recall_chance": 100 / len(images)}
+    return out | rank_scores(images)

@@ -1,4 +1,5 @@
-"""The pictures of a training run, views.png and curves.png. run.py imports this when it draws one."""
+"""The pictures of a training run, views.png and curves.png, and what its last lines say. run.py imports
+this when it needs it."""
 
 import json
 import math
@@ -47,8 +48,9 @@ def read_log(directory):
 
 
 def accuracies(directory):
-    """-> what a run came to, a line for each accuracy of its last evaluation, beside the same network
-    at the start, with random weights or those of --init (a row of the log at step 0), and chance."""
+    """-> what a run came to, a line for each accuracy of its last evaluation and one for the effective
+    rank of its features, beside the same network at the start, with random weights or those of
+    --init (a row of the log at step 0), and chance."""
     rows, lines = read_log(directory), []
     evaluations = [row for row in rows if any(name.endswith("_chance") for name in row) and "loss" not in row]
     last = evaluations[-1] if evaluations else {}
@@ -62,11 +64,18 @@ def accuracies(directory):
             random = f"{start} {first[name]:.1f}, " if known else ""
             title = name.removesuffix("_top1").replace("knn", "kNN")
             lines.append(f"{title} {value:.1f} ({random}chance {last[chance]:.3g})")
+    if "effective_rank" in last:
+        first, random = evaluations[0], ""
+        if first["step"] == 0 and "effective_rank" in first:
+            random = f"{start} {first['effective_rank']:.1f}, "
+        found = f"effective rank {last['effective_rank']:.1f}"
+        lines.append(f"{found} ({random}at most {last['full_rank']})")
     return lines
 
 
 def save_curves(directory):
-    """Writes curves.png if matplotlib is installed: each column of metrics.jsonl, chance dashed."""
+    """Writes curves.png if matplotlib is installed: each column of metrics.jsonl; dashed are chance
+    and the full rank, which an effective rank cannot exceed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -74,12 +83,32 @@ def save_curves(directory):
     rows = read_log(directory)
     names = dict.fromkeys(name for row in rows for name in row)  # each once, in this order
     names = [n for n in names if n not in ("step", "epoch", "end") and "chance" not in n]
+    names = [n for n in names if not n.endswith("full_rank")]
     width, height = min(4, len(names)), math.ceil(len(names) / 4)
     figure = Figure(figsize=(4 * width, 3 * height), layout="constrained")
     for i, name in enumerate(names):
         axes = figure.add_subplot(height, width, i + 1, title=name, xlabel="step")
         chance = "chance" if name == "loss" else re.split("_loss|_top|@", name)[0] + "_chance"
+        if name.endswith("effective_rank"):
+            chance = name.replace("effective", "full")
         for key, style in ((name, "-"), (chance, "--")):
             if points := [(row["step"], row[key]) for row in rows if key in row]:
                 axes.plot(*zip(*points), style)
     figure.savefig(Path(directory) / "curves.png", dpi=80)
+
+
+def next_command(run, protocol, dataset) -> str:
+    """The command of evaluate.py that measures a finished run, see Run.finish."""
+    if not dataset and len(run.loader.dataset) > 100_000:  # too many to compare all with each other
+        return run.command("python", "evaluate.py", protocol, run.dir, "--data", "cifar10")
+    tested, words = dataset or run.loader.dataset, ["--data", run.args.data]
+    named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no WordNet ids
+    if protocol == "zeroshot" and not named:
+        protocol = "retrieval"
+    if dataset:
+        words = ["--data", run.args.eval_data or run.args.data]
+    elif protocol == "knn":
+        protocol = "neighbors"  # it needs no labels and no second split
+    else:
+        words += ["--split", "train"]
+    return run.command("python", "evaluate.py", protocol, run.dir, *words)

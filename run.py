@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import typing
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -42,6 +44,8 @@ class RunArgs:
     compile: bool = False  # compile the model with torch.compile
     eval_every: int | None = None  # steps between evaluations (default: one epoch; 0: only at the end)
     save_every: int | None = None  # steps between checkpoints (default: one epoch; 0: only at the end)
+    keep_every: int = 0  # steps between checkpoints that stay, checkpoint_STEP.pt (0: none)
+    probe: Literal["knn", "linear"] = "knn"  # accuracy while training, of methods without captions
     log_every: int = 10  # steps between rows of the log (0: the first and the last step only)
     tensorboard: bool = False  # write the log for TensorBoard too
     wandb: bool = False  # send the log to Weights & Biases too
@@ -50,7 +54,7 @@ class RunArgs:
 
 # Least and most of flags whose other values nobody means: they abort, or train nonsense
 RANGES = {
-    **dict.fromkeys(["image_size", "local_size"], (8, 4096)),
+    **dict.fromkeys(["image_size", "local_size", "bottleneck_dim"], (8, 4096)),
     **dict.fromkeys(["embed_dim", "text_width", "hidden_dim", "out_dim", "head_dim", "mlp_dim"], (0, 2**20)),
     **dict.fromkeys(["ssl_dim", "ssl_mlp_dim", "ssl_emb_dim", "predictor_dim", "vocab_size"], (0, 2**20)),
     **dict.fromkeys(["text_layers", "head_layers", "projector_layers", "local_crops"], (0, 1000)),
@@ -60,6 +64,7 @@ RANGES = {
     **dict.fromkeys(["drop_path", "drop_connect", "erase", "beta2"], (0, 0.9999)),
     **dict.fromkeys(["temperature", "teacher_temp", "warmup_teacher_temp"], (0.001, 1000)),
     "context_length": (3, 4096),
+    "crop_min": (0, 1),
 }
 
 
@@ -130,6 +135,11 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         least, most = RANGES.get(name, (0, 0))
         if most and isinstance(value, int | float) and not least <= value <= most:
             refuse(f"--{name.replace('_', '-')} {value} must lie between {least} and {most}")
+    if getattr(args, "crop_min", 0) > (split := getattr(args, "crop_split", 1)):
+        refuse(f"--crop-min {args.crop_min} is above --crop-split {split}, the largest local crop")
+    for name in ("width", "stem"):
+        if name in given and args.arch.startswith("vit"):
+            refuse(f"--{name} changes a ResNet, but --arch is {args.arch}: leave it out")
     return args
 
 
@@ -408,19 +418,22 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def due(self, every: int | None, at_end=True) -> bool:
-        """True at every `every`-th step (None: once an epoch; 0: never) and at the last step."""
+    def due(self, *periods: int | None, at_end=True) -> bool:
+        """True at the last step, and at every step that is a multiple of one of the periods (None: of
+        an epoch; 0: never)."""
         if at_end and self.step == self.last:
             return True
-        every = self.epoch_steps if every is None else every
-        return every > 0 and self.step % every == 0
+        periods = [self.epoch_steps if every is None else every for every in periods]
+        return any(every > 0 and self.step % every == 0 for every in periods)
 
     def log_evaluation(self, metrics: dict):
         if not metrics:
             return
         self._write(metrics, self.due(self.args.eval_every, at_end=False))
         self.evaluation = {"step": self.step, **metrics}
-        self.say(f"step {self.step}, percent: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        ranks = [f"{name} {value:.4g}" for name, value in metrics.items() if "rank" in name]
+        scores = [f"{name} {value:.4g}" for name, value in metrics.items() if "rank" not in name]
+        self.say(f"step {self.step}, percent: {'; '.join(map(', '.join, filter(len, (scores, ranks))))}")
         self._restart_clock()  # evaluation is not training time
 
     def _on_signal(self, number, frame):
@@ -442,7 +455,8 @@ class Run:
 
     def save(self):
         """Writes checkpoint.pt under another name and then renames it, so that a crash or a full disk
-        leaves the old one. UserError if weights are not finite. After a signal, ends the process."""
+        leaves the old one. Every --keep-every steps it stays as checkpoint_STEP.pt too. UserError if
+        weights are not finite. After a signal, ends the process."""
         if self.pending:
             self._means()
         path, temporary = self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
@@ -464,6 +478,8 @@ class Run:
             except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
                 temporary.unlink(missing_ok=True)
                 raise UserError(f"cannot write {path} ({error}), free some space; it is as before") from error
+            if self.due(self.args.keep_every, at_end=False):
+                self._keep(path, temporary)
         if self.stop:
             all_reduce_mean(torch.zeros(1))  # all end together: torchrun ends the others when one leaves
             n = os.environ.get("LOCAL_WORLD_SIZE")
@@ -472,18 +488,32 @@ class Run:
             self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(sys.argv)}{where}")
             sys.exit(128 + self.stop)
 
+    def _keep(self, path, temporary):
+        """checkpoint.pt as checkpoint_STEP.pt: a second name of the same file, which costs no space
+        until the next save, or a copy where the file system has no hard links."""
+        kept = self.dir / f"checkpoint_{self.step}.pt"
+        try:
+            with contextlib.suppress(OSError):
+                os.link(path, temporary)
+            if not temporary.exists():
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, kept)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {kept} ({error}), free some space; {path} is good") from error
+
     def finish(self, protocol: str = "", dataset=None, hint: str = "") -> dict:
         """Writes curves.png, says where everything is and what comes next; -> the last evaluation.
         protocol: what evaluate.py is to measure; dataset: on what, if there is anything for it. hint: a
         better command than that."""
         self.bar.close()
+        pictures = importlib.import_module("pictures")
         if rank() == 0:
-            pictures = importlib.import_module("pictures")
             pictures.save_curves(self.dir)
             for line in pictures.accuracies(self.dir):
                 self.say(line)
             self.lock.close()
-        hint = hint or self._next_command(protocol, dataset)
+        hint = hint or pictures.next_command(self, protocol, dataset)
         minutes, seconds = divmod(round(time.time() - self.began), 60)
         self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}")
         if Path(__file__).with_name("evaluate.py").exists():
@@ -497,18 +527,3 @@ class Run:
         if data_dir := self.args.data_dir or os.environ.get("DATA_DIR"):
             words += ("--data-dir", data_dir)
         return shlex.join(map(str, [launcher, path, *words]))
-
-    def _next_command(self, protocol, dataset) -> str:
-        if not dataset and len(self.loader.dataset) > 100_000:  # too many to compare all with each other
-            return self.command("python", "evaluate.py", protocol, self.dir, "--data", "cifar10")
-        tested, words = dataset or self.loader.dataset, ["--data", self.args.data]
-        named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no WordNet ids
-        if protocol == "zeroshot" and not named:
-            protocol = "retrieval"
-        if dataset:
-            words = ["--data", self.args.eval_data or self.args.data]
-        elif protocol == "knn":
-            protocol = "neighbors"  # it needs no labels and no second split
-        else:
-            words += ["--split", "train"]
-        return self.command("python", "evaluate.py", protocol, self.dir, *words)

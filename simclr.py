@@ -47,7 +47,7 @@ from common import LARS, UserError, all_gather, init_distributed, mixed_precisio
 from common import user_errors, warmup_cosine, world_size
 from data import Loader, color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, open_dataset
 from data import random_resized_crop, to_float
-from knn import EvalView, knn_eval, knn_sets
+from knn import EvalView, probe_sets
 from run import Run, RunArgs, init_weights, parse_args
 
 
@@ -329,7 +329,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    bank, val = knn_sets(args)
+    probe, bank, val = probe_sets(args)
     view = SimCLRView(args.image_size, args.jitter_strength, args.blur, args.crop_min)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
@@ -365,7 +365,7 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(2 * args.batch_size - 1)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
+        run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         view1, view2 = (views[name](*batch[name]) for name in views)
@@ -385,8 +385,8 @@ def train(args: Args) -> dict:
 
         run.end_step({"loss": (loss, chance)}, lr=lr)
         if val and run.due(args.eval_every):
-            run.log_evaluation(knn_eval(image_encoder(model), bank, val, eval_view(args), device))
-        if run.agree_to_stop() or run.due(args.save_every):
+            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     return run.finish("knn", val)

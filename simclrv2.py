@@ -368,6 +368,8 @@ def train(args: Args) -> dict:
     if not 0 < args.label_fraction <= 1 or args.alpha > 1 or not args.temperature:
         ranges = "--label-fraction must be in (0, 1], --temperature above 0, --alpha in [0, 1]"
         raise UserError(ranges)
+    if args.probe != "knn":
+        raise UserError("--probe has no use here, where a classifier is trained: leave it out")
     pretrained, taught = earlier_stages(args)
     before = pretrained or taught or {"args": {"arch": "", "image_size": None, "stem": args.stem}}
     take_network_of(before["args"], args)
@@ -476,7 +478,7 @@ def train(args: Args) -> dict:
         run.end_step({"loss": (loss, chance), **parts}, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
-        if run.agree_to_stop() or run.due(args.save_every):
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 
     hint = ""

@@ -36,9 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from common import UserError, rank, world_size
+from common import UserError, rank
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101"}
 DRAWN = ["shapes", "flocks"]  # by scenes.py
@@ -96,8 +95,9 @@ def open_dataset(name, data_dir=None, split="train"):
 
 def _open(root, split):
     """Tells which layout a folder (or a single file) has, and which of its files are the split."""
+    import layouts  # only here: runs on drawn data need none of them
     if not root.is_dir() and root.exists():
-        if not root.is_file() or _ending(root.name) not in (".tar", *TABLES):
+        if not root.is_file() or layouts.ending_of(root.name) not in (".tar", *TABLES):
             kinds = f"{' '.join(TABLES)} .tar"
             raise UserError(f"{root} is no folder and none of the files that are read ({kinds}): give one")
         if split == "train":
@@ -107,7 +107,6 @@ def _open(root, split):
     for name in names:  # train/, train.csv, val-0001.tar ...
         if match := mark.fullmatch(name):
             parts.setdefault(match[1].lower(), []).append(name)
-    import layouts  # only here: runs on drawn data need none of them
     if root.name in TORCHVISION and not parts:
         return layouts.Torchvision(root, TORCHVISION[root.name], split, Sample)
     if karpathy := [n for n in names if re.fullmatch(r"dataset_\w+\.json", n)]:
@@ -134,27 +133,23 @@ def _names(folder):
     return sorted(n for n in os.listdir(folder) if n[0] != "." and not n.endswith((".idx", ".idx.npz")))
 
 
-def _ending(name):
-    return os.path.splitext(name)[1].lower()
-
-
 def _open_files(folder, names, root):
     import layouts
     lists = [path / name for path in (folder, root) for name in layouts.CLASS_LISTS]
     lists = [path for path in lists if path.exists()]
     named = layouts.class_names(lists[0]) if lists else None  # a list or {WordNet id: name}
     classes = [named[i] for i in sorted(named)] if isinstance(named, dict) else named
-    files = [n for n in names if _ending(n) in (".tar", *TABLES) and (folder / n).is_file()]
-    if tars := [folder / n for n in files if _ending(n) == ".tar"]:
+    files = [n for n in names if layouts.ending_of(n) in (".tar", *TABLES) and (folder / n).is_file()]
+    if tars := [folder / n for n in files if layouts.ending_of(n) == ".tar"]:
         others = {*TABLES, *layouts.PICTURES, ".gz", ".tgz"}
-        beside = Counter(_ending(n)[1:] for n in names if _ending(n) in others)
-        return Tars(tars, classes, beside)
+        beside = Counter(layouts.ending_of(n)[1:] for n in names if layouts.ending_of(n) in others)
+        return layouts.Tars(tars, classes, beside, _read, _tar_sample)
     if len(files) > 1:
         raise UserError(f"give the path of one table of {folder}: {', '.join(files)}")
     for table in (folder / name for name in files):
-        if _ending(table.name) == ".npz":
+        if layouts.ending_of(table.name) == ".npz":
             return layouts.Npz(table, classes, Sample)
-        if _ending(table.name) != ".jsonl":
+        if layouts.ending_of(table.name) != ".jsonl":
             return Rows(folder, layouts.index_rows(table, _table_rows), classes)
         with open(table, "rb") as file:
             is_array = file.read(100).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
@@ -258,36 +253,12 @@ def _table_rows(path):
         yield {"image": image, "captions": captions, "label": rows[0].get("label")}
 
 
-class Tars:
-    """WebDataset shards, read at random."""
-
-    def __init__(self, shards, classes=None, left_out=()):
-        turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())  # others elsewhere
-        import layouts
-        quiet = rank() > 0 or None
-        bar = tqdm(turns, f"index of {shards[0].parent}", leave=False, delay=2, disable=quiet)
-        indices = {s: dict(np.load(layouts.index_tar(shards[s]))) for s in bar}
-        self.shards, self.classes, self.left_out = shards, classes, Counter(left_out)
-        self.members = [indices[s]["members"] for s in range(len(shards))]
-        for index in indices.values():
-            self.left_out += Counter(json.loads(str(index["left_out"])))
-        self.ends = np.cumsum([len(m) for m in self.members])
-        self.captioned = any(m[:, 1:3].any() for m in self.members)
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __getitem__(self, i):
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        path, rows = self.shards[shard], self.members[shard]
-        picture, *others = rows[i - self.ends[shard]].tolist()
-        data = _read(path, 512 * picture[0] - 512, 512 + picture[1])  # the block before holds its name
-        text, meta, label = (_read(path, 512 * block, size) for block, size in others)
-        captions = _captions(_object(meta)) if meta else []
-        captions = captions or ([text.decode("utf-8-sig", "replace").strip()] if text else [])
-        name = data[:100].partition(b"\0")[0].decode(errors="replace")
-        label = _label(label.decode(errors="replace"), self.classes)
-        return Sample(data[512:], captions, label, f"{path.name}:{name}")
+def _tar_sample(picture, text, meta, label, classes, key):
+    """The members of a tar that belong to one sample, as bytes, b"" for one that is missing."""
+    captions = _captions(_object(meta)) if meta else []
+    if text and not captions:
+        captions = [text.decode("utf-8-sig", "replace").strip()]
+    return Sample(picture, captions, _label(label.decode(errors="replace"), classes), key)
 
 
 @functools.lru_cache(maxsize=64)

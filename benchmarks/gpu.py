@@ -300,7 +300,7 @@ def attempt(job, loader, flags, meter):
     metrics.jsonl."""
     module = importlib.import_module(job["method"])
     replaced = {"Loader": loader, "language_set": lambda *_: None}
-    replaced |= {"knn_sets": lambda *_: (None, None), "evaluation_set": lambda *_: None}
+    replaced |= {"probe_sets": lambda *_: (None,) * 3, "evaluation_set": lambda *_: None}
     if "--tokenizer" not in flags:
         replaced["Tokenizer"] = FullCaptions
     if job["part"] == "steps":
@@ -603,8 +603,8 @@ def part_cifar(job):
 
     flags += job.get("extra", [])
     args = simclr.parse_args(simclr.Args, simclr.RECIPES, flags)
-    bank, val = simclr.knn_sets(args)
-    evaluate = Evaluations(simclr.knn_eval, job["workers"])
+    knn_eval, bank, val = simclr.probe_sets(args)
+    evaluate = Evaluations(knn_eval, job["workers"])
     torch.manual_seed(args.seed)
     model = simclr.build_model(args).to(device, memory_format=torch.channels_last)
     scores = evaluate(simclr.image_encoder(model), bank, val, simclr.eval_view(args), device)
@@ -620,7 +620,7 @@ def part_cifar(job):
            untrained_knn_top1=scores["knn_top1"], evaluation_seconds=evaluate.spent)  # fmt: skip
     flags += ["--epochs", str(epochs), "--eval-every", str(every), "--save-every", "0"]
     flags += ["--output-dir", job["temp"] + "/cifar_run"]
-    simclr.knn_eval = evaluate
+    simclr.probe_sets = lambda args: (evaluate, bank, val)
     evaluate.start()
     simclr.train(simclr.parse_args(simclr.Args, simclr.RECIPES, flags))
     reached = [point["seconds"] for point in evaluate.points if point["knn_top1"] >= job["target"]]

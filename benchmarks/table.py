@@ -43,7 +43,7 @@ SHARED = {
     "run.py": "arguments that change no number, run directory, log, checkpoint",
     "pictures.py": "views.png and curves.png of a training run, and what it came to",
     "monitor.py": "accuracy while training: feature extraction, zero-shot, recall",
-    "knn.py": "the same for methods without captions: nearest neighbours",
+    "knn.py": "the same for methods without captions: nearest neighbours or a linear classifier",
     "trouble.py": "sentences for a full disk, too little memory, processes that do not meet",
     "init.py": "weights to start from, and encoders that stay as they are; only with --init",
     "recognise.py": "reads weights, says whose they are, and what the tensors do not tell",
@@ -59,7 +59,7 @@ SHARED = {
     "evaluation/exports.py": "writes weights for other projects",
 }
 START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations
-IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "val_top1": "top-1"}
+IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "linear_top1": "linear", "val_top1": "top-1"}
 
 
 # -------------------------------------------- the tree --------------------------------------------

@@ -87,8 +87,8 @@ def zeroshot(net, train, test, args, options):
 
 def retrieval(net, train, test, args, options):
     """Images by captions and captions by images, as on Flickr30k and COCO (monitor.recall)."""
-    _, metrics, n = language_scores(net.model, net.tokenizer, test, captions=True, **options)
-    return {"mean_recall": metrics.pop("mean_recall"), **metrics, "chance@1": 100 / n}
+    _, metrics, images = language_scores(net.model, net.tokenizer, test, captions=True, **options)
+    return {"mean_recall": metrics.pop("mean_recall"), **metrics, "chance@1": 100 / len(images)}
 
 
 # -------------------------------------------- frozen features -------------------------------------

@@ -29,7 +29,7 @@ from evaluation import pictures, probes
 from evaluation.features import LastBlocks, block_features, cached_extract
 from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
 from evaluation.weights import open_network
-from knn import knn, knn_eval, knn_sweep
+from knn import knn, knn_eval, knn_sweep, linear, linear_eval, ridge
 from monitor import EvalView, extract, language_eval, recall, zeroshot_metrics, zeroshot_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -306,14 +306,63 @@ def test_calls_of_training_loops():
     few = [knn_eval(net, Toy(120), Toy(60, first=500), **options, k=5, max_train=9, max_val=6) for _ in range(2)]
     assert few[0] == few[1] and round(few[0]["knn_top1"] * 6 / 100, 6).is_integer()
     out = language_eval(net, Letters(), Toy(30), **options)
-    assert out.keys() == {"zeroshot_top1", "zeroshot_chance", "recall@1", "recall_chance"}
+    ranks = {"effective_rank", "full_rank"}
+    assert out.keys() == {"zeroshot_top1", "zeroshot_chance", "recall@1", "recall_chance"} | ranks
     assert out["recall_chance"] == pytest.approx(100 / 30)
     no_classes, no_captions = Toy(30), Toy(30)
     no_classes.classes, no_captions.captioned = None, False
-    assert language_eval(net, Letters(), no_classes, **options).keys() == {"recall@1", "recall_chance"}
-    assert language_eval(net, Letters(), no_captions, **options).keys() == {"zeroshot_top1", "zeroshot_chance"}
-    assert knn_eval(net, no_classes, no_classes, **options) == {}
+    assert language_eval(net, Letters(), no_classes, **options).keys() == {"recall@1", "recall_chance"} | ranks
+    assert language_eval(net, Letters(), no_captions, **options).keys() == {"zeroshot_top1", "zeroshot_chance"} | ranks
+    assert knn_eval(net, no_classes, no_classes, **options) == linear_eval(net, no_classes, no_classes, **options) == {}
+    bank, val = Toy(120), Toy(60, first=500)
+    fitted, features = linear_eval(net, bank, val, **options), extract(net, val, **options)[0]
+    inputs = *extract(net, bank, **options), features, extract(net, val, **options)[1]
+    assert (fitted["linear_top1"], fitted["linear_top5"]) == linear(*inputs, 3) and fitted["linear_top1"] > 70
+    assert fitted["linear_chance"] == pytest.approx(100 / 3)
+    for found in (fitted, knn_eval(net, bank, val, **options)):
+        assert found["effective_rank"] == monitor.effective_rank(features)
+        assert found["full_rank"] == features.shape[1] < len(features)
     assert net.training
+
+
+def test_effective_rank_by_hand():
+    """RankMe: singular values 3 and 1 are shares 3/4 and 1/4, of entropy 2 ln 2 - 3/4 ln 3: rank 4 / 3^(3/4)."""
+    known = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
+    assert monitor.effective_rank(known) == round(4 / 3**0.75, 3) == 1.755
+    turned = torch.linalg.qr(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))[0] @ known
+    for features in (turned, turned.T, -5 * turned):  # more rows than columns, fewer; neither sign nor scale counts
+        assert monitor.effective_rank(features) == 1.755
+    assert monitor.effective_rank(torch.eye(6)) == 6
+    assert monitor.effective_rank(torch.ones(6, 4)) == 1  # collapsed
+    assert monitor.effective_rank(torch.zeros(6, 4)) == 1
+    assert monitor.rank_scores(torch.eye(6)[:, :4]) == {"effective_rank": 4, "full_rank": 4}
+
+
+def test_ridge_by_hand():
+    """Two classes along two axes: less their mean both points lie at +-sqrt(1/2) on one line, X^T X has eigenvalues 1 and
+    0 of mean 1/2, and the score of the right class is 1/2 + 1/2 / (1 + penalty / 2)."""
+    points, labels = torch.tensor([[2.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 1])
+    for penalty in (0.01, 0.5):
+        mean, weight, bias = ridge(points, labels, 2, penalty)
+        scores = (F.normalize(points, dim=1) - mean) @ weight + bias
+        right = 0.5 + 0.5 / (1 + penalty / 2)
+        torch.testing.assert_close(scores, torch.tensor([[right, 1 - right], [1 - right, right]], dtype=torch.float64))
+
+
+def test_linear_separates_what_a_line_separates():
+    """One direction of sixteen tells the classes apart and is a small part of each feature: the nearest neighbours do
+    not see it. Opposite corners of a square are what no line separates, and the nearest neighbours do."""
+    noise = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(600, 16, generator=noise), torch.arange(600) % 2
+    features[:, 0] = 0.3 * (2 * labels - 1)
+    train, test = (features[:500], labels[:500]), (features[500:], labels[500:])
+    assert linear(*train, *test, 2)[0] == 100
+    assert knn(*train, *test, num_classes=2)[0] < 75
+    corners, labels = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]), torch.tensor([0, 0, 1, 1])
+    assert linear(corners, labels, corners, labels, 2) == (50, 100)
+    assert knn(corners, labels, corners, labels, k=1)[0] == 100
+    same = torch.ones(4, 3)  # a collapsed network: the most frequent class, and no error
+    assert linear(same, torch.tensor([1, 1, 0, 1]), same, torch.tensor([1, 0, 1, 1]), 2)[0] == 75
 
 
 def test_captions_stay_with_their_images():
@@ -324,10 +373,10 @@ def test_captions_stay_with_their_images():
     with torch.no_grad():
         images, texts = torch.cat([net(x) for x in images]), net.encode_text(Letters().batch(captions))
     want = recall(images, texts, torch.tensor(owners))
-    zeroshot, found, n = monitor.language_scores(
+    zeroshot, found, features = monitor.language_scores(
         net, Letters(), data, VIEW, CPU, Toy.classes, ["a {}"], captions=True, batch_size=4
     )
-    assert found == pytest.approx(want) and n == len(kept)
+    assert found == pytest.approx(want) and len(features) == len(kept)
     weights = zeroshot_weights(net.encode_text, Letters(), Toy.classes, ["a {}"])
     logits = F.normalize(images, dim=1) @ weights.T
     assert zeroshot == pytest.approx(zeroshot_metrics(logits, torch.tensor([i % 3 for i in kept])))
@@ -729,6 +778,7 @@ def collective():
     out["one"] = [x.tolist() for x in extract(Net(), Toy(23), **options, indices=[7])]
     out["language"] = language_eval(Net(), Letters(), Toy(31, broken=True), **options, batch_size=4, workers=1)
     out["knn"] = knn_eval(Net(), Toy(41), Toy(17, first=500), **options, k=5, batch_size=3)
+    out["ridge"] = linear_eval(Net(), Toy(41), Toy(17, first=500), **options, batch_size=3)
     probe = [Args(train_batch=16, epochs=3, base_lr=4.0, workers=0), Args(train_batch=16, epochs=3, cached=True)]
     heads = [linear_probe(Net(), Toy(50), Toy(21, first=900), args=args, **options)[1].weight for args in probe]
     args = Args(grid=True, blocks=2, train_batch=16, epochs=3, workers=0)

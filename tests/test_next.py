@@ -14,7 +14,7 @@ from PIL import Image
 
 import command
 from common import UserError
-from knn import knn_sets
+from knn import knn_eval, linear_eval, probe_sets
 from monitor import language_set
 from runs import COMMON, FLAGS, METHODS, ROOT, environment, make_photos, module_of
 
@@ -114,8 +114,8 @@ def test_next_line_without_what_is_evaluated(train, folder):
 def said(tmp_path, capsys):
     """-> function that opens evaluation data, a folder below tmp_path -> (line it prints, the sets)."""
 
-    def ask(sets, data):
-        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir=""))
+    def ask(sets, data, probe="knn"):
+        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir="", probe=probe))
         (line,) = capsys.readouterr().out.splitlines()
         return line.removeprefix("evaluation: "), found
 
@@ -131,20 +131,26 @@ def pictures(folder, classes):
 
 def test_what_will_be_evaluated(said, tmp_path):
     pictures(tmp_path / "words", ["cat", "dog"])
-    text, (bank, val) = said(knn_sets, "words")
+    text, (probe, bank, val) = said(probe_sets, "words")
     assert text == "kNN of 2 validation images among 2 training images of words" and len(bank) == len(val) == 2
+    assert probe is knn_eval
+    text, (probe, bank, val) = said(probe_sets, "words", probe="linear")
+    assert text == "linear classifier of 2 validation images, fitted to 2 training images of words" and probe is linear_eval
     text, val = said(language_set, "words")
     assert text == "zero-shot classification of 2 validation images of words" and val.classes == ["cat", "dog"]
 
+    with pytest.raises(UserError, match="--probe is for methods without captions"):
+        said(language_set, "words", probe="linear")
+
     pictures(tmp_path / "ids", ["n01440764", "n01443537"])
-    assert said(knn_sets, "ids")[1][0].classes == ["n01440764", "n01443537"]
+    assert said(probe_sets, "ids")[1][1].classes == ["n01440764", "n01443537"]
     text, val = said(language_set, "ids")
     assert "WordNet ids and its classnames.txt is missing" in text and text.startswith("none, because ") and val is None
 
     pictures(tmp_path / "numbers", ["1.5"])  # one folder is no class
     for split in ("train", "val"):
         (tmp_path / "numbers" / f"{split}.csv").write_text(f"file,label\n{split}/1.5/0.png,0\n")
-    text, (bank, val) = said(knn_sets, "numbers")
+    text, (probe, bank, val) = said(probe_sets, "numbers")
     assert text == "none, because numbers has labels but its classnames.txt is missing, see docs/data.md"
     assert bank is None and val is None
     text, val = said(language_set, "nowhere")
@@ -156,7 +162,7 @@ def test_splits_of_different_classes_are_refused(tmp_path):
     pictures(tmp_path, ["cat", "dog"])
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "cow")
     with pytest.raises(UserError, match=r"differ in their classes \(cow, dog\)"):
-        knn_sets(types.SimpleNamespace(data=str(tmp_path), eval_data="", data_dir=""))
+        probe_sets(types.SimpleNamespace(data=str(tmp_path), eval_data="", data_dir="", probe="knn"))
 
 
 def test_next_line_in_a_shell(folder):

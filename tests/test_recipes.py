@@ -2,6 +2,7 @@
 sensible part of it."""
 
 import pytest
+import torch
 
 from runs import METHODS, module_of
 
@@ -35,3 +36,38 @@ def test_every_captioned_set_has_an_entry(method):
     """The defaults are the paper's run on hundreds of millions of pairs: their warm-up is no fraction of an epoch of another set.
     DeCLIP's are those of YFCC15M."""
     assert set(CAPTIONED) <= set(module_of(method).RECIPES)
+
+
+def network_of(method, recipe):
+    """-> arguments of a recipe, and its model without memory."""
+    module = module_of(method)
+    args = module.parse_args(module.Args, module.RECIPES, ["--data", "photos", "--recipe", recipe])
+    with torch.device("meta"):
+        return args, module.build_model(args)
+
+
+def test_ibot_vit_large():
+    """Width 1024 and 24 layers of 12 D^2 + 13 D parameters, 197 positions, a class token, a norm, patches of 16."""
+    for name in ("imagenet-vitl16", "imagenet-vitl16-rand"):
+        args, model = network_of("ibot", name)
+        d = 1024
+        teacher = 24 * (12 * d * d + 13 * d) + 197 * d + d + 2 * d + 16 * 16 * 3 * d + d
+        assert sum(p.numel() for p in model.teacher.backbone.parameters()) == teacher == 303_301_632
+        assert (args.epochs, args.batch_size, args.base_lr, args.drop_path) == (250, 1024, 5e-4, 0.2)
+        assert args.mask_shape == ("rand" if name.endswith("rand") else "block")
+
+
+def test_dinov2_vit_large_14():
+    """The official configuration vitl14 (spec/dinov2.md): 625,000 steps of 3,072 images, rate 3.46e-4, two heads."""
+    args, model = network_of("dinov2", "imagenet22k-vitl14")
+    images = 14_197_122  # of ImageNet-22k
+    steps = args.epochs * (images // args.batch_size)
+    assert steps == pytest.approx(625_000, rel=0.01)
+    assert args.warmup_epochs / args.epochs == pytest.approx(80 / 500, rel=0.01)
+    assert args.warmup_teacher_temp_epochs / args.epochs == pytest.approx(30 / 500, rel=0.01)
+    assert args.freeze_last_layer / args.epochs == pytest.approx(1 / 500, rel=0.01)
+    assert args.base_lr * (args.batch_size / 1024) ** 0.5 == pytest.approx(3.46e-4, rel=0.01)
+    heads = model.student.dino_head, model.student.ibot_head
+    assert [head.last_layer.in_features for head in heads] == [384, 256]
+    assert [head.last_layer.out_features for head in heads] == [131072, 131072]
+    assert model.student.backbone.pos_embed.shape == (1, 257, 1024) and model.student.backbone.blocks[0].swiglu

@@ -1,6 +1,7 @@
 """10 steps are 5 + 5, bit for bit, in metrics.jsonl and in every tensor of the checkpoint."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -10,8 +11,11 @@ import time
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
+from command import main
 from common import UserError
+from data import decode, open_dataset
 from runs import FLAGS, METHODS, argv_of, command, environment, make_photos, rows, train_here
 
 
@@ -199,3 +203,72 @@ def test_two_processes_in_one_directory(photos, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A folder of train and val with a folder for each of two classes, so that runs evaluate."""
+    folder, shapes = tmp_path_factory.mktemp("classes"), open_dataset("flocks")
+    for i in range(40):
+        part = folder / ("train" if i < 28 else "val") / ("even" if i % 2 == 0 else "odd")
+        part.mkdir(parents=True, exist_ok=True)
+        to_pil_image(decode(shapes[i].image)).save(part / f"{i}.png")
+    return folder
+
+
+KEPT = ["--probe", "linear", "--eval-every", "2", "--save-every", "0", "--keep-every", "2"]
+
+
+def test_kept_checkpoints_and_the_linear_probe(classes, tmp_path, monkeypatch, capsys):
+    """--keep-every saves too. What it kept stays when checkpoint.pt goes on, and resuming looks at checkpoint.pt alone;
+    the evaluations of a run that went on are those of one that did not stop, as on two processes."""
+    train_here("dino", classes, tmp_path / "whole", *KEPT, "--max-steps", "5")
+    kept = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint*"))
+    assert kept == ["checkpoint.pt", "checkpoint_2.pt", "checkpoint_4.pt"]
+    for step in (2, 4):
+        saved = torch.load(tmp_path / "whole" / f"checkpoint_{step}.pt", weights_only=True)
+        assert saved["step"] == step
+    found = [row for row in rows(tmp_path / "whole") if "linear_top1" in row]
+    assert [row["step"] for row in found] == [0, 2, 4, 5]
+    for row in found:
+        assert row["linear_chance"] == 50 and 1 < row["effective_rank"] <= row["full_rank"] == 12
+
+    train_here("dino", classes, tmp_path / "parts", *KEPT, "--max-steps", "2")
+
+    def no_links(*_):
+        raise OSError("this file system has no hard links")
+
+    monkeypatch.setattr(os, "link", no_links)
+    train_here("dino", classes, tmp_path / "parts", *KEPT, "--max-steps", "5")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert sorted(path.name for path in (tmp_path / "parts").glob("checkpoint*")) == kept
+    for name in kept:
+        first, second = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "parts"))
+        assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+    out = capsys.readouterr().out
+    assert re.search(r"step 2, percent: linear_top1 \S+, .*; effective_rank \S+, full_rank 12\n", out)
+    assert re.search(r"\neffective rank \S+ \(random weights \S+, at most 12\)\n", out)
+    main(["knn", str(tmp_path / "parts/checkpoint_2.pt"), "--data", str(classes), "--device", "cpu", "--workers", "0"])
+    (result,) = (json.loads(line) for line in (tmp_path / "parts/results.jsonl").read_text().splitlines())
+    assert result["step"] == 2
+
+    done = command("dino.py", "--data", classes, "--output-dir", tmp_path / "two", *FLAGS["dino"], *KEPT,
+                   "--max-steps", "2", processes=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([row for row in rows(tmp_path / run) if "linear_top1" in row][:2] for run in ("whole", "two"))
+    assert one[0] == two[0] and one[1].keys() == two[1].keys()  # random weights; later ones differ by rounding
+    assert one[1]["effective_rank"] == pytest.approx(two[1]["effective_rank"], rel=1e-3)
+
+
+def test_no_room_to_keep_a_checkpoint(photos, tmp_path, monkeypatch):
+    """Where there are no hard links a copy is written, and the disk may fill up meanwhile."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="checkpoint_1.pt .*No space left on device.*checkpoint.pt is good"):
+        train_here("simclr", photos, tmp_path / "run", "--keep-every", "1", "--max-steps", "1")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert not list((tmp_path / "run").glob("checkpoint_*")) and not list((tmp_path / "run").glob("*.tmp"))

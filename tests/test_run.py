@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError
+from pictures import next_command
 from run import Run, RunArgs, parse_args
 from runs import METHODS, ROOT, module_of
 from test_readme import parse
@@ -90,7 +91,7 @@ def test_next_command(monkeypatch, protocol, trained_on, dataset, command, data_
     run = Run.__new__(Run)
     run.args = types.SimpleNamespace(data="x", eval_data=eval_data, data_dir=data_dir)
     run.dir, run.loader = Path("runs/of mine"), types.SimpleNamespace(dataset=trained_on)
-    words = shlex.split(run._next_command(protocol, dataset))
+    words = shlex.split(next_command(run, protocol, dataset))
     places = {"RUN": "runs/of mine", "EVAL": eval_data or "x"}
     expected = [places.get(word, word) for word in command.split()]
     if data_dir or variable:
@@ -98,4 +99,4 @@ def test_next_command(monkeypatch, protocol, trained_on, dataset, command, data_
     assert words == ["python", "evaluate.py", *expected]
     parse(words[1], words[2:])  # evaluate.py takes it
     monkeypatch.chdir(ROOT / "tests")
-    assert shlex.split(run._next_command(protocol, dataset))[1] == str(ROOT / "evaluate.py")
+    assert shlex.split(next_command(run, protocol, dataset))[1] == str(ROOT / "evaluate.py")

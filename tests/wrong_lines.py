@@ -233,6 +233,9 @@ OWN = {
         ("greater_or_nan = ~(scores <= best)", "greater_or_nan = scores > best"),
         ("(column < best_column)", "(column > best_column)"),
         ("return 100 * hits.sum().item() / hits.numel()", "return hits.sum().item() / hits.numel()"),
+        ("squares > 2.5e-13 * squares.max(), 0).sqrt()", "squares > 2.5e-13 * squares.max(), 0)"),
+        ("shares = values / values.sum().clamp(min=1e-300)", "shares = values / values.max().clamp(min=1e-300)"),
+        ("torch.special.entr(shares).sum().exp()", "torch.special.entr(shares).sum()"),
     ],
     "init.py": [
         ('mode="bicubic"', 'mode="bilinear"'),
@@ -263,6 +266,11 @@ OWN = {
         ("bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)", "bank, queries = bank, queries"),
         ("(cosine[:, :k] - cosine[:, :1]) / temperature", "(cosine[:, :k] - cosine[:, :1]) * temperature"),
         ("found_at < few", "found_at <= few"),
+        ("    x = x - mean\n", ""),
+        ("gram.diagonal().add_(penalty * scale)", "gram.diagonal().add_(penalty)"),
+        ("x.T @ (y - bias)", "x.T @ y + bias"),
+        ("dim=1) - mean) @ weight + bias", "dim=1) - mean) @ weight"),
+        ("ranks < 1), percent(ranks < 5)", "ranks < 1), percent(ranks < 1)"),
     ],
 }  # fmt: skip
 
