@@ -230,6 +230,17 @@ def test_the_average_follows_the_online_network(step_trace):
     assert moved > 1e-5  # otherwise an average that is left out would pass
 
 
+def test_the_average_starts_as_a_copy(step_trace):
+    """Everywhere but in BYOL, whose official code draws the target's weights by themselves."""
+    name, trace = step_trace
+    if name not in AVERAGED:
+        return
+    start, key = trace.states[0], AVERAGED[name]
+    parts = [n for n, _ in trace.model.get_submodule(key).named_parameters()]
+    same = [torch.equal(start[f"{key}.{n}"], start[f"{ONLINE[name]}.{n}"]) for n in parts]
+    assert all(same) == (name != "byol")
+
+
 def test_which_weights_give_the_targets(step_trace):
     """MoCo's keys come from the encoder that was just updated, the targets of the others from the last step's."""
     name, trace = step_trace
