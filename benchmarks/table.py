@@ -18,6 +18,7 @@ line numbers in links such as [`clip_loss`](../clip.py#L364). The tables are:
     results METHOD     the runs of one method                                docs/METHOD.md
     curves METHOD      their learning curves                                 docs/METHOD.md
     ends PREFIX        the last evaluation of runs with this prefix          docs/align.md
+    ablations          the rows of SLIP's tables, published and measured     docs/slip_ablations.md
 """
 
 import argparse
@@ -28,8 +29,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ablations import PAPER, ROWS, record_name
+
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|scale|evaluations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|scale|evaluations|ablations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
              "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
@@ -294,6 +297,26 @@ def ends(prefix, names):
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
+def ablations(prefix):
+    """A row for each of ROWS in ablations.py: what is published, what its runs on `shapes` came to, all seeds."""
+    rows, paper, small = [], "", ""
+    for name, row in ROWS.items():
+        cells = []
+        for path in sorted((ROOT / "results").glob(f"{record_name(name)}*.json")):
+            if not re.fullmatch(rf"{record_name(name)}(_s\d+)?", path.stem):
+                continue
+            r = json.loads(path.read_text())
+            last, link = r["metrics"]["training"], f"[seed {r['args']['seed']}]({prefix}results/{path.name})"
+            told = (f"{number(last[key])} (chance {chance_of(key, last):.3g})" for key in ("zeroshot_top1", "recall@1"))
+            cells.append([link, *told, f"{r['minutes']:.1f}", r["commit"]])
+            small += f"- {path.stem}: `{r['command']}`\n"
+        for i, cell in enumerate(cells or [["not run yet", "", "", "", ""]]):
+            rows.append(["" if i else row.what, "" if i else row.published, *cell])
+        paper += f"- {row.what}: `{PAPER} {row.paper}`\n"
+    header = ["row", "published", "run", "zero-shot, shapes", "recall@1, shapes", "minutes", "commit"]
+    return f"{table(header, rows)}\nThe paper's runs:\n\n{paper}" + (f"\nThe measured ones:\n\n{small}" if small else "")
+
+
 def speed(prefix):
     """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
     rows = []
@@ -336,7 +359,8 @@ def updated(path, missing):
         kind, _, method = match[2].partition(" ")
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "results": results_table,
                 "curves": curves, "knn": knn_of_all, "retrieval": retrieval_of_all, "ends": ends,
-                "speed": speed, "scale": scale_tables, "evaluations": evaluations}[kind]  # fmt: skip
+                "speed": speed, "scale": scale_tables, "evaluations": evaluations,
+                "ablations": ablations}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):

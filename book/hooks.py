@@ -110,7 +110,8 @@ def methods_nav():
     items = []
     for name, (title, _, parent) in methods().items():
         pages = [f"{name}.md", f"source/{name}.md"] + ([f"difference/{name}.md"] if parent else [])
-        pages += [f"source/{name}_ablations.md"] * (ROOT / f"{name}_ablations.py").exists()
+        if (ROOT / f"{name}_ablations.py").exists():
+            pages += [f"{name}_ablations.md", f"source/{name}_ablations.md"]
         items.append({title: pages})
     return items
 
@@ -122,7 +123,7 @@ def on_config(config):
         function.cache_clear()  # mkdocs serve builds again and again
     running = ["running.md", "scale.md", "init.md", "data.md", "curation.md", "evaluation.md"]
     placed = {"choosing.md", "glossary.md", "results.md"} | set(running)
-    placed |= {f"{name}.md" for name in methods()}
+    placed |= {f"{name}.md" for name in methods()} | {f"{name}_ablations.md" for name in methods()}
     others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in placed)
     shared = [{file: f"source/{file.removesuffix('.py')}.md"} for file in table.SHARED]
     config.nav = [
