@@ -218,6 +218,7 @@ def depth(state, prefix):
 # ViT-bigG (1664) and ViT-e (1792).
 HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24,
          1664: 16, 1792: 16}  # fmt: skip
+LAIONS_WIDTHS = (1280, 1408, 1664)  # of CLIP's ViT-H, ViT-g and ViT-bigG
 
 
 @dataclass
@@ -256,11 +257,15 @@ class Known:
     def text_heads_of(self, width):
         return self.heads_of(width, {}, flag="--text-heads")
 
-    def exact_gelu(self):
-        """Whether a CLIP has GELU itself and not OpenAI's approximation of it, QuickGELU."""
+    def exact_gelu(self, width=0):
+        """Whether a CLIP has GELU itself and not OpenAI's approximation of it, QuickGELU. width: of
+        its vision transformer. OpenAI's end at 1024; LAION trained all wider ones with GELU."""
         gelu = self.gelu or self.beside.get("gelu")
         if gelu:
             self.notes.append(f"{gelu} GELU ({'--gelu' if self.gelu else self.beside['file']})")
+        elif width in LAIONS_WIDTHS:
+            gelu = "exact"
+            self.notes.append(f"exact GELU (LAION's for width {width}, else --gelu quick)")
         else:
             self.notes.append("QuickGELU as OpenAI's (LAION's: --gelu exact)")
         return gelu == "exact"

@@ -180,7 +180,7 @@ def clip_of(state, known):
         model = clip.CLIP(embed_dim, image_size, layers, width, None, *text_of(state, known))
         model.visual.attnpool.heads = known.heads_of(32 * width, {})
     fit_linear(model, state)
-    if known.exact_gelu():
+    if known.exact_gelu(width):
         for module in model.modules():
             if isinstance(module, clip.ResidualAttentionBlock):
                 module.mlp.gelu = nn.GELU()

@@ -16,6 +16,9 @@ from test_golden import close
 CPU = torch.device("cpu")
 
 
+SIMCLRV2 = "--data shapes --arch resnet18 --width 1 --stem small --image-size 32".split()  # what its train() takes from the start
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("exports")
@@ -29,11 +32,15 @@ def checkpoint(folder, name):
     module = runs.module_of(name)
     more = {"simclr_cifar": ["--stem", "cifar"], "simclr_small": ["--stem", "small"],
             "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
-            "align_hf": ["--embed-dim", "160"]}
-    flags = [*runs.FLAGS[name.split("_")[0]], *more[name]] if name in more else runs.FLAGS[name]
+            "align_hf": ["--embed-dim", "160"], "simclr_imagenet": ["--stem", "imagenet", "--image-size", "64"],
+            "simclrv2_bare": ["--head-layer", "0"]}  # fmt: skip
+    flags = SIMCLRV2 if "v2" in name else runs.FLAGS.get(name) or runs.FLAGS[name.split("_")[0]]
+    flags = [*flags, *more.get(name, [])]
     if name in RESNETS:
         flags = [*flags, *runs.RESNET18]
     args = module.parse_args(module.Args, module.RECIPES, flags)
+    if "v2" in name:
+        args.num_classes = 5  # which its train() adds
     torch.manual_seed(0)
     model, g = module.build_model(args), torch.Generator().manual_seed(1)
     for value in model.state_dict().values():
@@ -113,7 +120,8 @@ def test_align_in_transformers(folder, capsys):
         main(["export", str(checkpoint(folder, "align")), "--to", "transformers"])
 
 
-METHODS = ["clip", "clip_resnet", "slip", "declip", "declip_resnet", "align", "align_hf", "simclr_small", "moco", "mocov3",
+METHODS = ["clip", "clip_resnet", "slip", "declip", "declip_resnet", "align", "align_hf", "simclr_small", "simclr_cifar",
+           "simclr_imagenet", "simclrv2", "simclrv2_bare", "moco", "mocov3",
            "byol", "simsiam", "dino", "ibot", "dinov2", "dinov2_registers", "dinov2_swiglu"]  # fmt: skip
 
 

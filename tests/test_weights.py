@@ -283,6 +283,25 @@ def test_laions_clip_has_gelu(tmp_path, capsys):
         open_network(saved(tmp_path / "vit.pth", dino.VisionTransformer(16, 8, 192, 1, 3).state_dict()), CPU, gelu="exact")
 
 
+@pytest.mark.parametrize("width, exact", [(1280, True), (1408, True), (1664, True), (1024, False)])
+def test_gelu_of_wide_clips(width, exact, tmp_path, capsys):
+    """LAION's ViT-H, ViT-g and ViT-bigG have GELU; their bare files do not say so, and OpenAI's widest has 1024."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    vision = {"layers": 1, "width": width, "patch_size": 8, "image_size": 16, "head_width": width // 16}
+    text = {"context_length": 8, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1}
+    model = noisy(open_clip.model.CLIP(32, vision, text, quick_gelu=not exact))
+    path, image = saved(tmp_path / "x.bin", model.state_dict()), torch.rand(1, 3, 16, 16)
+    ids = torch.randint(1, 99, (2, 8), generator=torch.Generator().manual_seed(0))
+    for given, same in (({}, True), ({"gelu": "quick" if exact else "exact"}, False)):
+        _, ours = load_released(path, **given)
+        line = capsys.readouterr().err
+        with torch.no_grad():
+            found = [(ours.eval().encode_image(image), model.encode_image(image)), (ours.encode_text(ids), model.encode_text(ids))]
+        assert [torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in found] == [same, same]
+        if not given:
+            assert (f"exact GELU (LAION's for width {width}, else --gelu quick)" if exact else "QuickGELU as OpenAI's") in line
+
+
 def chunked(state):
     return {re.sub(r"blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", k): v for k, v in state.items()}
 
