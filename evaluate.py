@@ -32,6 +32,7 @@ import torch
 from common import UserError, init_distributed, rank, user_errors
 from data import open_dataset
 from evaluation import exports, finetune
+from evaluation.features import WithinClasses
 from evaluation.pictures import PICTURES
 from evaluation.protocols import PROTOCOLS, parse_numbers
 from evaluation.results import environment, folder_of, save_picture, save_result, table
@@ -98,6 +99,15 @@ class Args:
     to: Project = "timm"  # export: the project, or format, that the weights are for
 
 
+def read_flags(flags, recipes):
+    """parse_args, with the home folder in the place of ~ in files and folders, which a shell leaves
+    alone in --flag=~/x. Raises UserError."""
+    args = parse_args(Args, recipes, flags)
+    for name in ("out", "tokenizer", "templates", "classnames"):
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
+    return args
+
+
 def check(protocol, paths, args):
     """Raises UserError for flags that do not fit the protocol or each other."""
     if protocol not in PROTOCOLS | PICTURES or not paths or not args.data:
@@ -127,7 +137,7 @@ def open_splits(protocol, args):
         raise UserError(f"{protocol} needs {needs}, which {args.data} does not have")
     if train and (args.split == "train" or train.classes != test.classes):
         raise UserError(f"{protocol} needs a --split other than train, with the same classes")
-    return train, test
+    return WithinClasses(train) if train else None, test
 
 
 def open_splits_for_picture(protocol, args):
@@ -161,7 +171,8 @@ def main(argv: list[str]):
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     protocol, *paths = argv[:first_flag] or [""]
     flags = argv[first_flag:]
-    args = parse_args(Args, {}, flags)
+    args = read_flags(flags, {})
+    paths = [os.path.expanduser(path) for path in paths]
     if protocol == "export" and paths:
         export(args, *paths)
         return
@@ -193,7 +204,7 @@ def main(argv: list[str]):
                 )
             if tuning:  # the defaults depend on the architecture, and flags win over them
                 recipe = finetune.recipe(net.encoder, len(train), args.labels or 1.0)
-                args = parse_args(Args, {args.data: recipe}, flags)
+                args = read_flags(flags, {args.data: recipe})
                 result["settings"] = {name: getattr(args, name) for name in recipe}
             options = {"view": net.view, "device": device, "dtype": args.dtype}
             options |= {"batch_size": args.batch_size, "workers": args.workers}

@@ -120,6 +120,13 @@ class Features(NamedTuple):
     index: torch.Tensor  # (N,), indices in the dataset
 
 
+def add_up(x):
+    """Collective. In place the sum over processes of x, whose numbers are 0 on all of them but one: no
+    rounding, as the bits are added."""
+    if dist.is_initialized() and x.numel():
+        dist.all_reduce(x.view(torch.int32))
+
+
 @torch.no_grad()
 def extract_features(module, encode, dataset, view, device, tokenizer=None, dtype="fp32",
                      batch_size=256, workers=0, indices=None) -> Features:  # fmt: skip
@@ -136,45 +143,59 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
         Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=share,
         num_workers=min(workers, len(batches)), pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals, generator=own_generator)  # fmt: skip
-    images_seen, texts_seen, errors = [], [], []
+    index = torch.tensor(indices).sort().values  # of each row of what is returned
+    labels, read, images = torch.zeros_like(index), torch.zeros_like(index), torch.empty(0, 0)
+    owners, texts_seen, errors = [], [], []
     with evaluating(module), mixed_precision(dtype, device)[0]:
         for batch, batch_errors in bar(loader, f"{dataset.name} features"):
             errors += batch_errors
             if not batch:
                 continue
-            index, labels, images, captions = batch
-            features = encode(view(images.to(device, non_blocking=True), {})).float().cpu()
-            images_seen.append((index, labels, features))
+            batch_index, batch_labels, pixels, captions = batch
+            features = encode(view(pixels.to(device, non_blocking=True), {})).float().cpu()
+            if not len(images):  # a list of parts would take twice the memory when it is joined
+                images = features.new_zeros(len(index), features.shape[1])
+            rows = torch.searchsorted(index, batch_index)
+            images[rows], labels[rows], read[rows] = features, batch_labels, 1
             pairs = []  # (index of the image, caption)
             if tokenizer:
-                for i, several in zip(index.tolist(), captions):
+                for i, several in zip(batch_index.tolist(), captions):
                     pairs += [(i, caption) for caption in several if caption.strip()]
             for j in range(0, len(pairs), batch_size):
-                owners, texts = zip(*pairs[j : j + batch_size])
+                text_owners, texts = zip(*pairs[j : j + batch_size])
                 features = module.encode_text(tokenize(tokenizer, texts, device)).float().cpu()
-                texts_seen.append((torch.tensor(owners), features))
+                texts_seen.append(features)
+                owners += text_owners
 
-    every = [(images_seen, texts_seen, errors)] * world_size()
+    text_dim = texts_seen[0].shape[1] if texts_seen else 0
+    own = errors, owners, images.shape[1], text_dim
+    every = [own] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(every, (images_seen, texts_seen, errors))
-    images_seen, texts_seen, errors = (sum(lists, []) for lists in zip(*every))
-    if not images_seen:
+        dist.all_gather_object(every, own)
+    errors, owners, image_dims, text_dims = zip(*every)
+    errors, counts, owners = sum(errors, []), [len(o) for o in owners], torch.tensor(sum(owners, []))
+    if not len(images):
+        images = torch.zeros(len(index), max(image_dims))
+    owners, order = owners.long().sort(stable=True)
+    texts = torch.zeros(len(owners), max(text_dims))
+    rows = order.argsort().split(counts)[rank()]  # of this process's texts
+    for features in texts_seen:
+        texts[rows[: len(features)]], rows = features, rows[len(features) :]
+    for x in (images, labels, read, texts):
+        add_up(x)
+
+    if not read.any():
         reason = errors[0] if errors else "there are none"
         raise UserError(f"none of {len(indices)} samples of {dataset.name} can be read: {reason}")
     if errors and rank() == 0:
         left_out = f"{dataset.name}: left out {len(errors)} of {len(indices)} samples"
         print(f"{left_out}, {errors[0]}", file=sys.stderr)
-
-    index, labels, images = map(torch.cat, zip(*images_seen))
-    owners, texts = index[:0], images[:0]
-    if texts_seen:
-        owners, texts = map(torch.cat, zip(*texts_seen))
-    if not (images.isfinite().all() and texts.isfinite().all()):
+    if not read.all():
+        index, labels, images = (x[read > 0] for x in (index, labels, images))
+    extremes = [x for y in (images, texts) if y.numel() for x in y.aminmax()]  # NaN if there is one
+    if not torch.stack(extremes).isfinite().all():
         raise UserError("features are not finite: the network diverged, or --dtype fp16 overflows")
-    index, order = index.sort()
-    owners, text_order = owners.sort(stable=True)
-    image_of_text = torch.searchsorted(index, owners)
-    return Features(images[order], labels[order], texts[text_order], image_of_text, index)
+    return Features(images, labels, texts, torch.searchsorted(index, owners), index)
 
 
 def extract(encoder, dataset, view, device, **options):
@@ -194,10 +215,18 @@ def subset_indices(dataset, most):
     return order[: most or None].sort().values.tolist()
 
 
+def refuse_labels_beyond(dataset, label):
+    """Raises UserError for a label that is not below the number of classes, if there are classes."""
+    if dataset.classes and label >= len(dataset.classes):
+        which = f"{dataset.name} has the label {label}, but only {len(dataset.classes)} classes"
+        raise UserError(f"{which}, from 0 on: mend its labels or its list of classes")
+
+
 def labelled(dataset, features, labels):
     """Features and labels of the samples that have a label. Raises UserError if none has one."""
     if not (labels >= 0).any():
         raise UserError(f"{dataset.name} has no labels")
+    refuse_labels_beyond(dataset, int(labels.max()))
     return features[labels >= 0], labels[labels >= 0]
 
 
@@ -331,11 +360,23 @@ def say_evaluation(text):
 
 
 def evaluation_set(args, split="val"):
-    """A split of --eval-data, or else of --data. None, with a line that says why, if there is none."""
+    """Collective. A split of --eval-data, or else of --data. None, with a line that says why, if there
+    is none. Raises UserError if processes find different ones, as they would wait for each other."""
+    dataset, found = None, ""
     try:
-        return open_dataset(args.eval_data or args.data, args.data_dir, split)
+        dataset = open_dataset(args.eval_data or args.data, args.data_dir, split)
+        found = f"{len(dataset):,} images of {len(dataset.classes or ())} classes"
+        found += " with captions" * dataset.captioned
     except UserError as error:
-        say_evaluation(f"none, because {error}")
+        found = f"none, because {error}"
+        say_evaluation(found)
+    every = [found] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(every, found)
+    if other := next((text for text in every if text != every[0]), ""):
+        raise UserError(f"processes differ in the {split} data of the evaluation, one finds {every[0]}, "
+                        f"another {other}: give all nodes the same --eval-data")  # fmt: skip
+    return dataset
 
 
 def language_set(args):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import UserError, all_reduce_mean, rank
-from monitor import extract
+from monitor import extract, refuse_labels_beyond
 from run import load_checkpoint
 
 
@@ -23,6 +23,23 @@ class NamedSubset(torch.utils.data.Subset):
     def __init__(self, dataset, indices, name=""):
         super().__init__(dataset, indices)
         self.name, self.classes = name or dataset.name, dataset.classes
+
+
+class WithinClasses:
+    """A dataset that raises UserError for a label that none of its classes has: training on such
+    labels would end with a traceback, on a GPU with one that names no sample."""
+
+    def __init__(self, dataset):
+        self.dataset, self.name, self.classes = dataset, dataset.name, dataset.classes
+        self.captioned = dataset.captioned
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        sample = self.dataset[i]
+        refuse_labels_beyond(self, sample.label)
+        return sample
 
 
 # -------------------------------------------- kept on disk ----------------------------------------

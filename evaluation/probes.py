@@ -1,10 +1,11 @@
 """Linear classifiers on frozen features: heads trained by SGD, and logistic regression solved by
-L-BFGS.
+Newton's method.
 
 Letters: N samples, D width of a feature, C classes, b rows of a batch.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -190,34 +191,111 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **options):
 
 
 # -------------------------------------------- logistic regression ---------------------------------
-def logistic_regression(x, y, C, num_classes, max_iter=1000):
-    """x (N, D) float64, y (N,) -> function from (M, D) to logits (M, num_classes).
+class PrincipalAxes(NamedTuple):
+    """Features (N, D) without their mean along their R = min(N, D) principal axes."""
 
-    L-BFGS finds the minimum of C sum_i CE(w x_i + b, y_i) + |w|^2 / 2, as scikit-learn's
-    LogisticRegression(C=C) does. It starts from 0 and holds CHUNK logits at a time. A class without
-    a sample is never predicted, as in scikit-learn: its offset b, which has no penalty, would go to
-    minus infinity."""
+    x: torch.Tensor  # (N, R)
+    variances: torch.Tensor  # (R,)
+    mean: torch.Tensor  # (D,)
+    directions: torch.Tensor  # (D, R)
+
+
+def principal_axes(x) -> PrincipalAxes:
+    """x (N, D), which stays as it is."""
+    mean, n = x.mean(0), len(x)
+    if n < x.shape[1]:
+        left, sizes, directions = torch.linalg.svd(x - mean, full_matrices=False)
+        return PrincipalAxes(left * sizes, sizes.square() / n, mean, directions.T)
+    variances, directions = torch.linalg.eigh(x.T @ x / n - torch.outer(mean, mean))
+    along = (x @ directions).sub_(mean @ directions)
+    return PrincipalAxes(along, variances.clamp_min(0), mean, directions)
+
+
+def logistic_regression(x, y, C, num_classes, tolerance=1e-9, max_iter=200):
+    """x (N, D) float64 or its PrincipalAxes, y (N,) -> function from (M, D) to logits (M,
+    num_classes).
+
+    Finds the minimum of C sum_i CE(w x_i + b, y_i) + |w|^2 / 2, as scikit-learn's
+    LogisticRegression(C=C) does, and holds CHUNK logits at a time. A class without a sample is
+    never predicted, as in scikit-learn: its offset b, which has no penalty, would go to minus
+    infinity. It stops once no number of the gradient of the mean loss is above the tolerance,
+    which is scikit-learn's criterion (its default: 1e-4).
+
+    Features of networks have variances that differ by orders of magnitude, and L-BFGS takes
+    hundreds of steps for them. Here w is sought along the principal axes of x, where the second
+    derivative is nearly diagonal, by Newton's method. Each of its steps minimises the quadratic
+    approximation by conjugate gradients, preconditioned with that diagonal, and only as exactly as
+    it is worth (inexact Newton, Nocedal and Wright, Numerical Optimization, Sec. 7.1)."""
+    axes = x if isinstance(x, PrincipalAxes) else principal_axes(x)
     present, y = y.unique(return_inverse=True)
-    if len(present) == 2:
+    classes, n = len(present), len(axes.x)
+    if classes == 2:
         C = C / 2  # for two classes scikit-learn has one w, the difference of our two
-    w = torch.zeros(len(present), x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
-    b = torch.zeros(len(present), dtype=x.dtype, device=x.device, requires_grad=True)
-    size = max(1, CHUNK // len(present))
-    options = {"max_iter": max_iter, "max_eval": 2 * max_iter, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([w, b], tolerance_grad=1e-9, tolerance_change=0.0, **options)
+    parts = axes.x.split(max(1, CHUNK // classes))
+    targets = y.split(max(1, CHUNK // classes))
+    one = torch.ones_like(axes.variances[:1])  # the last coordinate is the offset
+    variances = torch.cat([axes.variances, one])
+    penalty = torch.cat([one.expand_as(axes.variances) / (C * n), 0 * one])
 
-    def objective():  # divided by C N, so that the tolerance means the same for all C
-        optimizer.zero_grad()
-        total = w.square().sum() / (2 * C * len(x))
-        total.backward()
-        for rows, labels in zip(x.split(size), y.split(size)):
-            loss = F.cross_entropy(rows @ w.T + b, labels, reduction="sum") / len(x)
-            loss.backward()
-            total = total + loss
-        return total.detach()
+    def logits_of(v, part):
+        return torch.addmm(v[:, -1], part, v[:, :-1].T)
 
-    optimizer.step(objective)
-    w, b = w.detach(), b.detach()
+    def gradient(part, errors):
+        """That by the logits of some rows -> that by the coordinates."""
+        return torch.cat([errors.T @ part, errors.sum(0)[:, None]], dim=1) / n
+
+    def loss_at(v):
+        loss = (v.square() * penalty).sum() / 2
+        for part, labels in zip(parts, targets):
+            loss = loss + F.cross_entropy(logits_of(v, part), labels, reduction="sum") / n
+        return loss
+
+    def slope_at(v):
+        """-> gradient, mean curvature of the logits, probabilities of the last part."""
+        slope, curvature = v * penalty, 0.0
+        for part, labels in zip(parts, targets):
+            p = logits_of(v, part).softmax(1)
+            curvature += (p * (1 - p)).sum() / (n * classes)
+            slope = slope + gradient(part, p - F.one_hot(labels, classes).to(p))
+        return slope, curvature, p
+
+    def hessian_times(q, v, p):
+        """The second derivative at v, times q. p: the probabilities at v if there is one part."""
+        out = q * penalty
+        for part in parts:
+            if len(parts) > 1:  # all of them together would take too much memory
+                p = logits_of(v, part).softmax(1)
+            change = p * logits_of(q, part)
+            change -= p * change.sum(1, keepdim=True)
+            out = out + gradient(part, change)
+        return out
+
+    v = axes.x.new_zeros(classes, len(variances))
+    loss = loss_at(v)
+    for _ in range(max_iter):
+        slope, curvature, p = slope_at(v)
+        inverse = 1 / (curvature * variances + penalty).clamp_min(1e-12)
+        size = (slope.square() * inverse).sum().sqrt()
+        if slope.abs().max() < tolerance:
+            break
+        step, rest, way = torch.zeros_like(v), -slope, -slope * inverse
+        length, limit = (rest * way).sum(), min(0.1, size.sqrt()) * size
+        for _ in range(100):  # conjugate gradients
+            turned = hessian_times(way, v, p)
+            share = length / (way * turned).sum()
+            step, rest = step + share * way, rest - share * turned
+            before, length = length, (rest.square() * inverse).sum()
+            if length.sqrt() < limit:
+                break
+            way = inverse * rest + length / before * way
+        share, wanted = 1.0, 1e-4 * (slope * step).sum()
+        while share > 1e-6 and (found := loss_at(v + share * step)) > loss + share * wanted:
+            share /= 2
+        if share <= 1e-6:  # only rounding is left
+            break
+        v, loss = v + share * step, found
+    w = v[:, :-1] @ axes.directions.T
+    b = v[:, -1] - w @ axes.mean
 
     def logits(features):
         out = features.new_full((len(features), num_classes), -math.inf)

@@ -14,7 +14,7 @@ from common import UserError
 from evaluation import finetune
 from evaluation.features import LastBlocks, NamedSubset, cached_extract
 from evaluation.probes import best_exponent, block_count, linear_probe, logistic_regression
-from evaluation.probes import split_off_tenth
+from evaluation.probes import principal_axes, split_off_tenth
 from knn import knn_sweep
 from monitor import TEMPLATES, extract, labelled, language_scores, zeroshot_metrics
 
@@ -139,8 +139,10 @@ def logreg(net, train, test, args, options):
             raise UserError(f"{train.name} has only {len(y)} labels, too few to choose --C")
         held_out, rest = (part.to(device) for part in split_off_tenth(len(y), args.seed))
 
+        axes = principal_axes(x[rest])
+
         def score(exponent):
-            predict = logistic_regression(x[rest], y[rest], 10**exponent, num_classes)
+            predict = logistic_regression(axes, y[rest], 10**exponent, num_classes, tolerance=1e-4)
             return zeroshot_metrics(predict(x[held_out]), y[held_out])["top1"]
 
         C = 10 ** best_exponent(score)
