@@ -2,16 +2,18 @@
 [--flag VALUE]
 
 PROTOCOL is zeroshot, retrieval, knn, logreg, linear, finetune or semi, which give scores, or
-attention, pca, matches or neighbors, which draw a picture. `export` writes the weights for another
-project. CHECKPOINT is a checkpoint.pt, the run directory that holds it, or a file of published
-weights; several of them give one table. Under torchrun the result is the same for any number of
-processes. Every result is appended to results.jsonl beside its checkpoint, and every picture is a
-PNG there.
+attention, pca, matches, neighbors, explain or search, which draw a picture. `export` writes the
+weights for another project. CHECKPOINT is a checkpoint.pt, the run directory that holds it, or a
+file of published weights; several of them give one table. Under torchrun the result is the same for
+any number of processes. Every result is appended to results.jsonl beside its checkpoint, and every
+picture is a PNG there.
 
     python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
     python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
     python evaluate.py semi runs/simclr_cifar10_* --data cifar10 --labels 0.1 --random
     python evaluate.py attention runs/dino_shapes_* --data shapes
+    python evaluate.py explain runs/clip_shapes_* --data shapes --text "a red star"
+    python evaluate.py search runs/align_shapes_* --data shapes "a red star" --minus red
     torchrun --nproc_per_node=8 evaluate.py zeroshot runs/slip_yfcc15m_* --data imagenet
 
 Scores are in percent. evaluation/protocols.py says which protocol each of them follows; a score
@@ -25,7 +27,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import torch
 
@@ -33,7 +35,7 @@ from common import UserError, init_distributed, rank, user_errors
 from data import open_dataset
 from evaluation import exports, finetune
 from evaluation.features import WithinClasses
-from evaluation.pictures import PICTURES
+from evaluation.language import PICTURES, WITH_TEXT
 from evaluation.protocols import PROTOCOLS, parse_numbers
 from evaluation.results import environment, folder_of, save_picture, save_result, table
 from evaluation.weights import open_network
@@ -56,8 +58,8 @@ class Args:
     tokenizer: str = ""  # of others' language-image weights, as in clip.py (default: published one)
     templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
     classnames: str = ""  # zeroshot: file of class names, one class a line, synonyms separated by |
-    cache: bool = True  # knn, logreg, linear --cached: keep features beside the checkpoint
-    k: str = "20"  # knn, neighbors: how many neighbours (knn: also several, 10,20); matches: lines
+    cache: bool = True  # knn, logreg, search, linear --cached: keep features beside the checkpoint
+    k: str = "20"  # how many neighbours (knn: also several, 10,20), hits of search, lines of matches
     temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
     head_layer: int = 0  # keep this many layers of the projection head (SimCLR v2's semi: 1)
     cached: bool = False  # linear: extract features once, without augmentation; choose base_lr
@@ -90,6 +92,10 @@ class Args:
     heads: int = 0  # attention heads of an external ViT (0: infer)
     text_heads: int = 0  # attention heads of an external text encoder (0: infer)
     gelu: Literal["", "quick", "exact"] = ""  # of an external CLIP: OpenAI's is quick, LAION's exact
+    text: tuple[str, ...] = ()  # explain, search: a text; may be given several times
+    plus: tuple[str, ...] = ()  # search: text or image file to add to the query, also several times
+    minus: tuple[str, ...] = ()  # search: text or image file to subtract, also several times
+    queue: bool = False  # neighbors: of captions, in the queue of a DeCLIP run
     images: int = 4  # pictures: how many samples are shown, the same ones in every run
     samples: str = ""  # pictures: samples to show, by their number in the split, as 3,14,15
     size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures: 480)
@@ -106,6 +112,28 @@ def read_flags(flags, recipes):
     for name in ("out", "tokenizer", "templates", "classnames"):
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
+
+
+def split_words(argv):
+    """-> the words before the first flag, the flags with their values, the words behind those:
+    evaluate.py search CHECKPOINT --data NAME "a dog" """
+    takes_no_value = {"-h", "--help"}
+    for name, kind in get_type_hints(Args).items():
+        if kind is bool:
+            flag = name.replace("_", "-")
+            takes_no_value |= {f"--{flag}", f"--no-{flag}"}
+    first, flags, others = [], [], []
+    value_follows = False
+    for word in argv:
+        if value_follows or word.startswith("-"):
+            plain = word.replace("_", "-")
+            value_follows = not (value_follows or "=" in word or plain in takes_no_value)
+            flags.append(word)
+        elif flags:
+            others.append(word)
+        else:
+            first.append(word)
+    return first, flags, others
 
 
 def check(protocol, paths, args):
@@ -168,9 +196,10 @@ def export(args, path, *others):
 def main(argv: list[str]):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
-    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    protocol, *paths = argv[:first_flag] or [""]
-    flags = argv[first_flag:]
+    (protocol, *paths), flags, queries = split_words(argv) if argv else ([""], [], [])
+    if queries and protocol not in WITH_TEXT:
+        raise UserError(f"{queries[0]} is no flag: checkpoints come first (--help lists the flags)")
+    flags += [word for query in queries for word in ("--text", query)]
     args = read_flags(flags, {})
     paths = [os.path.expanduser(path) for path in paths]
     if protocol == "export" and paths:
@@ -180,8 +209,9 @@ def main(argv: list[str]):
     device = init_distributed(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
     train, test = open_splits(protocol, args)
-    with_text, tuning = protocol in ("zeroshot", "retrieval"), protocol in ("finetune", "semi")
-    keeps_features = protocol in ("knn", "logreg") or (protocol == "linear" and args.cached)
+    with_text = protocol in ("zeroshot", "retrieval", *WITH_TEXT)
+    tuning = protocol in ("finetune", "semi")
+    keeps_features = protocol in ("knn", "logreg", "search") or (protocol == "linear" and args.cached)
     kinds = ["metrics", "random weights"] if args.random else ["metrics"]
     rows = {}
     for path in map(Path, paths):
@@ -208,12 +238,13 @@ def main(argv: list[str]):
                 result["settings"] = {name: getattr(args, name) for name in recipe}
             options = {"view": net.view, "device": device, "dtype": args.dtype}
             options |= {"batch_size": args.batch_size, "workers": args.workers}
+            if keeps_features and args.cache:
+                options["cache"] = str(folder_of(path))
             if protocol in PICTURES:
+                net.path = path
                 picture = PICTURES[protocol](net, train, test, args, options)
                 save_picture(picture, path, protocol, kind, args)
                 continue
-            if keeps_features and args.cache:
-                options["cache"] = str(folder_of(path))
             result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
             rows[f"{path}, {kind}" if random_weights else str(path)] = result[kind]
             if tuning and args.out and not random_weights and rank() == 0:

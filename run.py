@@ -89,6 +89,8 @@ def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.Ar
         elif typing.get_origin(kind) is typing.Literal:
             options.update(choices=typing.get_args(kind))
         else:
+            if typing.get_origin(kind) is tuple:  # a flag that may be given several times
+                options.update(action="append")
             kind = (*typing.get_args(kind), kind)[0]  # `int | None` is read as int
             options.update(type=kind, metavar=kind.__name__.upper())
         groups[hasattr(RunArgs, name)].add_argument("--" + name.replace("_", "-"), **options)

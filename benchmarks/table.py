@@ -57,6 +57,7 @@ SHARED = {
     "evaluation/probes.py": "linear probes and logistic regression",
     "evaluation/finetune.py": "fine-tuning with all or some of the labels",
     "evaluation/pictures.py": "pictures of what a network sees",
+    "evaluation/language.py": "pictures that a text asks for: explanations, search, DeCLIP's queue",
     "evaluation/results.py": "tables, results.jsonl and the files of pictures",
     "evaluation/weights.py": "opens checkpoints as networks, those of other projects too",
     "evaluation/exports.py": "writes weights for other projects",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import UserError, all_reduce_mean, rank
-from monitor import extract, refuse_labels_beyond
+from monitor import extract, extract_features, refuse_labels_beyond
 from run import load_checkpoint
 
 
@@ -46,21 +46,27 @@ class WithinClasses:
 def cached_extract(encoder, dataset, view, device, cache="", **options):
     """Collective. monitor.extract, whose result is kept in the folder `cache`, if one is given, and
     read from there the next time."""
-    if not cache:
-        return extract(encoder, dataset, view, device, **options)
-    file = Path(cache) / f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
-    if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
-        with contextlib.suppress(UserError):  # a damaged file is written anew
-            saved = load_checkpoint(file)
-            return saved["features"], saved["labels"]
-    features, labels = extract(encoder, dataset, view, device, **options)
-    if rank() == 0:
+    return cached_features(encoder, dataset, view, device, cache, **options)[:2]
+
+
+def cached_features(encoder, dataset, view, device, cache="", **options):
+    """Collective. As cached_extract, and the indices (n,) of the samples that could be read."""
+    if cache:
+        name = f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
+        file = Path(cache) / name
+        if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
+            with contextlib.suppress(UserError):  # a damaged file is written anew
+                saved = load_checkpoint(file)
+                return saved["features"], saved["labels"], saved["index"]
+    found = extract_features(encoder, encoder, dataset, view, device, **options)
+    if cache and rank() == 0:
+        kept = {"features": found.images, "labels": found.labels, "index": found.index}
         try:
-            torch.save({"features": features, "labels": labels}, file.with_suffix(".tmp"))
+            torch.save(kept, file.with_suffix(".tmp"))
             os.replace(file.with_suffix(".tmp"), file)
         except (OSError, RuntimeError) as error:
             print(f"features are not kept: {error}", file=sys.stderr)
-    return features, labels
+    return found.images, found.labels, found.index
 
 
 def fingerprint(encoder, dataset, view, device, options):
@@ -71,7 +77,7 @@ def fingerprint(encoder, dataset, view, device, options):
     features, labels = extract(encoder, dataset, view, device, **{**options, "indices": few})
     asked = options.get("batch_size"), options.get("indices")
     rest = dataset.name, len(dataset), dataset.classes, *asked
-    text = repr((features.tolist(), labels.tolist(), rest, torch.__version__))
+    text = repr((features.tolist(), labels.tolist(), rest, torch.__version__, "with index"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ The first two sections are functions of tensors and Pillow images; the last one 
 Letters: R rows and C columns of patches, N = R C, D width of a feature, H and W pixels.
 """
 
+import contextlib
 import math
 
 import numpy as np
@@ -41,37 +42,83 @@ def fit_image(image, size, patch, filter=Image.Resampling.BICUBIC):
     return picture.crop((left, top, left + w, top + h))
 
 
+@contextlib.contextmanager
+def recorded_attention():
+    """-> a list that grows by the weights of every attention that is computed in the block, after
+    the softmax, (b, heads, N, N). They carry gradient. Causal attention, as of texts, is left out.
+
+    All networks here call PyTorch's function, which keeps no weights; meanwhile this one stands in
+    its place. The fast path of nn.MultiheadAttention would go around it."""
+    seen, fused = [], F.scaled_dot_product_attention
+    fast = torch.backends.mha.get_fastpath_enabled()
+
+    def explicit(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        if attn_mask is not None or is_causal:
+            return fused(q, k, v, attn_mask, dropout_p, is_causal, **options)
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        seen.append(weights)
+        return weights @ v
+
+    F.scaled_dot_product_attention = explicit
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield seen
+    finally:
+        F.scaled_dot_product_attention = fused
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def transformer_in(encoder):
+    """The vision transformer in an encoder, with timm's names or with CLIP's, or None."""
+    for module in encoder.modules():
+        if hasattr(module, "blocks") or hasattr(module, "class_embedding"):
+            return module
+    return None
+
+
+def patch_sides(vit):
+    """-> height and width of a patch."""
+    layer = vit.conv1 if hasattr(vit, "class_embedding") else vit.patch_embed.proj
+    return layer.kernel_size
+
+
+def resized_positions(vit, rows, columns):
+    """{name: positions for this grid}, for transformers that know only that of their training;
+    empty for others."""
+    name = "positional_embedding" if hasattr(vit, "class_embedding") else "pos_embed"
+    positions = getattr(vit, name)
+    if hasattr(vit, "interpolate_pos_embed") or positions.shape[-2] == 1 + rows * columns:
+        return {}
+    of_class, of_patches = positions.view(1, *positions.shape[-2:]).tensor_split([1], dim=1)
+    side = math.isqrt(of_patches.shape[1])
+    grid = of_patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
+    resized = torch.cat([of_class, grid], dim=1)
+    return {name: resized.view(*positions.shape[:-2], *resized.shape[1:])}
+
+
 @torch.no_grad()
 def attention_and_features(vit, x):
     """x (b, 3, H, W), normalised, with sides that are multiples of the patch -> attention (b,
     heads, R, C) of the class token to each patch in the last block, after the softmax, and features
     (b, R, C, D) of the patches after the final norm."""
-    seen, last = {}, vit.blocks[-1]
-    patch_height, patch_width = vit.patch_embed.proj.kernel_size
+    seen = {}
+    patch_height, patch_width = patch_sides(vit)
     rows, columns = x.shape[2] // patch_height, x.shape[3] // patch_width
-    swapped = {}  # positions for one image size only are resized for this call
-    if not hasattr(vit, "interpolate_pos_embed") and vit.pos_embed.shape[1] != 1 + rows * columns:
-        side = math.isqrt(vit.pos_embed.shape[1] - 1)
-        grid = vit.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
-        swapped["pos_embed"] = torch.cat([vit.pos_embed[:, :1], grid], dim=1)
-    hooks = [
-        last.attn.qkv.register_forward_hook(lambda module, args, out: seen.update(qkv=out.float())),
-        last.register_forward_hook(lambda module, args, out: seen.update(tokens=out)),
-    ]
+    if hasattr(vit, "class_embedding"):  # CLIP's names
+        last, norm = vit.transformer.resblocks[-1], vit.ln_post
+    else:
+        last, norm = vit.blocks[-1], vit.norm
+    hook = last.register_forward_hook(lambda module, args, out: seen.update(tokens=out))
     try:
-        functional_call(vit, swapped, (x,))
+        with recorded_attention() as attention:
+            functional_call(vit, resized_positions(vit, rows, columns), (x,))
     finally:
-        for hook in hooks:
-            hook.remove()
-    # a block of DINOv2 computes its attention itself, others have a module for it
-    heads = last.heads if hasattr(last, "heads") else last.attn.heads
-    q, k, _ = seen["qkv"].unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, heads, N, .)
-    attention = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
-    features = vit.norm(seen["tokens"]).float()
+        hook.remove()
+    features = norm(seen["tokens"]).float()
     first = features.shape[1] - rows * columns  # the class token, and registers if any, come before
-    attention = attention[:, :, first:].unflatten(-1, (rows, columns))
-    return attention, features[:, first:].unflatten(1, (rows, columns))
+    of_class = attention[-1][:, :, 0, first:].float().unflatten(-1, (rows, columns))
+    return of_class, features[:, first:].unflatten(1, (rows, columns))
 
 
 def mass_mask(attention, mass=0.6):
@@ -302,11 +349,11 @@ def title(dataset, i, label):
 
 def inspected_samples(net, dataset, args, one_class=False):
     """-> [(picture, title, attention (heads, R, C), features (R, C, D))] of the chosen samples.
-    Raises UserError unless the network is a transformer with timm's names."""
-    if not hasattr(net.encoder, "blocks"):
-        raise UserError("this picture needs a transformer with timm's names, as DINO, SLIP and "
-                        f"MoCo v3 have, not {net.method}'s {net.arch}")  # fmt: skip
-    patch, size = net.encoder.patch_embed.proj.kernel_size[0], args.size or net.view.size
+    Raises UserError unless the network is a transformer."""
+    vit = transformer_in(net.encoder)
+    if vit is None:
+        raise UserError(f"this picture needs a transformer, not {net.method}'s {net.arch}")
+    patch, size = patch_sides(vit)[0], args.size or net.view.size
     if size < patch:
         raise UserError(f"--size {size} is smaller than a patch, {patch}")
     out, device = [], next(net.encoder.parameters()).device
@@ -314,7 +361,7 @@ def inspected_samples(net, dataset, args, one_class=False):
         picture = fit_image(image, size, patch, net.view.filter)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device)
         with evaluating(net.encoder):
-            attention, features = attention_and_features(net.encoder, net.view(pixels))
+            attention, features = attention_and_features(vit, net.view(pixels))
         text = title(dataset, i, sample.label)
         out.append((picture, text, attention[0].cpu(), features[0].cpu()))
     return out

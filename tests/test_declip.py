@@ -1,6 +1,5 @@
 """declip.py: golden numbers of the official code, text augmentation and masks, the queue, the mask token, layout."""
 
-import importlib
 import json
 import math
 import random
@@ -18,11 +17,13 @@ from torch import nn
 
 import clip
 import declip
+from command import main
 from common import UserError, warmup_cosine
 from data import Tokenizer
+from evaluation.language import queued_ids
 from evaluation.weights import load_released, open_network
 from run import load_checkpoint
-from runs import FLAGS, ROOT, argv_of, command, environment, make_photos, rows, train_here
+from runs import FLAGS, argv_of, command, environment, make_photos, rows, train_here
 from synonyms import wordnet
 from test_golden import close, close_grad, golden, leaves
 from test_resume import assert_same_run
@@ -442,22 +443,22 @@ def test_queue_is_global_and_survives(photos, tmp_path):
     torch.testing.assert_close(one["features"], two["features"], rtol=1e-3, atol=1e-4)
 
 
-def test_captions_of_the_queue_are_found_again(photos, tmp_path, monkeypatch):
-    """benchmarks/neighbours.py knows whose feature is where: with weights that stand still they are the captions' features."""
+def test_captions_of_the_queue_are_found_again(photos, tmp_path, capsys):
+    """evaluate.py neighbors --queue knows whose feature is where: with weights that stand still they are the captions' features."""
     train_here("declip", photos, tmp_path / "run", *"--max-steps 9 --eval-every 0 --queue-size 64 --lr 1e-9".split())
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    neighbours = importlib.import_module("neighbours")
     saved, net = load_checkpoint(tmp_path / "run"), open_network(tmp_path / "run", torch.device("cpu"))
-    ids = neighbours.queued_ids(saved, net.tokenizer, "")
+    ids = queued_ids(saved, net.tokenizer, "")
     assert sorted(ids) == list(range(64))  # 72 went in
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids.values()], batch_first=True)
     with torch.no_grad():  # of the ids, not of their text: a caption that was cut within a word is read otherwise
         ours = F.normalize(net.model.eval().encode_text(padded), dim=-1)
     torch.testing.assert_close(ours, saved["queue"]["features"][list(ids)], rtol=1e-4, atol=1e-5)
-    argv = ["neighbours.py", str(tmp_path / "run"), "--output", str(tmp_path / "n.png"), "--images", "3"]
-    monkeypatch.setattr(sys, "argv", argv)
-    neighbours.main()
-    assert Image.open(tmp_path / "n.png").width > 100
+    flags = ["--queue", "--images", "3", "--device", "cpu", "--workers", "0", "--out", str(tmp_path)]
+    main(["neighbors", str(tmp_path / "run"), "--data", str(photos), *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert Image.open(tmp_path / f"neighbors_{photos.stem}.png").width > 100
+    pairs = [line for line in lines if "  ->  " in line]
+    assert len(pairs) == 3 and all(-1 <= float(line.split("(")[-1][:-1]) <= 1 for line in pairs)
 
 
 def test_released_behaviour(photos, tmp_path, monkeypatch):
