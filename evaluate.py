@@ -1,8 +1,8 @@
 """Evaluates checkpoints: python evaluate.py PROTOCOL CHECKPOINT [CHECKPOINT ...] --data NAME
 [--flag VALUE]
 
-PROTOCOL is zeroshot, retrieval, knn, logreg, linear, finetune or semi, which give scores, or
-attention, pca, matches, neighbors, explain or search, which draw a picture. `export` writes the
+PROTOCOL is zeroshot, robustness, retrieval, knn, logreg, linear, finetune or semi, which give
+scores, or attention, pca, matches, neighbors, explain or search, which draw a picture. `export` writes the
 weights for another project. CHECKPOINT is a checkpoint.pt, the run directory that holds it, or a
 file of published weights; several of them give one table. Under torchrun the result is the same for
 any number of processes. Every result is appended to results.jsonl beside its checkpoint, and every
@@ -56,8 +56,9 @@ class Args:
     json: bool = False  # print JSON lines in place of the table
     random: bool = False  # evaluate the network with random weights too, which a score has to beat
     tokenizer: str = ""  # of others' language-image weights, as in clip.py (default: published one)
-    templates: str = ""  # zeroshot: file of prompts, {} stands for the class; or a key of TEMPLATES
-    classnames: str = ""  # zeroshot: file of class names, one class a line, synonyms separated by |
+    templates: str = ""  # zeroshot: file of prompts, {} is the class; key of TEMPLATES; open_clip
+    classnames: str = ""  # zeroshot: file, a class a line, synonyms separated by |; or open_clip
+    prefix: str = ""  # retrieval: text before each caption, as "a photo of " (CLIP's)
     cache: bool = True  # knn, logreg, search, linear --cached: keep features beside the checkpoint
     k: str = "20"  # how many neighbours (knn: also several, 10,20), hits of search, lines of matches
     temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
@@ -209,7 +210,7 @@ def main(argv: list[str]):
     device = init_distributed(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
     train, test = open_splits(protocol, args)
-    with_text = protocol in ("zeroshot", "retrieval", *WITH_TEXT)
+    with_text = protocol in ("zeroshot", "robustness", "retrieval", *WITH_TEXT)
     tuning = protocol in ("finetune", "semi")
     keeps_features = protocol in ("knn", "logreg", "search") or (protocol == "linear" and args.cached)
     kinds = ["metrics", "random weights"] if args.random else ["metrics"]
@@ -246,7 +247,10 @@ def main(argv: list[str]):
                 save_picture(picture, path, protocol, kind, args)
                 continue
             result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
-            rows[f"{path}, {kind}" if random_weights else str(path)] = result[kind]
+            name = f"{path}, {kind}" if random_weights else str(path)
+            found = result[kind]
+            per_set = {f"{name}, {data}": row for data, row in found.items()}  # of robustness
+            rows |= per_set if protocol == "robustness" else {name: found}
             if tuning and args.out and not random_weights and rank() == 0:
                 finetune.save_classifier(net.tuned, Path(args.out) / f"{protocol}_{path.stem}.pt")
         if protocol in PROTOCOLS and rank() == 0:

@@ -5,6 +5,7 @@ Only sources.py uses it, when a run reads files at all. What it leaves out it co
 import contextlib
 import csv
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -110,6 +111,30 @@ def class_folders(names):
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
+
+
+# ---------------------------------------- multi30k ----------------------------------------
+MULTI30K_PARTS = {"train": "train", "val": "val", "test": "test_2016_flickr"}
+
+
+def multi30k_rows(root, split, language):
+    """Multi30k (arXiv 1605.00459), task 1, as its repository has it: image_splits/PART.txt names the
+    pictures, raw/PART.LANGUAGE or .gz has a caption on each line. Pictures lie in images/."""
+    part = MULTI30K_PARTS[split]
+    names, captions = (root / "image_splits" / f"{part}.txt", root / "raw" / f"{part}.{language}")
+    if not captions.is_file():
+        captions = captions.with_name(captions.name + ".gz")
+    for path in (names, captions):
+        if not path.is_file():
+            raise UserError(f"there is no {path}, see docs/data.md for how to get multi30k there")
+    names = names.read_text(encoding="utf-8").split()
+    data = captions.read_bytes()
+    text = (gzip.decompress(data) if captions.suffix == ".gz" else data).decode("utf-8-sig")
+    lines = text.removesuffix("\n").split("\n")
+    if len(names) != len(lines):
+        raise UserError(f"{captions} has {len(lines)} lines for {len(names)} pictures: get both anew")
+    for name, line in zip(names, lines):
+        yield {"image": f"images/{name.split('#')[0]}", "captions": [line.strip()]}
 
 
 # ---------------------------------------- tables ----------------------------------------

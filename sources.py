@@ -11,6 +11,7 @@ Layouts, told apart by looking at the files (docs/data.md: how to make each):
     captions.txt + Images/            flickr8k as Kaggle has it
     annotations/captions_*2017.json   coco as published
     *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's code keeps it
+    raw/val.de + image_splits/        multi30k, a caption in each of four languages
     class/picture.jpg, picture.jpg    ImageFolder, or just pictures
     cifar10 cifar100 stl10 food101    the files that torchvision downloads
 """
@@ -41,7 +42,10 @@ from common import UserError, rank
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101"}
 DRAWN = ["shapes", "flocks"]  # by scenes.py
-NAMES = [*DRAWN, *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()]
+SHIFTED = "imagenet-v2 imagenet-r imagenet-a imagenet-sketch objectnet".split()  # of ImageNet's classes
+MULTI30K = [f"multi30k-{language}" for language in ("en", "de", "fr", "cs")]
+NAMES = [*DRAWN, *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split(),
+         *SHIFTED, *MULTI30K]  # fmt: skip
 SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["test", "val", "validation"]}
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
@@ -66,7 +70,8 @@ def open_dataset(name, data_dir=None, split="train"):
     base = Path(data_dir or os.environ.get("DATA_DIR") or "data").expanduser()
     root = Path(name).expanduser()
     if name in NAMES:
-        root = base if base.name == name else base / name
+        folder = name.split("-")[0] if name in MULTI30K else name
+        root = base if base.name == folder else base / folder
     if not name or not (root.exists() or name in (*DRAWN, *TORCHVISION)):
         near = [] if name in NAMES else difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "see docs/data.md for how to get it there"
@@ -76,6 +81,9 @@ def open_dataset(name, data_dir=None, split="train"):
         if name in DRAWN:
             import scenes  # only here: most runs read files
             dataset = scenes.SETS[name](split, Sample)
+        elif name in MULTI30K:
+            import layouts
+            dataset = Rows(root, layouts.multi30k_rows(root, split, name[-2:]))
         else:
             dataset = _open(root, split)
     except UNREADABLE as error:
@@ -117,7 +125,7 @@ def _open(root, split):
         return Rows(root / part, layouts.index_rows(table, layouts.coco_rows))
     if (pickles := [n for n in names if n.endswith((".pkl", ".pickle"))]) and split == "train":
         return Rows(root / "images", layouts.index_rows(root / pickles[0], layouts.slip_rows))
-    if not parts and split == "train":
+    if not parts and (split == "train" or root.name in SHIFTED):
         if {"captions.txt", "Images"} <= set(names):
             return Rows(root / "Images", layouts.index_rows(root / "captions.txt", _table_rows))
         return _open_files(root, names, root)
@@ -170,6 +178,7 @@ def _open_files(folder, names, root):
     labels = (tops[path.split(os.sep)[0]] if labelled else -1 for path in paths)
     rows = ({"image": path, "label": label} for path, label in zip(paths, labels))
     dataset = Rows(folder, rows, (classes or list(tops)) if labelled else None)
+    dataset.folders = list(tops)  # WordNet ids, where `classes` has their names
     dataset.left_out = left_out
     return dataset
 

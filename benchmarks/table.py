@@ -58,6 +58,7 @@ SHARED = {
     "evaluation/finetune.py": "fine-tuning with all or some of the labels",
     "evaluation/pictures.py": "pictures of what a network sees",
     "evaluation/language.py": "pictures that a text asks for: explanations, search, DeCLIP's queue",
+    "evaluation/robustness.py": "ImageNet's other test sets beside ImageNet",
     "evaluation/results.py": "tables, results.jsonl and the files of pictures",
     "evaluation/weights.py": "opens checkpoints as networks, those of other projects too",
     "evaluation/exports.py": "writes weights for other projects",

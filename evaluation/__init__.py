@@ -3,6 +3,7 @@ their name.
 
 protocols.py   one function for each protocol and each kind of picture that the command offers
 features.py    features kept on disk, and of several blocks of a transformer
+robustness.py  zero-shot accuracy on ImageNet's other test sets beside ImageNet
 probes.py      linear classifiers on frozen features
 finetune.py    training the whole network on labels
 pictures.py    attention maps, components, matches and neighbours as images

@@ -4,6 +4,7 @@ A protocol takes the opened network, the train split (None where it needs none),
 reported on, the flags of evaluate.py and the options of monitor.extract. It returns its scores in
 percent, the headline first."""
 
+import importlib
 import math
 import re
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from evaluation import finetune
+from evaluation import finetune, robustness
 from evaluation.features import LastBlocks, NamedSubset, cached_extract
 from evaluation.probes import best_exponent, block_count, linear_probe, logistic_regression
 from evaluation.probes import principal_axes, split_off_tenth
 from knn import knn_sweep
 from monitor import TEMPLATES, extract, labelled, language_scores, zeroshot_metrics
+from sources import SHIFTED
 
 # The score that is quoted for a dataset where that is not top1 (SLIP eval_zeroshot.py)
 METRIC = dict.fromkeys(["aircraft", "pets", "caltech101", "flowers"], "mean_per_class")
@@ -60,24 +62,56 @@ def headline_first(metrics, dataset):
 
 
 # -------------------------------------------- language and image ----------------------------------
-def zeroshot(net, train, test, args, options):
-    """CLIP Sec. 3.1: the class whose prompts are most similar to the image."""
-    templates, names = TEMPLATES.get(args.templates), test.classes
-    if args.templates and not templates:
+def open_clip_lists(flag):
+    """The module of an installed open_clip that has OpenAI's prompts and names for ImageNet."""
+    try:
+        return importlib.import_module("open_clip.zero_shot_metadata")
+    except ImportError as error:
+        raise UserError(f"{flag} open_clip takes the lists of that package: "
+                        "`pip install open_clip_torch`, or give a file") from error  # fmt: skip
+
+
+def chosen_templates(args):
+    """The prompts that --templates asks for, None for those of the dataset. Raises UserError."""
+    templates = TEMPLATES.get(args.templates)
+    if args.templates == "open_clip":
+        functions = open_clip_lists("--templates").OPENAI_IMAGENET_TEMPLATES
+        templates = [function("{}") for function in functions]
+    elif args.templates and not templates:
         templates = read_lines(args.templates, "--templates")
     if not all("{}" in template for template in templates or []):
         stands = "needs {} in every line, it stands for the class"
         raise UserError(f"--templates {args.templates} {stands}")
-    if args.classnames:
+    return templates
+
+
+def chosen_names(test, args):
+    """The names of a dataset's classes, or those that --classnames asks for. Raises UserError."""
+    names = test.classes
+    if args.classnames == "open_clip":
+        names = list(open_clip_lists("--classnames").IMAGENET_CLASSNAMES)
+        if test.name in SHIFTED and len(test.classes) < len(names):
+            groups = robustness.groups_of(test, len(names), args)
+            if any(len(group) != 1 for group in groups):
+                raise UserError(f"{test.name} has other classes than ImageNet: use robustness")
+            names = [names[group[0]] for group in groups]
+    elif args.classnames:
         lines = read_lines(args.classnames, "--classnames")
         names = [re.split(r"\s*\|\s*", line) for line in lines]  # synonyms of each class
-    elif all(re.fullmatch(r"n\d{8}", name) for name in names):
+    elif all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
+        kind = "numbers" if names[0].isdecimal() else "WordNet ids"
         raise UserError(
-            f"the classes of {args.data} are WordNet ids, give names with --classnames FILE"
+            f"the classes of {args.data} are {kind}, give names with --classnames FILE"
         )
     if len(names) != len(test.classes):
         counts = f"has {len(names)} lines, not {len(test.classes)}"
         raise UserError(f"--classnames {args.classnames} {counts}")
+    return names
+
+
+def zeroshot(net, train, test, args, options):
+    """CLIP Sec. 3.1: the class whose prompts are most similar to the image."""
+    names, templates = chosen_names(test, args), chosen_templates(args)
     options = {**options, "classnames": names, "templates": templates}
     metrics, _, _ = language_scores(net.model, net.tokenizer, test, **options)
     metrics = headline_first(metrics, test.name)
@@ -85,9 +119,33 @@ def zeroshot(net, train, test, args, options):
     return {**metrics, "chance": chance}
 
 
+def robust(net, train, test, args, options):
+    """Zero-shot accuracy on ImageNet's other test sets beside that on ImageNet (CLIP Sec. 3.3)."""
+    names = chosen_names(test, args)
+    templates = chosen_templates(args) or TEMPLATES["imagenet"]
+    return robustness.robustness(net, test, args, options, names, templates)
+
+
+class Prefixed:
+    """A dataset with a text before each caption."""
+
+    def __init__(self, dataset, prefix):
+        self.dataset, self.prefix, self.name = dataset, prefix, dataset.name
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        sample = self.dataset[i]
+        captions = [self.prefix + caption for caption in sample.captions if caption.strip()]
+        return sample._replace(captions=captions)
+
+
 def retrieval(net, train, test, args, options):
-    """Images by captions and captions by images, as on Flickr30k and COCO (monitor.recall)."""
-    _, metrics, images = language_scores(net.model, net.tokenizer, test, captions=True, **options)
+    """Images by captions and captions by images, as on Flickr30k and COCO (monitor.recall), with
+    --prefix before each caption."""
+    data = Prefixed(test, args.prefix) if args.prefix else test
+    _, metrics, images = language_scores(net.model, net.tokenizer, data, captions=True, **options)
     return {"mean_recall": metrics.pop("mean_recall"), **metrics, "chance@1": 100 / len(images)}
 
 
@@ -167,4 +225,4 @@ def fine_tuned(net, train, test, args, options):
 
 
 PROTOCOLS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": knn, "linear": linear}
-PROTOCOLS |= {"logreg": logreg, "finetune": fine_tuned, "semi": fine_tuned}
+PROTOCOLS |= {"robustness": robust, "logreg": logreg, "finetune": fine_tuned, "semi": fine_tuned}
