@@ -36,7 +36,7 @@ def checkpoint(folder, name):
             "simclrv2_bare": ["--head-layer", "0"]}  # fmt: skip
     flags = SIMCLRV2 if "v2" in name else runs.FLAGS.get(name) or runs.FLAGS[name.split("_")[0]]
     flags = [*flags, *more.get(name, [])]
-    if name in RESNETS:
+    if name in RESNETS or name == "simclr_imagenet":
         flags = [*flags, *runs.RESNET18]
     args = module.parse_args(module.Args, module.RECIPES, flags)
     if "v2" in name:
