@@ -74,12 +74,13 @@ def parse(script, words):
         return
     module = importlib.import_module(path.stem)
     if path.stem == "evaluate":
-        first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        before, flags, queries = module.split_words(words)
         assert words[0] in [*module.PROTOCOLS, *module.PICTURES, "export", "PROTOCOL"], words
-        assert first > 1, "no checkpoint"
+        assert len(before) > 1, "no checkpoint"
+        assert not queries or words[0] in module.WITH_TEXT, queries
         if words[0] == "PROTOCOL":  # the synopsis
             return
-        assert parse_args(module.Args, {}, words[first:]).data or words[0] == "export"
+        assert parse_args(module.Args, {}, flags).data or words[0] == "export"
     elif "--help" not in words:
         args = parse_args(module.Args, module.RECIPES, words)
         if args.arch and not hasattr(args, "checkpoint"):  # simclrv2.py takes the rest from that
