@@ -111,12 +111,13 @@ class Shapes:
 class Flocks:
     """Scenes of four objects of one form, 64 x 64, functions of the index; the class is the form.
 
-    Every crop shows the class. What else two crops of a picture share is kept small, because a
-    network would learn that instead: every picture has the same four colours, each once, on a
-    ground of about the same grey."""
+    Every crop shows the class. What else tells pictures apart is kept small, because a network would
+    learn that instead, from what two crops of a picture share: the ground is the same grey
+    everywhere, and the same four colours stand in the same four quarters. Size, turn and place are
+    each object's own. All forms cover about the same area, or counting pixels would tell them."""
 
     classes, captioned = SHAPES, False
-    colours = ["red", "yellow", "green", "blue"]
+    colours = {"red": 16 + 16j, "blue": 48 + 16j, "yellow": 16 + 48j, "white": 48 + 48j}  # right, down
 
     def __init__(self, split, Sample):
         self.Sample = Sample  # (image, captions, label, key), see sources.py
@@ -125,20 +126,30 @@ class Flocks:
     def __len__(self):
         return len(self.indices)
 
+    @staticmethod
+    @functools.cache
+    def outline(shape):
+        """Corners of a form of area 2.2 in the units of _outlines(), or less: a crescent gets no larger."""
+        corners = _outlines()[shape]
+        left = np.roll(corners, 1)
+        area = abs((left.conj() * corners).imag.sum()) / 2  # shoelace formula
+        return corners * min(1.3, (2.2 / area) ** 0.5)
+
     def __getitem__(self, i):
         index = self.indices[i]
         rng = random.Random(f"flocks {index}")
         shape = self.classes[index % 10]
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (64, 64, 1))
-        grey = (rng.uniform(100, 156) + noise).clip(0, 255).astype(np.uint8).repeat(3, 2)
-        # drawn four times as large as the sample, so that the objects get smooth edges
-        image = Image.fromarray(grey).resize((256, 256), Image.Resampling.NEAREST)
-        for name, quarter in zip(rng.sample(self.colours, 4), (16 + 16j, 48 + 16j, 16 + 48j, 48 + 48j)):
-            radius = rng.uniform(10, 15)  # pixels
-            place = quarter + complex(rng.uniform(-4, 4), rng.uniform(-4, 4))
-            corners = 4 * (_outlines()[shape] * radius * np.exp(1j * rng.uniform(-0.8, 0.8)) + place)
+        grey = (128 + noise).clip(0, 255).astype(np.uint8).repeat(3, 2)
+        # drawn twice as large as the sample, so that the objects get smooth edges
+        image = Image.fromarray(grey).resize((128, 128), Image.Resampling.NEAREST)
+        for name, quarter in self.colours.items():
+            radius = rng.uniform(10, 13)  # pixels
+            place = quarter + complex(rng.uniform(-3, 3), rng.uniform(-3, 3))
+            turn = np.exp(1j * rng.uniform(-0.8, 0.8))
+            corners = 2 * (self.outline(shape) * radius * turn + place)
             ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=COLOURS[name])
-        return self.Sample(np.array(image.reduce(4)), [], index % 10, f"flocks {index}")
+        return self.Sample(np.array(image.reduce(2)), [], index % 10, f"flocks {index}")
 
 
 SETS = {"shapes": Shapes, "flocks": Flocks}

@@ -873,18 +873,22 @@ def test_flocks_are_a_function_of_the_index():
         first[20000]
 
 
-def test_every_flock_has_the_same_four_colours():
-    """Each of the four fills a part of every picture, the ground is grey, and a histogram of colours
-    finds the form no better than the area that an object of the form covers."""
+def test_flocks_differ_by_their_form_alone():
+    """Every quarter of every picture has its own colour, on one grey; a form is not told by its area."""
     dataset = open_dataset("flocks")
-    for i in range(50):
-        pixels = dataset[i].image.reshape(-1, 3).astype(int)
-        colourful = pixels[np.ptp(pixels, 1) > 60]
-        assert 100 < len(colourful) < 3000  # of 4096
-        wanted = np.array([scenes.COLOURS[name] for name in scenes.Flocks.colours])
-        nearest = np.abs(colourful[:, None] - wanted).sum(2).argmin(1)
-        assert (np.bincount(nearest, minlength=4) > 10).all(), i
-        assert (np.ptp(pixels, 1) == 0).mean() > 0.2
+    areas = np.zeros((10, 30))
+    for i in range(300):
+        pixels = dataset[i].image.astype(int)
+        ground = np.abs(pixels - 128).max(2) < 40
+        assert 120 < pixels[ground].mean() < 136
+        areas[i % 10, i // 10] = (~ground).sum()
+        for name, quarter in scenes.Flocks.colours.items():
+            x, y = int(quarter.real), int(quarter.imag)
+            around = pixels[y - 16 : y + 16, x - 16 : x + 16][~ground[y - 16 : y + 16, x - 16 : x + 16]]
+            near = np.abs(around[:, None] - [scenes.COLOURS[c] for c in scenes.Flocks.colours]).sum(2).argmin(1)
+            assert list(scenes.Flocks.colours)[np.bincount(near).argmax()] == name, (i, name)
+    spread = areas.std(1).mean()  # of the pictures of a form
+    assert np.ptp(np.delete(areas.mean(1), scenes.SHAPES.index("crescent"))) < 2 * spread
 
 
 # ------------------------------------------------ loader ------------------------------------------------
