@@ -100,9 +100,9 @@ SMALL = dict(
     base_lr=0.3,
 )
 RECIPES = {
-    "flocks": dict(SMALL, arch="resnet10", width=0.5, stem="small", image_size=48, crop_min=0.3,
-                   mlp_dim=512, head_dim=128, key_momentum=0.97, epochs=2, batch_size=96,
-                   base_lr=0.6, warmup_epochs=0.2),
+    "flocks": dict(SMALL, arch="resnet10", width=0.25, stem="small", crop_min=0.3, mlp_dim=512,
+                   head_dim=128, key_momentum=0.95, epochs=3, batch_size=128, base_lr=0.6,
+                   warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", mlp_dim=512, epochs=2, batch_size=128,
                    warmup_epochs=0.2),
     # There: 93.1% (linear, trained along), of which a user of its script got about 90% (issue 385)
