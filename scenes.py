@@ -144,9 +144,9 @@ class Flocks:
         # drawn twice as large as the sample, so that the objects get smooth edges
         image = Image.fromarray(grey).resize((128, 128), Image.Resampling.NEAREST)
         for name, quarter in self.colours.items():
-            radius = rng.uniform(8, 13)  # pixels
-            place = quarter + complex(rng.uniform(-4, 4), rng.uniform(-4, 4))
-            turn = np.exp(1j * rng.uniform(-math.pi, math.pi))
+            radius = rng.uniform(10, 13)  # pixels
+            place = quarter + complex(rng.uniform(-3, 3), rng.uniform(-3, 3))
+            turn = np.exp(1j * rng.uniform(-0.8, 0.8))
             corners = 2 * (self.outline(shape) * radius * turn + place)
             ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=COLOURS[name])
         return self.Sample(np.array(image.reduce(2)), [], index % 10, f"flocks {index}")
