@@ -268,7 +268,7 @@ def test_neighbors_are_nearest(folder, monkeypatch):
 
 
 ERRORS = [
-    ("attention simclr", "needs a transformer with timm's names"),
+    ("attention simclr", "this picture needs a transformer, not simclr's"),
     ("pca simclr", "not simclr's resnet10"),
     ("attention dino --samples 1,x", "must be numbers"),
     ("attention dino --samples 6", "has those from 0 to 5"),
