@@ -92,7 +92,8 @@ def open_source(path, model):
             saved["tokenizer"] = own.read_text(encoding="utf-8")
     if saved.keys() >= {"method", "args", "model"}:
         method = str(saved["method"])
-        source = Source(path, f"a run of {method}.py", {method}, dict(saved["model"]))
+        methods = {"simclr", "simclrv2"} if method == "simclr" else {method}  # which keeps its head
+        source = Source(path, f"a run of {method}.py", methods, dict(saved["model"]))
         source.tokenizer = saved.get("tokenizer", "")
         if method in ("clip", "slip", "slip_ablations", "declip"):
             source.gelu = saved["args"].get("gelu", "quick")
