@@ -598,7 +598,7 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    model = sync_batchnorm(build_model(args), device).to(device)
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     checkpoint_blocks(model, args.grad_checkpointing, nn.TransformerEncoderLayer)
     if args.compile:

@@ -298,8 +298,8 @@ def target_decay(step, total, start, end=1.0):
 def update_target(online, target, tau):
     """xi <- tau xi + (1 - tau) theta (Eq. 1). Only parameters move: the target's batch norm has
     statistics of its own forward passes."""
-    for theta, xi in zip(online.parameters(), target.parameters()):
-        xi.lerp_(theta, 1 - tau)
+    theta, xi = list(online.parameters()), list(target.parameters())
+    torch._foreach_lerp_(xi, theta, 1 - tau)
 
 
 def build_model(args) -> BYOL:
@@ -408,7 +408,7 @@ def train(args: Args) -> dict:
             tau = 1.0
         update_target(model.online, model.target, tau)
 
-        terms = {"loss": (loss, chance), "feature_std": (feature_std(z1), None)}
+        terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(z1), None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr, tau=tau)
         if val and run.due(args.eval_every):
             metrics = probe(image_encoder(model), bank, val, eval_view(args), device)

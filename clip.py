@@ -500,7 +500,7 @@ def train(args: Args) -> dict:
     b = args.batch_size // world_size()
 
     # model and optimizer
-    model = sync_batchnorm(build_model(args), device).to(device)
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     if args.accum_steps > 1 and isinstance(model.visual, ModifiedResNet):
         raise UserError(

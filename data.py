@@ -79,7 +79,9 @@ class Loader:
         if texts and not dataset.captioned:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where they are looked for")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
-        self.seed, self.workers, self.device = seed, min(workers, os.cpu_count() or 1), torch.device(device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of each process of this machine
+        self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
         self.steps_per_epoch = len(dataset) // batch_size  # what is left over is another part in every epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
@@ -264,13 +266,13 @@ def normalize(x, mean, std):
     return torch.stack([(channel - m).div_(s) for channel, m, s in zip(x.unbind(1), mean, std)], 1)
 
 
-def on_masked(operation, x, mask, *params):
+def on_masked(operation, x, mask, *params, at_a_time=8):
     """operation(x, *params) where mask is set, x elsewhere; params (B, ...). A GPU computes all samples, as
-    picking would make it wait for the host. The CPU picks, and takes eight at a time for its cache's sake."""
+    picking would make it wait for the host. The CPU picks, and takes a few at a time for its cache's sake."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(mask.view(-1, 1, 1, 1), operation(x, *params), x)
     x, rows = x.clone(), mask.nonzero().squeeze(1)
-    for some in rows.split(8) if len(rows) else ():
+    for some in rows.split(at_a_time) if len(rows) else ():
         x[some] = operation(x[some], *(p[some] for p in params))
     return x
 
@@ -306,10 +308,33 @@ def shift_hue(x, hue):
     return share.clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
 
 
+def jitter_one(x, factors, hue, order):
+    """color_jitter of a single sample, whose x (1, 3, H, W) is changed in place: only the steps it needs."""
+    for kind in order[0].tolist():
+        if kind == 3:
+            x = shift_hue(x, hue)
+            continue
+        factor = factors[0, kind].item()
+        if kind == 0:
+            x.mul_(factor)
+        elif kind == 1:
+            mean = luma(x).mean()
+            x.mul_(factor).add_(mean * (1 - factor))
+        else:
+            grey = luma(x)
+            x.mul_(factor).add_(grey, alpha=1 - factor)
+        x.clamp_(0, 1)
+    return x
+
+
 def color_jitter(x, brightness, contrast, saturation, hue, order, mask):
     """adjust_brightness, _contrast, _saturation (factors from 0) and _hue (-0.5 to 0.5), in each sample's own
-    order (B, 4), a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue. Hue costs most, so it is
-    computed once, between three steps and three steps of the others; idle ones have factor 1."""
+    order (B, 4), a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue. The CPU takes sample after
+    sample. A GPU takes all together; hue costs most, so it is computed once, between three steps and three
+    steps of the others, of which idle ones have factor 1."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        factors = torch.stack((brightness, contrast, saturation), 1)
+        return on_masked(jitter_one, x, mask, factors, hue.to(x.dtype), order, at_a_time=1)
     slot, hue_slot = torch.arange(4, device=x.device), order.argmax(1, keepdim=True)
     before, after = order.where(slot < hue_slot, 3), order.where(slot > hue_slot, 3)  # kind 3: nothing
     kind = torch.cat((before[:, :3], after[:, 1:]), 1)  # (B, 6)

@@ -600,7 +600,7 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    model = sync_batchnorm(build_model(args), device).to(device)
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     if args.released and isinstance(model.visual, VisionTransformer):
         model.visual.conv1.requires_grad_(False)
@@ -672,9 +672,10 @@ def train(args: Args) -> dict:
             least = 3 if args.released else 0
             model.logit_scale.clamp_(least, math.log(100))
             unit = [F.normalize(embed.float(), dim=-1) for embed in reversed(known)]  # T' before T
-            queue.enqueue(torch.cat([all_gather(features) for features in unit]))
+            gathered = [all_gather(features) for features in unit]
+            queue.enqueue(torch.cat(gathered))
 
-        nn_cosine = F.cosine_similarity(known[0].float(), nearest[0]).mean()
+        nn_cosine = F.cosine_similarity(known[0].float(), nearest[0])
         terms = {
             "loss": (loss, chance),
             "clip_loss": (clip, clip_chance),
@@ -682,10 +683,10 @@ def train(args: Args) -> dict:
             "nns_loss": (nns, clip_chance),
             "iss_loss": (iss, 0.0),
             "tss_loss": (tss, tss_chance),
-            "nn_cosine": (nn_cosine, None),
+            "nn_cosine": (nn_cosine.mean(), None),
         }
         numbers = {
-            "feature_std": feature_std(z[0]),
+            "feature_std": lambda: feature_std(z[0]),
             "feature_std_chance": args.ssl_dim**-0.5,
             "logit_scale": model.logit_scale.detach().exp(),
         }

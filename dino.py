@@ -450,8 +450,8 @@ class DINO(nn.Module):
 def update_teacher(student, teacher, momentum):
     """theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1), for parameters alone: batch norm of the
     teacher has running statistics of its own forward passes."""
-    for theta_s, theta_t in zip(student.parameters(), teacher.parameters()):
-        theta_t.lerp_(theta_s, 1 - momentum)
+    theta_s, theta_t = list(student.parameters()), list(teacher.parameters())
+    torch._foreach_lerp_(theta_t, theta_s, 1 - momentum)
 
 
 def teacher_temperature(time, start, end, warmup):

@@ -394,8 +394,8 @@ class DINOv2(nn.Module):
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
     """theta_t <- l theta_t + (1 - l) theta_s (App. B.1)."""
-    for theta_s, theta_t in zip(student.parameters(), teacher.parameters()):
-        theta_t.lerp_(theta_s, 1 - momentum)
+    theta_s, theta_t = list(student.parameters()), list(teacher.parameters())
+    torch._foreach_lerp_(theta_t, theta_s, 1 - momentum)
 
 
 # Copied from dino.py: teacher_temperature

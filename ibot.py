@@ -417,9 +417,9 @@ class IBOT(nn.Module):
 def update_teacher(student, teacher, momentum):
     """theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1). Parameters are matched by name, since the
     student alone has a mask token."""
-    for name, theta_t in teacher.named_parameters():
-        theta_s = student.get_parameter(name)
-        theta_t.lerp_(theta_s, 1 - momentum)
+    theta_t = dict(teacher.named_parameters())
+    theta_s = [student.get_parameter(name) for name in theta_t]
+    torch._foreach_lerp_(list(theta_t.values()), theta_s, 1 - momentum)
 
 
 # Copied from dino.py: teacher_temperature

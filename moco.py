@@ -323,8 +323,8 @@ class MoCo(nn.Module):
     def update_key_encoder(self, m):
         """theta_k <- m theta_k + (1 - m) theta_q (Eq. 2). Only parameters move: the key encoder's
         batch norm has statistics of its own forward passes."""
-        for theta_q, theta_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters()):
-            theta_k.lerp_(theta_q, 1 - m)
+        theta_q, theta_k = list(self.encoder_q.parameters()), list(self.encoder_k.parameters())
+        torch._foreach_lerp_(theta_k, theta_q, 1 - m)
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -485,8 +485,8 @@ def train(args: Args) -> dict:
         model.enqueue(torch.cat(keys))  # only now: a query's own key is no negative
         average_statistics(model)
 
-        std = feature_std(keys[0][here])
-        terms = {"loss": (loss, chance), "top1": (top1, None), "feature_std": (std, None)}
+        terms = {"loss": (loss, chance), "top1": (top1, None)}
+        terms["feature_std"] = (lambda: feature_std(keys[0][here]), None)
         run.end_step(terms, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))

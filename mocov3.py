@@ -371,9 +371,9 @@ class MoCoV3(nn.Module):
     def update_momentum_encoder(self, m):
         """theta_k <- m theta_k + (1 - m) theta_q (Algorithm 1). Only parameters move: the momentum
         encoder's batch norm has statistics of its own forward passes."""
-        base, momentum = self.base_encoder, self.momentum_encoder
-        for theta_q, theta_k in zip(base.parameters(), momentum.parameters()):
-            theta_k.lerp_(theta_q, 1 - m)
+        theta_q = list(self.base_encoder.parameters())
+        theta_k = list(self.momentum_encoder.parameters())
+        torch._foreach_lerp_(theta_k, theta_q, 1 - m)
 
 
 def key_momentum(step, total, start):
@@ -501,7 +501,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        terms = {"loss": (loss, chance), "feature_std": (feature_std(k1), None)}
+        terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(k1), None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr, key_momentum=m)
         if val and run.due(args.eval_every):
             run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))

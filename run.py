@@ -4,6 +4,7 @@ Nothing here changes a number, but for --init, and nothing here knows a method. 
 it is used."""
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -174,6 +175,11 @@ def fingerprint(dataset) -> str:
     return f"{total:08x}"
 
 
+def evaluated(value):
+    """What is given as a function of no arguments is called."""
+    return value() if callable(value) else value
+
+
 def replace_text(path: Path, text: str):
     """Writes a file under another name and then renames it, so that a crash leaves the old one."""
     path.with_suffix(".tmp").write_text(text, encoding="utf-8")
@@ -217,6 +223,7 @@ class Run:
         self.step, self.signal, self.stop, self.profiler = 0, 0, 0, None
         self.data = [len(loader.dataset), fingerprint(loader.dataset)]
         self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.time()
+        self.recent = collections.deque(maxlen=10)  # (seconds, steps) between the last rows of the log
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
             importlib.import_module(name)  # a missing one ends all processes, before anything is written
         self._load(self._first_does(self._open))
@@ -231,6 +238,10 @@ class Run:
         self.say(f"{loader.dataset.name}: {n:,} samples")
         self.say(f"{method}: batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
+        if loader.device.type == "cpu" and torch.get_num_threads() > 1 and hasattr(os, "getloadavg"):
+            if (load := os.getloadavg()[0]) > 2 * (os.cpu_count() or 1):
+                self.say(f"warning: {load:.0f} processes want {os.cpu_count()} cores, and threads will wait "
+                         "for each other: OMP_NUM_THREADS=1 avoids that")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
@@ -361,14 +372,19 @@ class Run:
 
     def end_step(self, terms: dict, **numbers):
         """Counts one optimizer step; every --log-every steps it writes terms and numbers to the log.
-        terms: name -> (0-dim tensor, chance level or None), averaged over the processes, must be finite."""
+        terms: name -> (0-dim tensor, chance level or None), averaged over the processes, must be finite.
+        A function in place of a tensor or number is called only in steps that are written."""
         self.step += 1
-        self.pending.append((list(terms), torch.stack([term.detach().float() for term, _ in terms.values()])))
+        scheduled = self.step == 1 or self.due(self.args.log_every, at_end=False)
+        written = scheduled or self.step == self.last
+        values = [term for term, _ in terms.values()]
+        if not written:
+            values = [values[0].new_zeros(()) if callable(v) else v for v in values]
+        self.pending.append((list(terms), torch.stack([evaluated(v).detach().float() for v in values])))
         self.bar.update()
         if self.profiler:
             self.profiler.step()
-        scheduled = self.step == 1 or self.due(self.args.log_every, at_end=False)
-        if not scheduled and self.step < self.last:
+        if not written:
             return
         self.loader.check_bad()
         row, texts = {"epoch": self.step / self.epoch_steps}, []
@@ -383,14 +399,22 @@ class Run:
                     self.say(f"warning: after {self.step} steps {name} is still at chance level {chance:.3f}")
         seconds, steps = time.time() - self.clock, self.step - self.clock_step
         speed, wait = self.args.batch_size * steps / seconds, self.loader.wait / seconds
-        row |= {name: torch.as_tensor(number).item() for name, number in numbers.items()}
+        row |= {name: torch.as_tensor(evaluated(number)).item() for name, number in numbers.items()}
         self._write({**row, "images_per_sec": speed, "data_wait": wait}, scheduled)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.last - self.step) * self.args.batch_size / speed))
+        left = self._left(seconds, steps)
         text = ", ".join([*texts, f"{speed:.0f} images/s"])
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             self.say(f"step {self.step}/{self.last} {text}, data wait {wait:.0%}, left {left}")
         self._restart_clock()
+
+    def _left(self, seconds, steps) -> str:
+        """Hours, minutes and seconds to the last step, at the rate of the last ten rows: that of a single
+        one jumps on a machine that others use too."""
+        self.recent.append((seconds, steps))
+        spent, done = map(sum, zip(*self.recent))
+        left = round((self.last - self.step) * spent / done)
+        return f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def _means(self) -> list[float]:
         """The latest terms, averaged over the processes. UserError if one was not finite at any step."""

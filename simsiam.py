@@ -352,7 +352,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        terms = {"loss": (loss, chance), "feature_std": (feature_std(z1), None)}
+        terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(z1), None)}
         run.end_step(terms, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))

@@ -328,10 +328,10 @@ class SLIP(nn.Module):
         rows = torch.arange(len(x), device=x.device)
         return x[rows, end] @ self.text_projection
 
-    def forward(self, image, text, view1, view2):
-        """-> embeddings of image and text (B, E), features of both views (B, D), for image_mlp."""
-        image, view1, view2 = self.visual(torch.cat([image, view1, view2])).chunk(3)
-        return image @ self.image_projection, self.encode_text(text), view1, view2
+    def forward(self, image, text, *views):
+        """-> embeddings of image and text (B, E), features of each view (B, D), for image_mlp."""
+        image, *features = self.visual(torch.cat([image, *views])).chunk(1 + len(views))
+        return image @ self.image_projection, self.encode_text(text), *features
 
 
 # Copied from clip.py: init_text
@@ -484,9 +484,10 @@ def train(args: Args) -> dict:
     area = (0.5, 1.0)  # official main.py: at least half of the image
     views = {
         "image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
-        "view1": SSLView(args.image_size),
-        "view2": SSLView(args.image_size),
     }
+    if args.ssl_scale:
+        views["view1"] = SSLView(args.image_size)
+        views["view2"] = SSLView(args.image_size)
     texts = {"text": tokenizer}
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
     b = args.batch_size // world_size()
@@ -501,6 +502,8 @@ def train(args: Args) -> dict:
     checkpoint_blocks(model, args.grad_checkpointing, Block, ResidualAttentionBlock)
     if args.compile:
         model.compile()
+    if not args.ssl_scale:  # DDP would wait for its gradient
+        model.image_mlp.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
     no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
@@ -521,16 +524,17 @@ def train(args: Args) -> dict:
     ssl_chance = math.log(2 * args.batch_size - 1)
     chance = clip_chance + args.ssl_scale * ssl_chance
 
-    def encode(image, text, view1, view2):
+    def encode(image, text, *augmented):
         with autocast:
-            return ddp(image, text, view1, view2)
+            return ddp(image, text, *augmented)
 
-    def loss_of(image_embed, text_embed, features1, features2):
+    def loss_of(image_embed, text_embed, *features):
         scale = model.logit_scale.exp()
         clip = clip_loss(image_embed, text_embed, scale, args.gather_grad)
+        if not features:  # --ssl-scale 0
+            return clip, {"loss": (clip, chance)}
         with autocast:  # not in forward: batch norm sees the whole batch, each view on its own
-            view1_embed = model.image_mlp(features1)
-            view2_embed = model.image_mlp(features2)
+            view1_embed, view2_embed = (model.image_mlp(x) for x in features)
         ssl = nt_xent_loss(view1_embed, view2_embed, args.temperature)
         loss = clip + args.ssl_scale * ssl  # Algorithm 1
         terms = {"clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
@@ -540,8 +544,8 @@ def train(args: Args) -> dict:
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        image, view1, view2 = (views[name](*batch[name]) for name in views)
-        inputs = image, batch["text"], view1, view2
+        image, *augmented = (views[name](*batch[name]) for name in views)
+        inputs = image, batch["text"], *augmented
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(
                 step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True

@@ -253,11 +253,14 @@ class DropPath:
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, for the statistics of batch norm as well (timm's
     ModelEma)."""
+    averaged = ([], [])
     for ours, theirs in zip(ema.state_dict().values(), model.state_dict().values()):
         if ours.is_floating_point():
-            ours.lerp_(theirs, 1 - decay)
+            averaged[0].append(ours)
+            averaged[1].append(theirs)
         else:
             ours.copy_(theirs)
+    torch._foreach_lerp_(*averaged, 1 - decay)
 
 
 # -------------------------------------------- few labels ------------------------------------------

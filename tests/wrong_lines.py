@@ -59,8 +59,9 @@ COMMON = [
     ("math.log(100))", "math.log(1000))"),
     ("model.logit_scale.exp()", "model.logit_scale"),
     # networks
-    ("theta_t.lerp_(theta_s, 1 - momentum)", "theta_t.lerp_(theta_s, momentum)"),
-    ("theta_k.lerp_(theta_q, 1 - m)", "theta_k.lerp_(theta_q, m)"),
+    ("theta_s, 1 - momentum)", "theta_s, momentum)"),
+    ("torch._foreach_lerp_(theta_k, theta_q, 1 - m)", "torch._foreach_lerp_(theta_k, theta_q, m)"),
+    ("torch._foreach_lerp_(xi, theta, 1 - tau)", "torch._foreach_lerp_(xi, theta, tau)"),
     ("        update_teacher(model.student, model.teacher, momentum)\n", ""),
     ("nn.BatchNorm1d(out_dim, affine=False)", "nn.BatchNorm1d(out_dim)"),
     ("text.argmax(dim=-1)", "text.argmin(dim=-1)"),

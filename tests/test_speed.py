@@ -1,0 +1,195 @@
+"""What makes a run cheaper: that it happens, and that the values stay."""
+
+import collections
+import copy
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import byol
+import dino
+import dinov2
+import ibot
+import moco
+import mocov3
+import run
+import slip
+from data import Loader
+from evaluation import finetune
+from run import parse_args
+from runs import FLAGS, make_photos, module_of
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    make_photos(folder, train=24)
+    return folder
+
+
+def train(name, photos, directory, *flags):
+    """-> rows of training in metrics.jsonl."""
+    module = module_of(name)
+    argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], "--eval-every", "0",
+            "--save-every", "0", *flags]  # fmt: skip
+    module.train(parse_args(module.Args, module.RECIPES, argv))
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["clip_resnet", "declip_resnet", "align"])
+def test_convnets_of_the_language_files_are_channels_last(name, photos, tmp_path, monkeypatch):
+    """train() lays them out so; activations follow; outputs and gradients are those of the plain layout."""
+    found = []
+
+    def start(self, method, args, loader, state, *rest):
+        found.append(state["model"])
+        raise Enough
+
+    monkeypatch.setattr(run.Run, "__init__", start)
+    with pytest.raises(Enough):
+        train(name, photos, tmp_path)
+    network = found[0].visual
+    network.double()  # tells a wrong result from rounding, which batch norm amplifies
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) > 10
+    weights = [m.weight for m in convolutions if min(m.weight.shape[1:]) > 1]
+    assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    layouts = []
+    for m in convolutions:
+        m.register_forward_hook(lambda m, x, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last)))
+    size = 64 if name == "align" else 32
+    x = torch.rand(4, 3, size, size, dtype=torch.float64)
+    ours, theirs = network(x), plain(x)
+    assert len(layouts) >= len(convolutions) and all(layouts)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for p, q in zip(network.parameters(), plain.parameters()):
+        if p.grad is not None:
+            scale = q.grad.abs().max().clamp_min(1e-3).item()
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-4 * scale)
+
+
+def pair():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+
+
+def key_encoder(cls, method, names):
+    """-> a function like byol.update_target, of the method of a MoCo."""
+
+    def update(online, target, momentum):
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        setattr(model, names[0], online)
+        setattr(model, names[1], target)
+        getattr(model, method)(momentum)
+
+    return update
+
+
+EMAS = {
+    "byol": byol.update_target,
+    "moco": key_encoder(moco.MoCo, "update_key_encoder", ("encoder_q", "encoder_k")),
+    "mocov3": key_encoder(mocov3.MoCoV3, "update_momentum_encoder", ("base_encoder", "momentum_encoder")),
+    "dino": dino.update_teacher,
+    "ibot": ibot.update_teacher,
+    "dinov2": dinov2.update_teacher,
+    "finetune": lambda online, target, momentum: finetune.update_ema(target, online, momentum),
+}
+
+
+@pytest.mark.parametrize("name", EMAS)
+def test_averages_are_taken_in_one_call(name, monkeypatch):
+    """Bit for bit those of a call per tensor."""
+    online, target = pair()
+    expected = [b.detach().clone().lerp_(a, 0.1) for a, b in zip(online.parameters(), target.parameters())]
+    calls, foreach = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: calls.append(foreach(*args)))
+    EMAS[name](online, target, 0.9)
+    assert len(calls) == 1
+    for a, b in zip(expected, target.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["byol", "simsiam", "moco", "mocov3", "declip"])
+def test_what_is_only_logged_is_computed_only_then(name, photos, tmp_path, monkeypatch):
+    """Steps 1, 2 and 3 of every step's log equal those of a log of every second one."""
+    module, calls = module_of(name), []
+    original = module.feature_std
+    monkeypatch.setattr(module, "feature_std", lambda z: calls.append(1) or original(z))
+    every = train(name, photos, tmp_path / "every", "--max-steps", "3")
+    assert len(calls) == 3
+    second = train(name, photos, tmp_path / "second", "--max-steps", "3", "--log-every", "2")
+    assert len(calls) == 6  # the first, the second, the last
+    last = train(name, photos, tmp_path / "last", "--max-steps", "3", "--log-every", "0")
+    assert len(calls) == 8
+    for rows, steps in ((second, (1, 2, 3)), (last, (1, 3))):
+        assert [row["step"] for row in rows] == [*steps]
+        for row, step in zip(rows, steps):
+            assert row["feature_std"] > 0
+            assert (row["feature_std"], row["loss"]) == (every[step - 1]["feature_std"], every[step - 1]["loss"])
+
+
+def test_slip_without_views_encodes_none(photos, tmp_path, monkeypatch):
+    """--ssl-scale 0 neither crops nor encodes them, and trains as a vanishing weight does."""
+    seen, cropped = [], []
+    forward, crop = slip.VisionTransformer.forward, slip.SSLView.crop
+    monkeypatch.setattr(slip.VisionTransformer, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(slip.SSLView, "crop", lambda self, *args: cropped.append(1) or crop(self, *args))
+    flags = "--max-steps", "3", "--weight-decay", "0"
+    tiny = train("slip", photos, tmp_path / "tiny", *flags, "--ssl-scale", "1e-9")
+    assert seen[:3] == [24] * 3 and len(cropped) == 48  # then comes the evaluation
+    seen.clear()
+    cropped.clear()
+    none = train("slip", photos, tmp_path / "none", *flags, "--ssl-scale", "0")
+    assert seen[:3] == [8] * 3 and not cropped
+    assert none[0]["chance"] == pytest.approx(tiny[0]["clip_chance"])
+    for a, b in zip(none, tiny):
+        assert a["loss"] == pytest.approx(b["clip_loss"], abs=1e-4)
+        assert "ssl_loss" not in a
+
+
+class Numbers:
+    name, captioned = "numbers", False
+
+    def __len__(self):
+        return 8
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(16, 1, 8), (16, 4, 4), (2, 1, 2), (2, 4, 1)])
+def test_loader_workers_share_the_cores(cores, processes, workers, monkeypatch):
+    """Those that the process may use, among the processes that torchrun started on this machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert Loader(Numbers(), {}, {}, 8, workers=8).workers == workers
+    assert Loader(Numbers(), {}, {}, 8, workers=0).workers == 0
+
+
+def test_time_left_is_that_of_the_last_rows():
+    """A row in which others took the machine does not move it far, and days are hours."""
+    one = object.__new__(run.Run)
+    one.recent, one.last, one.step = collections.deque(maxlen=10), 1000, 100
+    for _ in range(9):
+        assert one._left(10.0, 10) == "00:15:00"
+    assert one._left(30.0, 10) == "00:18:00"  # 120 s for 100 steps
+    for _ in range(10):
+        left = one._left(1200.0, 10)
+    assert left == "30:00:00"
+
+
+def test_a_busy_machine_is_named(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0))
+    for threads in (2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        train("clip", photos, tmp_path / str(threads), "--max-steps", "1")
+        assert ("OMP_NUM_THREADS=1 avoids that" in capsys.readouterr().out) == (threads == 2)
