@@ -4,12 +4,13 @@
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
 
 A line is the accuracy in the training loop; a dashed line in its colour is the same network with random weights,
-which the loop measured before the first step; the dotted line is chance. Needs matplotlib.
+which the loop measured before the first step. Older runs did not: there a ring at the left end is what evaluate.py
+gave random weights on the whole split. The dotted line is chance. Needs matplotlib.
 """
 
 import argparse
 
-from table import IN_LOOP, ROOT, chance_of, methods, results
+from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
 
 SIZE = (8.0, 3.6)  # inches
 
@@ -19,6 +20,14 @@ def accuracy(record):
     name = next(k for k in IN_LOOP if any(k in values for _, values in record["curve"]))
     batch = record["args"]["batch_size"]
     return name, [(step * batch, values[name]) for step, values in record["curve"] if name in values]
+
+
+def random_weights(record):
+    """Score of the same network with random weights, None where evaluate.py was not asked for it."""
+    for label, metrics in record["metrics"].items():
+        if label.endswith(START) and label.split()[0] in PROTOCOLS:
+            return next(iter(metrics.values()))
+    return None
 
 
 def draw(data, path):
@@ -39,9 +48,12 @@ def draw(data, path):
         axis.plot(*zip(*points), color=colour, marker=".", label=methods()[record["method"]][0])
         if points[0][0] == 0:
             axis.axhline(points[0][1], color=colour, linestyle="--", linewidth=0.8, alpha=0.6)
+        elif (start := random_weights(record)) is not None:
+            axis.plot(0, start, "o", color=colour, fillstyle="none", clip_on=False)
     chance = chance_of(kind, runs[-1]["metrics"]["training"])
     axis.axhline(chance, color="grey", linestyle=":", label=f"chance, {chance:.3g}")
-    axis.plot([], [], "--", color="grey", linewidth=0.8, label="random weights")
+    if any(accuracy(record)[1][0][0] == 0 for record in runs):
+        axis.plot([], [], "--", color="grey", linewidth=0.8, label="random weights")
     axis.set(xlabel="images seen", ylabel=f"{IN_LOOP[kind]}, %", xlim=(0, None), ylim=(0, None), title=data)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
