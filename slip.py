@@ -533,8 +533,10 @@ def train(args: Args) -> dict:
         clip = clip_loss(image_embed, text_embed, scale, args.gather_grad)
         if not features:  # --ssl-scale 0
             return clip, {"loss": (clip, chance)}
+        features1, features2 = features
         with autocast:  # not in forward: batch norm sees the whole batch, each view on its own
-            view1_embed, view2_embed = (model.image_mlp(x) for x in features)
+            view1_embed = model.image_mlp(features1)
+            view2_embed = model.image_mlp(features2)
         ssl = nt_xent_loss(view1_embed, view2_embed, args.temperature)
         loss = clip + args.ssl_scale * ssl  # Algorithm 1
         terms = {"clip_loss": (clip, clip_chance), "ssl_loss": (ssl, ssl_chance)}
