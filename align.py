@@ -52,7 +52,7 @@ from common import sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
 from monitor import EvalView, bar, captions, language_eval, language_set
 from run import Run, RunArgs, init_weights, parse_args
-from sources import IMAGE_KEYS
+from layouts import IMAGE_KEYS
 
 
 # ---------------------------------------- arguments ----------------------------------------

@@ -1,4 +1,4 @@
-"""How the files of a layout become samples: reads them through, once, for sources.py to index.
+"""How the files of a layout become samples: reads them through once for an index, then one at a time.
 
 Only sources.py uses it, when a run reads files at all. What it leaves out it counts, in `left_out`."""
 
@@ -6,15 +6,19 @@ import contextlib
 import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import os
 import pickle
 import re
+import stat
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +34,8 @@ try:
 except ImportError:  # Windows: processes do not wait for each other there
     fcntl = None
 
+TABLES = (".npz", ".csv", ".tsv", ".jsonl")
+IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
 INDEX_VERSION = 2  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
@@ -137,19 +143,70 @@ def multi30k_rows(root, split, language):
         yield {"image": f"images/{name.split('#')[0]}", "captions": [line.strip()]}
 
 
+# ---------------------------------------- bytes ----------------------------------------
+@functools.lru_cache(maxsize=64)
+def handle(path, process):  # a forked worker opens its own: a shared one has one position
+    return open(path, "rb", buffering=0)
+
+
+def read_part(path, start, size):
+    file = handle(path, os.getpid())
+    file.seek(start)
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"{path} is shorter than it was when it was indexed")
+    return data
+
+
+def read_file(path):
+    """The bytes of a file. Reading a pipe or a device would never end."""
+    name = path if path.isascii() else path.encode("utf-8", "surrogateescape")  # in any locale
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(name, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no file but a pipe or a device")
+        return file.read()
+
+
+# ---------------------------------------- fields ----------------------------------------
+def label_number(value, classes):
+    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of these."""
+    text = "" if value is None else str(value).strip()
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return classes.index(text) if text in (classes or []) else -1
+
+
+def json_object(text):
+    row = json.loads(text)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def captions_of(row):
+    """Captions in a row of a table or in the .json of a tar's sample."""
+    found = row.get("captions") or row.get("caption") or row.get("text")
+    found = found or [row.get("title"), row.get("description")]
+    return [c for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
+
+
 # ---------------------------------------- tables ----------------------------------------
-def table_rows(path, keys):
-    """.csv and .tsv with a header -> (picture, its rows as dicts), of rows that follow each other.
+def table_rows(path):
+    """.csv and .tsv with a header. Rows of one picture that follow each other become one sample.
     Read strictly, as a stray quote would swallow the rows behind it."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = strict_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
         header = [name.strip() for name in next(rows, [])]
-        key = next((key for key in keys if key in header), None)
+        key = next((key for key in IMAGE_KEYS if key in header), None)
         if key is None:
-            raise UserError(f"the columns of {path} are {header}, none of {', '.join(keys)}")
+            raise UserError(f"the columns of {path} are {header}, none of {', '.join(IMAGE_KEYS)}")
         table = (dict(zip(header, fields)) for fields in rows)
         for image, same in itertools.groupby(table, lambda row: row[key]):
-            yield image, list(same)
+            same = list(same)
+            captions = [caption for row in same for caption in captions_of(row)]
+            yield {"image": image, "captions": captions, "label": same[0].get("label")}
 
 
 def strict_rows(file, delimiter):
@@ -254,18 +311,18 @@ def index_archive(shard, start, samples, left_out):
     return None
 
 
-def read_zip(path, name, read):
-    """A member of a zip; read(path, start, size) reads bytes. zipfile would parse the whole
-    directory: 2.3 ms for 1,000 members, this 0.1 ms."""
+def read_zip(path, name):
+    """A member of a zip. zipfile would parse the whole directory: 2.3 ms for 1,000 members, this
+    0.1 ms."""
     size = os.path.getsize(path)
-    tail = read(path, max(0, size - 2**17), min(size, 2**17))  # the directory is at the end
+    tail = read_part(path, max(0, size - 2**17), min(size, 2**17))  # the directory is at the end
     entry = tail[max(0, tail.rfind(name.encode()) - 46) :][:46]
     try:
         if len(entry) == 46 and entry[:4] == b"PK\1\2":
             method, stored, length, start = struct.unpack("<10xH8xI4xH12xI", entry)
             if length == len(name.encode()) and method in (0, 8):
-                start += 30 + sum(struct.unpack("<HH", read(path, start + 26, 4)))
-                data = read(path, start, stored)
+                start += 30 + sum(struct.unpack("<HH", read_part(path, start + 26, 4)))
+                data = read_part(path, start, stored)
                 return zlib.decompress(data, -15) if method else data
         with zipfile.ZipFile(path) as archive:
             return archive.read(name)
@@ -354,16 +411,15 @@ def index_tar(path):
 
 # ---------------------------------------- arrays ----------------------------------------
 class Tars:
-    """WebDataset shards, read at random. read(path, start, size) -> bytes; sample(picture, text,
-    meta, label, classes, key): a sample of the bytes of its members."""
+    """WebDataset shards, read at random."""
 
-    def __init__(self, shards, classes, left_out, read, sample):
+    def __init__(self, shards, classes, left_out, Sample):
+        self.Sample = Sample  # (image, captions, label, key), see sources.py
         turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())  # others elsewhere
         quiet = rank() > 0 or None
         bar = tqdm(turns, f"index of {shards[0].parent}", leave=False, delay=2, disable=quiet)
         indices = {s: dict(np.load(index_tar(shards[s]))) for s in bar}
         self.shards, self.classes, self.left_out = shards, classes, Counter(left_out)
-        self.read, self.sample = read, sample
         self.members = [indices[s]["members"] for s in range(len(shards))]
         for index in indices.values():
             self.left_out += Counter(json.loads(str(index["left_out"])))
@@ -377,10 +433,15 @@ class Tars:
         shard = int(np.searchsorted(self.ends, i, side="right"))
         path, rows = self.shards[shard], self.members[shard]
         picture, *others = rows[i - self.ends[shard]].tolist()
-        data = self.read(path, 512 * picture[0] - 512, 512 + picture[1])  # the block before holds its name
-        members = [self.read(path, 512 * block, size) for block, size in others]
+        start = 512 * picture[0]
+        data = read_part(path, start - 512, 512 + picture[1])  # the block before holds its name
+        text, meta, label = (read_part(path, 512 * block, size) for block, size in others)  # b"": missing
         name = data[:100].partition(b"\0")[0].decode(errors="replace")
-        return self.sample(data[512:], *members, self.classes, f"{path.name}:{name}")
+        captions = captions_of(json_object(meta)) if meta else []
+        if text and not captions:
+            captions = [text.decode("utf-8-sig", "replace").strip()]
+        label = label_number(label.decode(errors="replace"), self.classes)
+        return self.Sample(data[512:], captions, label, f"{path.name}:{name}")
 
 
 class Npz:
@@ -436,3 +497,143 @@ class Torchvision:
     def __getitem__(self, i):
         image, label = self.data[i]
         return self.Sample(image, [], int(label), f"sample {i}")
+
+
+# ---------------------------------------- folders ----------------------------------------
+def open_root(root, split, words, kind, whole, Sample):
+    """Tells which layout a folder (or a single file) has, and which of its files are the split.
+    words: names of the split, the first that is there counts; kind: torchvision's class of this set;
+    whole: the split may be all that is there."""
+    handle.cache_clear()  # files may have been replaced since they were opened
+    if not root.is_dir() and root.exists():
+        if not root.is_file() or ending_of(root.name) not in (".tar", *TABLES):
+            kinds = f"{' '.join(TABLES)} .tar"
+            what = f"no folder and none of the files that are read ({kinds})"
+            raise UserError(f"{root} is {what}: give one")
+        if split == "train":
+            return open_files(root.parent, [root.name], root.parent, Sample)
+    names, parts = visible(root) if root.is_dir() else [], {}
+    mark = re.compile(r"(train|validation|val|test)(?![a-z])(.*\.(tar|npz|csv|tsv|jsonl))?", re.I)
+    for name in names:  # train/, train.csv, val-0001.tar ...
+        if match := mark.fullmatch(name):
+            parts.setdefault(match[1].lower(), []).append(name)
+    if kind and not parts:
+        return Torchvision(root, kind, split, Sample)
+    if karpathy := [n for n in names if re.fullmatch(r"dataset_\w+\.json", n)]:
+        rows = index_rows(root / karpathy[0], karpathy_rows, split)
+        return Rows(root, rows, None, Sample)
+    if any(root.glob("annotations/captions_*2017.json")):
+        part = "train2017" if split == "train" else "val2017"
+        table = root / f"annotations/captions_{part}.json"
+        rows = index_rows(table, coco_rows)
+        return Rows(root / part, rows, None, Sample)
+    if (pickles := [n for n in names if n.endswith((".pkl", ".pickle"))]) and split == "train":
+        rows = index_rows(root / pickles[0], slip_rows)
+        return Rows(root / "images", rows, None, Sample)
+    if not parts and whole:
+        if {"captions.txt", "Images"} <= set(names):
+            rows = index_rows(root / "captions.txt", table_rows)
+            return Rows(root / "Images", rows, None, Sample)
+        return open_files(root, names, root, Sample)
+    part = next((parts[word] for word in words if word in parts), None)
+    if part is None:
+        raise UserError(f"{root} has no {split} split, no folder {split}/, {split}*.tar, {split}.csv ...")
+    if files := [n for n in part if "." in n]:
+        return open_files(root, files, root, Sample)
+    return open_files(root / part[0], visible(root / part[0]), root, Sample)
+
+
+def visible(folder):
+    return sorted(n for n in os.listdir(folder) if n[0] != "." and not n.endswith((".idx", ".idx.npz")))
+
+
+def open_files(folder, names, root, Sample):
+    """The dataset of these files of a folder, or of all pictures below it; class lists may be in root."""
+    lists = [path / name for path in (folder, root) for name in CLASS_LISTS]
+    lists = [path for path in lists if path.exists()]
+    named = class_names(lists[0]) if lists else None  # a list or {WordNet id: name}
+    classes = [named[i] for i in sorted(named)] if isinstance(named, dict) else named
+    files = [n for n in names if ending_of(n) in (".tar", *TABLES) and (folder / n).is_file()]
+    if tars := [folder / n for n in files if ending_of(n) == ".tar"]:
+        others = {*TABLES, *PICTURES, ".gz", ".tgz"}
+        beside = Counter(ending_of(n)[1:] for n in names if ending_of(n) in others)
+        return Tars(tars, classes, beside, Sample)
+    if len(files) > 1:
+        raise UserError(f"give the path of one table of {folder}: {', '.join(files)}")
+    for table in (folder / name for name in files):
+        if ending_of(table.name) == ".npz":
+            return Npz(table, classes, Sample)
+        if ending_of(table.name) != ".jsonl":
+            return Rows(folder, index_rows(table, table_rows), classes, Sample)
+        with open(table, "rb") as file:
+            is_array = file.read(100).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
+        rows = index_rows(table, array_rows) if is_array else table
+        return Rows(folder, rows, classes, Sample)
+    left_out = Counter()
+    paths = sorted(pictures(folder, left_out), key=lambda path: path.split(os.sep))
+    tops = class_folders({path.split(os.sep)[0] for path in paths})
+    labelled = len(tops) > 1 and all(os.sep in path for path in paths)  # one folder per class
+    if labelled and tops != sorted(tops) and rank() == 0:
+        text = "class folders are numbers, and labels follow their values: 2 comes before 10"
+        print(f"{folder}: {text}", file=sys.stderr, flush=True)
+    if isinstance(named, dict):
+        classes = [named.get(top, top) for top in tops]
+    if labelled and len(classes or tops) != len(tops):
+        count = f"{lists[0]} names {len(classes)} classes"
+        raise UserError(f"{count}, but {folder} has {len(tops)} folders")
+    tops = {top: i for i, top in enumerate(tops)}
+    labels = (tops[path.split(os.sep)[0]] if labelled else -1 for path in paths)
+    rows = ({"image": path, "label": label} for path, label in zip(paths, labels))
+    dataset = Rows(folder, rows, (classes or list(tops)) if labelled else None, Sample)
+    dataset.folders = list(tops)  # WordNet ids, where `classes` has their names
+    dataset.left_out = left_out
+    return dataset
+
+
+class Rows:
+    """Rows {"image": path below root, "captions": [...], "label": int}: the path of a file of JSON
+    lines, of which only the line starts are held in memory, or an iterable of dicts."""
+
+    captioned = False
+
+    def __init__(self, root, rows, classes, Sample):
+        self.Sample = Sample  # (image, captions, label, key), see sources.py
+        self.root, self.rows, self.classes, position = root, rows, classes, 0
+        if not isinstance(rows, Path):
+            self.rows = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        starts = array("q")
+        with open(rows, "rb") if isinstance(rows, Path) else io.BytesIO(self.rows) as lines:
+            for line in lines:
+                stamp = position == 0 and line[:1] == b"["  # of an index
+                if not (stamp or line.isspace()):
+                    starts.append(position)
+                position += len(line)
+        self.starts = np.array([*starts, position])
+        for i in range(min(100, len(self))):
+            with contextlib.suppress(ValueError):
+                self.captioned = self.captioned or bool(captions_of(self.row(i)))
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def row(self, i):
+        start, end = int(self.starts[i]), int(self.starts[i + 1])
+        if isinstance(self.rows, bytes):
+            text = self.rows[start:end]
+        else:
+            text = read_part(self.rows, start, end - start)
+        return json_object(text.partition(b"\n")[0])
+
+    def __getitem__(self, i):
+        row = self.row(i)
+        name = next((str(row[key]) for key in IMAGE_KEYS if row.get(key)), None)
+        if name is None:
+            raise ValueError(f"row {i} names no picture ({' or '.join(IMAGE_KEYS)})")
+        path = os.path.join(self.root, name)
+        archive, zipped, member = path.partition(".zip/")
+        if zipped:
+            image = read_zip(archive + ".zip", member)
+        else:
+            image = read_file(path)
+        label = label_number(row.get("label"), self.classes)
+        return self.Sample(image, captions_of(row), label, path)

@@ -377,7 +377,7 @@ def test_members_of_zips(tmp_path, monkeypatch):
     path = str(tmp_path / "a.zip")
 
     def read_zip(path, name):
-        return layouts.read_zip(path, name, sources._read)
+        return layouts.read_zip(path, name)
 
     content = {f"{i:03d}.jpg": os.urandom(200 + i) * 3 for i in range(300)}
     for method, slow in ((zipfile.ZIP_STORED, 1), (zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_BZIP2, 300)):
@@ -388,13 +388,13 @@ def test_members_of_zips(tmp_path, monkeypatch):
         opened, plain = [], zipfile.ZipFile
         with monkeypatch.context() as patch:
             patch.setattr(layouts.zipfile, "ZipFile", lambda file: opened.append(file) or plain(file))  # noqa: B023
-            sources._handle.cache_clear()
+            layouts.handle.cache_clear()
             assert all(read_zip(path, name) == value for name, value in content.items())
         assert len(opened) == slow
     with pytest.raises(ValueError, match="a.zip is damaged or does not hold 999.jpg"):
         read_zip(path, "999.jpg")
     Path(path).write_bytes(Path(path).read_bytes()[:1000])
-    sources._handle.cache_clear()
+    layouts.handle.cache_clear()
     with pytest.raises(ValueError, match="damaged"):
         read_zip(path, "000.jpg")
 
@@ -672,10 +672,10 @@ def test_processes_may_index_at_the_same_time(tmp_path, locks):
 def test_processes_share_the_indexing(tmp_path, scans, monkeypatch):
     for i in range(5):
         shard(tmp_path / f"{i}.tar", str(i))
-    monkeypatch.setattr(sources, "world_size", lambda: 2)
+    monkeypatch.setattr(layouts, "world_size", lambda: 2)
     firsts = []
     for turn in (0, 1):
-        monkeypatch.setattr(sources, "rank", lambda turn=turn: turn)
+        monkeypatch.setattr(layouts, "rank", lambda turn=turn: turn)
         scans.clear()
         assert texts(tmp_path) == list("01234")  # the order does not depend on who indexed what
         firsts.append([Path(path).name for path in scans])

@@ -65,8 +65,7 @@ METHOD_NAMES = [path.stem for path in method_files()]
 EXPERIMENTS = ["slip_ablations"]  # of the papers, in files of the same form
 LONGEST = 100  # characters of a line in a method file
 DENSEST = 11.5  # nodes of the syntax tree in a code line of a method file, on average
-LOADED = 2600  # lines that a run of SLIP loads, all together; one thought per line costs slip.py 81 of them, and features
-# that are held once and nodes that must agree on the data of the evaluation cost monitor.py 40
+LOADED = 2400  # lines that a run of SLIP loads, all together
 
 
 def imported(path):
