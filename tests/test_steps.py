@@ -336,6 +336,12 @@ def test_what_sgd_decays(name, photos, tmp_path):
     assert_only_these_are_spared(trace, {id(p) for p in trace.model.parameters() if p.ndim == 1})
 
 
+def test_what_lars_decays_in_mocov3(photos, tmp_path):
+    """Its AdamW decays everything, its LARS, for ResNets, spares norms and biases."""
+    trace = traced("mocov3", photos, tmp_path / "mocov3", None, "--optimizer", "lars", "--max-steps", "1")
+    assert_only_these_are_spared(trace, {id(p) for p in trace.model.parameters() if p.ndim == 1})
+
+
 def test_gradients_are_fresh_and_finite(step_trace):
     """A gradient that is not set back to zero would be the sum of two steps'."""
     _, trace = step_trace
