@@ -16,7 +16,7 @@ import init
 from common import UserError
 from names import align_state
 from run import init_weights
-from runs import FLAGS, METHODS, ROOT, argv_of, environment, make_photos, module_of, rows, train_here
+from runs import FLAGS, METHODS, RESNET18, ROOT, argv_of, environment, make_photos, module_of, rows, train_here
 from test_resume import assert_same_run
 
 VIT = ["--arch", "vit_tiny_patch8"]  # 12 blocks, 192 channels and 3 heads in every file
@@ -139,14 +139,14 @@ def saved_again(path, model):
 def test_simclr_in_a_classifier(tmp_path, capsys):
     import simclrv2
 
-    path, before = saved(tmp_path, "simclr")
+    path, before = saved(tmp_path, "simclr", *RESNET18)
     args = simclrv2.Args(arch="resnet18", image_size=32, width=1.0, stem="imagenet", head_layer=1, init=str(path))
     args.num_classes = 5
     model = simclrv2.build_model(args)
     init_weights(model, args)
     assert torch.equal(model.backbone.layer4[1].conv2.weight, before.backbone.layer4[1].conv2.weight)
     assert "stay random 2: classifier.weight, classifier.bias" in capsys.readouterr().out  # the head came along
-    path, before = saved(tmp_path, "moco")
+    path, before = saved(tmp_path, "moco", *RESNET18)
     init_weights(model, args)
     assert torch.equal(model.backbone.layer4[1].conv2.weight, before.encoder_q.layer4[1].conv2.weight)
     with pytest.raises(UserError, match="give one of them"):
@@ -161,7 +161,7 @@ FOLDER = "a folder"
 
 def test_simclr_in_a_resnet_of_clip(tmp_path, capsys):
     """The four stages fit; the stem, which has three layers in CLIP, and the attention pooling stay random."""
-    path, before = saved(tmp_path, "simclr", "--arch", "resnet50")
+    path, before = saved(tmp_path, "simclr", "--arch", "resnet50", "--width", "1")
     module = module_of("clip_resnet")
     module.ARCHS["resnet_test"] = (32, (3, 4, 6, 3), 64, 64)
     model = started(path, "clip", "--arch", "resnet_test", tokenizer=Tokens())
@@ -204,6 +204,9 @@ def test_a_vit_of_timm_in_clip(tmp_path):
     the network is the same."""
     other = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).eval()
     torch.nn.init.normal_(other.patch_embed.proj.bias)
+    for module in other.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5  # CLIP's
     torch.save(other.state_dict(), tmp_path / "vit.pth")
     flags = ["--arch", "vit_tiny_patch16", "--gelu", "exact"]
     model = started(tmp_path / "vit.pth", "clip", *flags, tokenizer=Tokens())
@@ -333,7 +336,7 @@ def test_full_checkpoints_of_dino(tmp_path, capsys):
 
 # ------------------------------------------------ refusals ------------------------------------------------
 REFUSED = [
-    ("simclr", [], "moco", ["--stem", "cifar"], "conv1.weight has the shape (64, 3, 7, 7), and here (64, 3, 3, 3)"),
+    ("simclr", [], "moco", ["--stem", "cifar"], "conv1.weight has the shape (16, 3, 7, 7), and here (16, 3, 3, 3)"),
     ("simclr", [], "dino", [], "it holds a ResNet with torchvision's names, and here is a ViT with timm's names"),
     ("dino", VIT, "slip", ["--arch", "vit_micro_patch8"], "it also holds blocks.4."),
     ("dino", ["--arch", "vit_micro_patch8"], "slip", VIT, "it lacks blocks.4."),
@@ -341,7 +344,7 @@ REFUSED = [
     ("dino", ["--arch", "vit_micro_patch8"], "clip", ["--arch", "vit_micro_patch8"], "4 attention heads, and here are 2"),
     ("slip", ["--arch", "vit_small_patch8"], "dino", ["--arch", "vit_small_patch8"], "12 attention heads, and here are 6"),
     ("dinov2", [*VIT, "--ffn", "swiglu"], "dino", VIT, "it lacks blocks.0.mlp.fc1.weight"),
-    ("dino", ["--out-dim", "32"], "dino", [], "(32, 256), and here (64, 256)"),
+    ("dino", ["--out-dim", "32"], "dino", [], "center has the shape (1, 32), and here (1, 64)"),
     ("dinov2", ["--no-shared-head"], "dinov2", [], "is shared here, and not in these weights"),
     ("clip", ["--text-layers", "2"], "clip", [], "the text encoders differ in transformer.resblocks.1."),
     ("clip", ["--context-length", "8"], "clip", [], "positional_embedding has the shape (8, 64), and here (24, 64)"),
@@ -395,8 +398,8 @@ def load(directory):
 
 
 def test_without_the_flag_nothing_is_loaded_or_drawn():
-    code = ("import sys, torch, runs, run; args = runs.module_of('clip').Args(); state = torch.get_rng_state(); "
-            "run.init_weights(torch.nn.Linear(2, 2), args); assert torch.equal(state, torch.get_rng_state()); "
+    code = ("import sys, torch, runs, run; args = runs.module_of('clip').Args(); "
+            "model = torch.nn.Linear(2, 2); state = torch.get_rng_state(); run.init_weights(model, args); assert torch.equal(state, torch.get_rng_state()); "
             "assert not {'init', 'recognise', 'names'} & set(sys.modules)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -492,10 +495,11 @@ def test_align_of_hugging_face(tmp_path, capsys):
     """The whole model under its names, which other depths of a text encoder refuse."""
     import align
 
-    _, before = saved(tmp_path, "align")
+    width = ["--embed-dim", "160"]  # that of the image encoder, as AlignModel has no projection of images
+    _, before = saved(tmp_path, "align", *width)
     torch.save(align_state(before), tmp_path / "align.bin")
-    model = started(tmp_path / "align.bin", "align", "--tokenizer", "clip", tokenizer=Tokens())
+    model = started(tmp_path / "align.bin", "align", *width, "--tokenizer", "clip", tokenizer=Tokens())
     assert {k for k in differing(model, before) if not k.endswith("num_batches_tracked")} == set()
     assert isinstance(model, align.ALIGN) and "stay random 0" in capsys.readouterr().out
     with pytest.raises(UserError, match="differ in text_model.encoder.layer.1"):
-        started(tmp_path / "align.bin", "align", "--text-layers", "2", tokenizer=Tokens())
+        started(tmp_path / "align.bin", "align", *width, "--text-layers", "2", tokenizer=Tokens())
