@@ -197,6 +197,8 @@ def masked_row(tokenizer, any_id, caption, rng):
 
 def add_mask_token(tokenizer):
     """-> a Tokenizer with <|mask|> before start and end, whose ids go up by one (official code)."""
+    if tokenizer.bpe.id_to_token(tokenizer.sot - 1) == "<|mask|>":  # that of an earlier run
+        return tokenizer
     last_two = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     if (tokenizer.sot, tokenizer.eot) != last_two:
         raise UserError(
@@ -584,9 +586,12 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     val = language_set(args)
     text_source = captions(dataset) if args.tokenizer == "train" else None
-    most = args.vocab_size - 1  # the mask token is one more
+    most = args.vocab_size - (args.tokenizer == "train")  # the mask token is one more
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, most, args.data_dir)
     tokenizer = add_mask_token(tokenizer)
+    if tokenizer.vocab_size > args.vocab_size:
+        raise UserError(f"--tokenizer {args.tokenizer} and a mask are {tokenizer.vocab_size} tokens, "
+                        f"more than --vocab-size {args.vocab_size}")
     synonyms = open_synonyms(args.synonyms)
     views = {
         "view1": SSLView(args.image_size),
