@@ -586,12 +586,15 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     val = language_set(args)
     text_source = captions(dataset) if args.tokenizer == "train" else None
-    most = args.vocab_size - (args.tokenizer == "train")  # the mask token is one more
+    most = args.vocab_size
+    if args.tokenizer == "train":
+        most -= 1  # the mask token is one more
     tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, most, args.data_dir)
     tokenizer = add_mask_token(tokenizer)
     if tokenizer.vocab_size > args.vocab_size:
-        raise UserError(f"--tokenizer {args.tokenizer} and a mask are {tokenizer.vocab_size} tokens, "
-                        f"more than --vocab-size {args.vocab_size}")
+        raise UserError(
+            f"--tokenizer {args.tokenizer} and a mask are more than {args.vocab_size} tokens"
+        )
     synonyms = open_synonyms(args.synonyms)
     views = {
         "view1": SSLView(args.image_size),

@@ -124,7 +124,7 @@ def test_slurm_script(tmp_path, outcome):
     os.utime(run / "checkpoint.pt", (1, 1))
     save = f"sleep 0.05; touch {run}/checkpoint.pt; " if outcome == "saves" else ""
     stubs = {"srun": f'echo "$@" > {tmp_path}/srun; {save}exit {0 if outcome == "ends" else 1}',
-             "scontrol": f'[ $1 = show ] && printf "a1\\na2\\n"; echo "$@" >> {tmp_path}/scontrol'}  # fmt: skip
+             "scontrol": f'echo "$@" >> {tmp_path}/scontrol; [ $1 != show ] || printf "a1\\na2\\n"'}  # fmt: skip
     for name, text in stubs.items():
         (bin / name).write_text(f"#!/bin/bash\n{text}\n")
         (bin / name).chmod(0o755)
