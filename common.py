@@ -8,12 +8,11 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
 class UserError(Exception):
@@ -36,7 +35,7 @@ def user_errors():
         # Most errors occur in all processes alike, and the first one reports them for all.
         first = "MASTER_ADDR" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
         if first or getattr(error, "alone", not isinstance(error, UserError)):
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=err, flush=True)
+            print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=err, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
     finally:
         out.flush()
@@ -162,16 +161,18 @@ def mixed_precision(dtype: str, device: torch.device):
 def checkpoint_blocks(model: nn.Module, how: str, *classes):
     """Modules of these classes keep less for the backward pass, which computes the rest again (arXiv
     1604.06174): "full" keeps inputs, "selective" matrix products and attention too. The numbers stay."""
-    def policy(_, op, *args, **kwargs):  # of "selective": mm, addmm, bmm and every kind of attention are kept
-        kept = re.search("mm|attention", op.name())
-        return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-    selective = functools.partial(checkpoint.create_selective_checkpoint_contexts, policy)
-    options = {"use_reentrant": False} | ({"context_fn": selective} if how == "selective" else {})
+    if how == "none":
+        return
     blocks = [block for block in model.modules() if isinstance(block, classes)]
-    if how != "none" and not blocks:
+    if not blocks:
         raise UserError("--grad-checkpointing is for transformer blocks, and this --arch has none")
-    for block in blocks if how != "none" else []:
-        block.forward = functools.partial(checkpoint.checkpoint, block.forward, **options)
+    def policy(_, op, *args, **kwargs):  # mm, addmm, bmm and every kind of attention are kept
+        kept = re.search("mm|attention", op.name())
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    options = {"context_fn": contexts} if how == "selective" else {}
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=False) -> float:
@@ -190,8 +191,7 @@ class LARS(torch.optim.Optimizer):
     With gradient g, parameter p and momentum m, the direction is d = g + weight_decay p, multiplied
     by trust |p| / |d| (by 1 if either norm is 0). Then, with lr_in_momentum, v = m v + lr d and p
     -= v (SimCLR); otherwise v = m v + d and p -= lr v (BYOL, MoCo v3). The two differ whenever lr
-    changes. A parameter group with exclude=True (biases, norms) is neither decayed nor scaled.
-    step() takes no closure."""
+    changes. A parameter group with exclude=True (biases, norms) is neither decayed nor scaled."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=1e-3, lr_in_momentum=False):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)

@@ -28,8 +28,9 @@ of the paper. With --released the following is done as in the released code:
  - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
    the text encoder then pools at. By default T is the embedding of the text without masks.
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
-Never reproduced, since a run would depend on processes or restarts: per-process batch norm and
-queue; a queue lost at a restart, which drops what does not fit; L_TSS averaged over processes.
+Never reproduced, even with --released: per-process batch norm and queue; a queue that is lost at a
+restart and drops entries that do not fit before its end; L_TSS averaged over processes, not over
+tokens. All of these would make a run depend on the number of processes or restarts.
 
 Diff against: slip.py (backbones: clip.py).
 """

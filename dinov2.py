@@ -371,7 +371,8 @@ class DINOv2(nn.Module):
         drop_path: (b, depth, 2) for each crop. -> logits, rows of the first crop first: of the
         student for all crops (V b, K) and masked patches (M, K), of the teacher for the unmasked
         global crops (2 b, K) and the same patches (M, K); the student's global class tokens."""
-        large, small = torch.cat(crops[:2]), crops[2:]
+        large = torch.cat(crops[:2])
+        small = crops[2:]
         drop_large, drop_small = None, None
         if drop_path:
             drop_path = torch.cat(drop_path)  # (V b, depth, 2)

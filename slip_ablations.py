@@ -19,8 +19,8 @@ B global batch, b = B / processes, N patches, P their side, D width, E of an emb
 Laptop        torchrun slip_ablations.py --ssl mocov3
 8 GPUs        torchrun --nproc_per_node=8 slip_ablations.py --data yfcc15m --ssl mocov3
 
-Every row of the paper's tables has its command in docs/slip.md. The code of these experiments was
-never published. What is known to differ:
+Every row of the paper's tables has its command in docs/slip_ablations.md. The code of these
+experiments was never published. What is known to differ:
  - BEiT predicts tokens of DALL-E's dVAE, the weights of another project. Here it is pixels, with
    MAE's random masks: like tokens they are a fixed function of the image, where online targets
    (ibot.py) would be a network of their own that learns, and so another experiment.
@@ -391,8 +391,8 @@ class MomentumHalf(nn.Module):
         of its own forward passes."""
         pairs = [(visual, self.momentum_visual), (self.projector, self.momentum_projector)]
         for online, momentum in pairs:
-            for theta_q, theta_k in zip(online.parameters(), momentum.parameters()):
-                theta_k.lerp_(theta_q, 1 - m)
+            theta_q, theta_k = list(online.parameters()), list(momentum.parameters())
+            torch._foreach_lerp_(theta_k, theta_q, 1 - m)
 
 
 class MaskedHalf(nn.Module):
