@@ -1,7 +1,7 @@
 """GiB of GPU memory that one process of a training command needs, without a GPU and without data.
 
     python benchmarks/memory.py slip --data yfcc15m --gpus 8             # predicted, in seconds
-    python benchmarks/memory.py dinov2 --recipe imagenet --gpus 8 --accum-steps 4
+    python benchmarks/memory.py dinov2 --recipe imagenet --gpus 8 --grad-checkpointing selective
     python benchmarks/memory.py slip --recipe yfcc15m --gpus 8 --measure # on a GPU, beside the prediction
 
 train() of the method file runs two steps as it is, with the flags of the command, on tensors that
@@ -44,6 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from common import user_errors  # noqa: E402
 from data import Loader  # noqa: E402
 from run import parse_args  # noqa: E402
 
@@ -339,4 +340,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -433,7 +433,8 @@ def test_nobody_reads_any_more(server, photos, tmp_path, stream):  # noqa: F811
 
 
 def test_a_closed_terminal_saves(server, photos):  # noqa: F811
-    program = Program(server, *run_of("simclr", photos, flags="--epochs 400 --workers 1"))
+    before = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # also where these tests run under nohup
+    program = Program(server, *run_of("simclr", photos, flags="--epochs 400 --workers 1"), before=before)
     run = wait_for_rows(program.where, 2)
     os.killpg(program.pid, signal.SIGHUP)
     done = program.wait()
