@@ -50,9 +50,9 @@ from torch.nn.parallel import DistributedDataParallel
 from common import UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
 from common import sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
+from layouts import IMAGE_KEYS
 from monitor import EvalView, bar, captions, language_eval, language_set
 from run import Run, RunArgs, init_weights, parse_args
-from layouts import IMAGE_KEYS
 
 
 # ---------------------------------------- arguments ----------------------------------------

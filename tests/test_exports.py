@@ -34,12 +34,12 @@ def checkpoint(folder, name):
             "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
             "align_hf": ["--embed-dim", "160"], "simclr_imagenet": ["--stem", "imagenet", "--image-size", "64"],
             "simclrv2_bare": ["--head-layer", "0"]}  # fmt: skip
-    flags = SIMCLRV2 if "v2" in name else runs.FLAGS.get(name) or runs.FLAGS[name.split("_")[0]]
+    flags = SIMCLRV2 if name.startswith("simclrv2") else runs.FLAGS.get(name) or runs.FLAGS[name.split("_")[0]]
     flags = [*flags, *more.get(name, [])]
     if name in RESNETS or name == "simclr_imagenet":
         flags = [*flags, *runs.RESNET18]
     args = module.parse_args(module.Args, module.RECIPES, flags)
-    if "v2" in name:
+    if name.startswith("simclrv2"):
         args.num_classes = 5  # which its train() adds
     torch.manual_seed(0)
     model, g = module.build_model(args), torch.Generator().manual_seed(1)
