@@ -104,7 +104,7 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
         many = torch.load(tmp_path / stage / "grads.pt", weights_only=True)
         third = one[stage][2]  # the classifier starts at 0, then each block's last gain is 0: nothing passes
         largest = max(g.abs().max() for g in third)
-        assert sum(bool(g.any()) for g in many) > 50  # the network is reached
+        assert sum(bool(g.any()) for g in many) > 0.9 * len(many)  # the network is reached
         for a, b in zip(third, many, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(largest))
         evaluated = [[row["step"] for row in log if "val_top1" in row] for log in logs]
@@ -281,14 +281,14 @@ def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):
 
 
 def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
-    flags = ["--arch", "resnet34", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
+    flags = ["--arch", "resnet34", "--width", "1", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
     train_here(argv_for("distill", photos, stages, tmp_path / "other", *flags))
     net = open_network(tmp_path / "other", torch.device("cpu"))
     assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (2, 2)
     argv = argv_for("distill", photos, stages, tmp_path / "started", "--max-steps", "1", "--base-lr", "0")
     train_here([*argv, "--checkpoint", str(stages / "simclr"), "--head-layer", "1"])
     started, before = (load_checkpoint(d)["model"] for d in (tmp_path / "started", stages / "simclr"))
-    for name in ("backbone.layer4.1.conv2.weight", "head.linears.0.weight"):
+    for name in ("backbone.layer4.0.conv2.weight", "head.linears.0.weight"):
         assert torch.equal(started[name], before[name])
 
 

@@ -27,7 +27,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "moco_v1": ("moco", ["--bn-group", "8", "--version", "1", "--batch-size", "16", "--queue-size", "48", "--epochs", "8"]),
 }
 # Batch norm over a few values magnifies float32's rounding, up to 1e-2 within 20 steps: float64 is compared all the closer
-PRECISE = {"simclr", "byol", "simsiam", "mocov3_resnet", "dino_resnet", "moco", "moco_symmetric", "moco_v1"}
+PRECISE = {"align", "declip_resnet", "simclr", "byol", "simsiam", "mocov3_resnet", "dino_resnet", "moco", "moco_symmetric", "moco_v1"}
 
 
 CASES = [(v, n) for v in VARIANTS for n in (2, 4) if n == 2 or v in NAMES]  # variants of a method on 2 only
