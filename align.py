@@ -21,7 +21,8 @@ what coyo-align (kakaobrain) does, whose weights load from Hugging Face's AlignM
 there (evaluation.weights.align_state). Differences:
  - EfficientNet-B7 and BERT-Base, coyo's pair and the paper's ablation (Sec. 6.1). The paper's
    headline is EfficientNet-L2 and BERT-Large.
- - Batch norm is over the global batch. coyo has groups of 16, as on one TPU core each (Sec. 5).
+ - Running statistics of batch norm move once a step, by the mean over all groups of 16 (coyo's
+   groups, as on one TPU core each, Sec. 5). The small recipes normalise over the global batch.
  - BERT has no dropout. coyo's is 0.1; its draws would depend on the number of processes.
  - Images are shrunk with antialiasing, as Hugging Face does. coyo shrinks without.
  - Convolutions start with coyo's variances. torchvision's depthwise ones would start 8 to 62 times
@@ -47,8 +48,8 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
-from common import sync_batchnorm, user_errors, world_size
+from common import UserError, all_gather, all_reduce_mean, checkpoint_blocks, init_distributed
+from common import mixed_precision, sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
 from layouts import IMAGE_KEYS
 from monitor import EvalView, bar, captions, language_eval, language_set
@@ -75,12 +76,13 @@ class Args(RunArgs):
     temperature: float = 1.0  # tau at the start; it is trained (Sec. 5)
     label_smoothing: float = 0.1  # label smoothing over the global batch (Sec. 5)
     drop_connect: float = 0.2  # how often the last block's branch is dropped, rising from 0
+    bn_group: int = 16  # samples that batch norm sees, those of a TPU core (Sec. 5; 0: all)
     bn_momentum: float = 0.01  # share of the last batch in the batch norm's mean; short runs: more
     image_size: int = 289  # side of an image in pixels, cropped from 346 (Sec. 5)
     epochs: int = 11  # passes over the data: 1.2 million steps of 1.8 billion pairs (Sec. 5)
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
-    batch_size: int = 16384  # pairs of a step, over all processes (Sec. 5)
-    accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
+    batch_size: int = 16384  # pairs of a step, over all processes and pieces (Sec. 5)
+    accum_steps: int = 1  # encode a batch in so many pieces, exactly; needs a --bn-group
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB in the paper (Sec. 5)
     lr: float = 1e-3  # peak learning rate (Sec. 5)
@@ -93,9 +95,9 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
-# LAMB is for large batches and a momentum of 0.01 for long runs: the small recipes have neither
+# LAMB and groups are for large batches, a momentum of 0.01 for long runs: not in small recipes
 SMALL = dict(optimizer="adamw", lr=1e-3, bn_momentum=0.1, tokenizer="train", min_side=0)
-SMALL |= dict(temperature=0.07)
+SMALL |= dict(temperature=0.07, bn_group=0)
 MICRO = dict(SMALL, arch="efficientnet_micro", text_width=128, embed_dim=128, context_length=32)
 MICRO |= dict(batch_size=128, warmup_epochs=0.2, drop_connect=0.0)
 # our choice for photos with several captions each: no published run trains on these alone
@@ -103,7 +105,7 @@ PHOTOS = dict(SMALL, arch="efficientnet_b0", text_width=256, text_layers=4, imag
 PHOTOS |= dict(vocab_size=16384, epochs=30, batch_size=1024, warmup_epochs=2.0)
 # The networks of the ablation on CC3M (Sec. 6.2), a tenth of the steps of the others: 100,000. Its
 # recall@1 on COCO is 22.1 and 17.3. coyo, which reaches 21.2 and 17.0, has lr 5e-3.
-MINI = dict(arch="efficientnet_b3", text_width=256, text_layers=4)
+MINI = dict(arch="efficientnet_b3", text_width=256, text_layers=4, accum_steps=8)
 RECIPES = {
     "shapes": dict(MICRO, image_size=64, vocab_size=1024, text_layers=2, epochs=2),
     "flickr8k": dict(MICRO, image_size=112, vocab_size=4096, text_layers=3, epochs=30),
@@ -369,6 +371,51 @@ def pad_as_tensorflow(conv, inputs):
     return F.pad(x, (left, right, top, bottom))
 
 
+# Adapted from moco.py: GroupBatchNorm, whole groups alone, one step of statistics for all pieces
+class GroupBatchNorm(nn.BatchNorm2d):
+    """Batch norm over every `group` samples that follow each other: those of a TPU core in the
+    paper (Sec. 5). Parameter names stay. Running statistics wait for update_statistics."""
+
+    group = 16
+    seen = ()  # statistics of the forward passes of this step
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        mean = torch.zeros_like(self.running_mean)
+        var = torch.zeros_like(self.running_var)
+        parts = []
+        for i, part in enumerate(x.split(self.group)):
+            share = 1 / (i + 1)  # of this group, so that mean and var become means over the groups
+            options = dict(training=True, momentum=share, eps=self.eps)
+            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, **options))
+        if torch.is_grad_enabled():  # replay_backward encodes a piece once more, without gradient
+            self.seen += (torch.stack([mean, var]),)
+        return torch.cat(parts)
+
+
+# Adapted from moco.py: group_batchnorm
+def group_batchnorm(model, group):
+    """Makes every batch norm of `model` use statistics of `group` samples."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GroupBatchNorm  # parameters and buffers stay, forward() is another
+            module.group = group
+
+
+@torch.no_grad()
+def update_statistics(model):
+    """Running statistics move toward the mean over all groups of the step, of all pieces and
+    processes. They take no part in training, so once a step is enough."""
+    for module in model.modules():
+        if isinstance(module, GroupBatchNorm):
+            mean, var = all_reduce_mean(torch.stack(module.seen).mean(0))
+            module.running_mean.lerp_(mean, module.momentum)
+            module.running_var.lerp_(var, module.momentum)
+            module.num_batches_tracked += 1
+            module.seen = ()
+
+
 class EfficientNet(torchvision.models.EfficientNet):
     """torchvision's up to the mean of the last block (no 1x1 convolution after it), with
     TensorFlow's batch norm, padding and initialisation. (B, 3, S, S) -> (B, D). width, depth:
@@ -577,13 +624,51 @@ def align_loss(image_embed, text_embed, temperature, label_smoothing=0.1):
 
 
 # ---------------------------------------- training ----------------------------------------
+# Copied from clip.py: replay_backward
+def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> tuple:
+    """Exact gradient of a loss over a batch whose activations exceed the memory (GradCache, arXiv
+    2101.06983).
+
+    The features of all pieces are computed without graph; the loss sees all of them and gives
+    their gradient; then each piece is encoded again to carry that gradient into the encoder.
+    pieces: tuples of inputs; encode(*piece) -> tuple of (b, ...) tensors; loss_of(*features) ->
+    (loss, anything), which is returned. Needs an encoder without batch norm or dropout, and a
+    `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
+    with torch.no_grad():
+        encoded = [encode(*piece) for piece in pieces]
+    features = []  # of the whole batch, in the order in which encode() returns them
+    for parts in zip(*encoded):
+        features.append(torch.cat(parts).requires_grad_())
+    loss, terms = loss_of(*features)
+    scaler.scale(loss).backward()
+    first = 0
+    for piece in pieces:
+        outputs = encode(*piece)
+        last = first + len(outputs[0])
+        torch.autograd.backward(outputs, [f.grad[first:last] for f in features])
+        first = last
+    if world_size() > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad = all_reduce_mean(p.grad)
+    return loss, terms
+
+
 def train(args: Args) -> dict:
     """Trains and returns the last evaluation. Raises UserError for mistakes the user can fix."""
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
-    if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
+    if args.accum_steps > 1 and not args.bn_group:
+        raise UserError("--accum-steps cannot be exact if batch norm sees all: add --bn-group 16")
+    b = args.batch_size // world_size()
+    if b % args.accum_steps:
+        raise UserError(
+            f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
+        )
+    piece = b // args.accum_steps
+    if args.bn_group and piece % args.bn_group:
+        raise UserError(f"--bn-group {args.bn_group} does not divide the {piece} samples of a piece")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
@@ -598,7 +683,12 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    model = build_model(args)
+    if args.bn_group:
+        group_batchnorm(model, args.bn_group)
+    else:
+        model = sync_batchnorm(model, device)
+    model = model.to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     checkpoint_blocks(model, args.grad_checkpointing, nn.TransformerEncoderLayer)
     if args.compile:
@@ -623,34 +713,46 @@ def train(args: Args) -> dict:
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("align", args, loader, state, {"tokenizer": tokenizer.to_json()})
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    wrap = world_size() > 1 and args.accum_steps == 1  # replay_backward averages by itself
+    ddp = DistributedDataParallel(model) if wrap else model
     chance = 2 * math.log(args.batch_size)
+
+    def encode(image, text, depth):
+        with autocast:
+            return ddp(image, text, depth)
+
+    def loss_of(image_embed, text_embed):
+        loss = align_loss(image_embed, text_embed, model.temperature, args.label_smoothing)
+        return loss, {"loss": (loss, chance)}
+
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
         image = views["image"](*batch["image"])
-        text = batch["text"]
-        depth = batch["image"][1]["depth"]  # see DropConnect
+        inputs = image, batch["text"], batch["image"][1]["depth"]  # the last: see DropConnect
         rise = step / max(1, warmup)  # linear from 0, then linear to 0 (Sec. 5)
         fall = (run.total - step) / max(1, run.total - warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr = args.lr * min(rise, fall)
 
-        with autocast:
-            image_embed, text_embed = ddp(image, text, depth)
-        loss = align_loss(image_embed, text_embed, model.temperature, args.label_smoothing)
-        scaler.scale(loss).backward()
+        if args.accum_steps == 1:
+            loss, terms = loss_of(*encode(*inputs))
+            scaler.scale(loss).backward()
+        else:
+            pieces = list(zip(*[x.chunk(args.accum_steps) for x in inputs]))
+            loss, terms = replay_backward(model, encode, loss_of, pieces, scaler)
         if args.clip_grad:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        update_statistics(model)
         with torch.no_grad():
             model.temperature.clamp_(min=0.01)
 
-        run.end_step({"loss": (loss, chance)}, temperature=model.temperature.detach(), lr=lr)
+        run.end_step(terms, temperature=model.temperature.detach(), lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

@@ -27,7 +27,7 @@ FLAGS = {
     "declip_resnet": [*COMMON, *TEXT, "--arch", "resnet_test", "--lr", "1e-5", "--ssl-dim", "32", "--queue-size", "256",
                       "--seed", "1"],  # with seed 0 an activation sits on the kink of a ReLU,
     "align": [*COMMON, *TEXT, "--arch", "efficientnet_micro", "--image-size", "64", "--lr", "1e-3", "--temperature", "0.2",
-              "--min-side", "0"],  # fmt: skip
+              "--min-side", "0", "--bn-group", "0"],  # fmt: skip
     "simclr": [*COMMON, *RESNET, "--base-lr", "0.02", "--temperature", "0.5", "--head-dim", "16"],
     "simsiam": [*COMMON, *RESNET, "--base-lr", "0.001", "--out-dim", "16", "--predictor-dim", "8",
                 "--projector-layers", "2", "--hidden-dim", "64"],

@@ -20,7 +20,7 @@ from common import UserError
 from data import Loader, Tokenizer, decode, open_dataset
 from evaluation.weights import align_state, load_released, open_network
 from run import load_checkpoint
-from runs import FLAGS, ROOT, command, make_photos, rows, train_here
+from runs import FLAGS, ROOT, command, float64, make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -134,6 +134,48 @@ def test_batch_norm_and_initialisation():
     assert model.text.word_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.text.layers[1].self_attn.in_proj_weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.temperature.item() == 1 and not model.text_projection.bias.any()
+
+
+def test_pieces_of_groups_are_exact(photos, tmp_path, monkeypatch):
+    """Four pieces of one group each give loss, gradient and running statistics of the whole batch: groups do not see each
+    other, DropConnect's draws go with their samples, statistics take one step a step, to the mean over the groups."""
+    found, update = [], align.update_statistics
+
+    def watched(model):
+        norm = model.visual.features[0][1]
+        before, seen = norm.running_mean.clone(), torch.stack(norm.seen)
+        update(model)
+        torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen[:, 0].mean(0))
+        found.append((int(norm.num_batches_tracked), len(seen)))
+
+    monkeypatch.setattr(align, "update_statistics", watched)
+    flags = ["--bn-group", "2", "--max-steps", "2", "--bn-momentum", "0.1", "--drop-connect", "0.4", "--eval-every", "0"]
+    flags += ["--eval-data", "shapes", "--save-every", "0"]
+    with float64():
+        whole = train_here("align", photos, tmp_path / "whole", *flags)
+        pieces = train_here("align", photos, tmp_path / "pieces", *flags, "--accum-steps", "4")
+    assert found == [(1, 1), (2, 1), (1, 4), (2, 4)]
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    losses = [[row["loss"] for row in rows(tmp_path / run) if "loss" in row] for run in ("whole", "pieces")]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-8)
+    saved = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("whole", "pieces")]
+    for key, value in saved[0].items():
+        torch.testing.assert_close(value, saved[1][key], rtol=1e-6, atol=1e-8)
+
+
+def test_a_group_is_a_batch_of_its_own():
+    torch.manual_seed(0)
+    norm, plain = torch.nn.BatchNorm2d(3, eps=1e-3), torch.nn.BatchNorm2d(3, eps=1e-3)
+    model = torch.nn.Sequential(norm)
+    align.group_batchnorm(model, 4)
+    x = torch.randn(12, 3, 5, 5, requires_grad=True)
+    y = model(x)
+    assert isinstance(norm, align.GroupBatchNorm) and len(norm.seen) == 1
+    torch.testing.assert_close(y, torch.cat([plain(part) for part in x.split(4)]))
+    with torch.no_grad():
+        model(x)
+    assert len(norm.seen) == 1 and norm.running_mean.abs().max() == 0  # a pass without gradient does not count
 
 
 def test_convolutions_start_as_in_the_released_code():
@@ -426,7 +468,9 @@ def test_word_pieces_of_bert(photos, tmp_path):
 
 # ------------------------------------------------ errors, paste ------------------------------------------------
 @pytest.mark.parametrize("flags, word", [
-    (["--accum-steps", "2"], "--accum-steps"), (["--arch", "resnet50"], "--arch"), (["--text-width", "65"], "--text-width"),
+    (["--accum-steps", "2"], "add --bn-group 16"), (["--bn-group", "3"], "--bn-group 3 does not divide the 8 samples"),
+    (["--bn-group", "4", "--accum-steps", "4"], "does not divide the 2"), (["--accum-steps", "3"], "--accum-steps"),
+    (["--bn-group", "4", "--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"), (["--arch", "resnet50"], "--arch"), (["--text-width", "65"], "--text-width"),
     (["--keep", "/nothing"], "--keep")])  # fmt: skip
 def test_what_the_user_can_mend_is_one_sentence(photos, tmp_path, flags, word):
     with pytest.raises(UserError, match=word) as error:

@@ -14,6 +14,8 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "clip_checkpointed": ("clip", ["--grad-checkpointing", "full"]),
+    "align_groups": ("align", ["--bn-group", "2"]),
+    "align_groups_accum": ("align", ["--bn-group", "2", "--accum-steps", "2"]),
     "declip_released": ("declip", ["--released"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
     "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3",
@@ -28,6 +30,7 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
 }
 # Batch norm over a few values magnifies float32's rounding, up to 1e-2 within 20 steps: float64 is compared all the closer
 PRECISE = {"align", "declip_resnet", "simclr", "byol", "simsiam", "mocov3_resnet", "dino_resnet", "moco", "moco_symmetric", "moco_v1"}
+PRECISE |= {"align_groups", "align_groups_accum"}
 
 
 CASES = [(v, n) for v in VARIANTS for n in (2, 4) if n == 2 or v in NAMES]  # variants of a method on 2 only
@@ -78,6 +81,15 @@ def test_accumulation_is_exact(results, variant, whole):
     assert first == pytest.approx(second, rel=1e-6)
     for a, b in zip(plain_grads, accum_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_running_statistics_are_the_mean_over_all_processes(results):
+    """Batch norm over groups sees one process alone, its running statistics average all of them."""
+    one, two = (torch.load(f"{results['align_groups', n][0]}/checkpoint.pt", weights_only=True)["model"] for n in (1, 2))
+    names = [name for name in one if "running" in name]
+    assert len(names) > 20
+    for name in names:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
 def test_no_gather_grad_differs_only_with_processes(tmp_path):

@@ -121,6 +121,13 @@ OWN = {
         ("to_text.append(F.cross_entropy(logit_scale * image @ all_text.T, labels))", "to_text.append(F.cross_entropy(image @ all_text.T, labels))"),
         ("return total * len(counts) / counts.sum().clamp(min=1)", "return total / counts.sum().clamp(min=1)", "tests/test_world_size.py -k declip"),
     ],
+    "align.py": [
+        ("for i, part in enumerate(x.split(self.group)):", "for i, part in enumerate(x.split(len(x))):"),
+        ("if torch.is_grad_enabled():", "if True:"),
+        ("module.running_mean.lerp_(mean, module.momentum)", "module.running_mean.lerp_(mean, 1 - module.momentum)"),
+        ("        update_statistics(model)\n", ""),
+        ("mean, var = all_reduce_mean(torch.stack(module.seen).mean(0))", "mean, var = torch.stack(module.seen).mean(0)", "tests/test_world_size.py -k align"),
+    ],
     "simclr.py": [
         ("F.cross_entropy(torch.cat([z1 @ all_z2.T / temperature, same1], dim=1), labels)", "F.cross_entropy(torch.cat([z1 @ all_z2.T / temperature**2, same1], dim=1), labels)"),
         ('same1 = (z1 @ all_z1.T / temperature).masked_fill(itself, float("-inf"))', "same1 = z1 @ all_z1.T / temperature"),
