@@ -645,7 +645,9 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
     for piece in pieces:
         outputs = encode(*piece)
         last = first + len(outputs[0])
-        torch.autograd.backward(outputs, [f.grad[first:last] for f in features])
+        learned = [x for x in outputs if x.requires_grad]  # not those of a frozen encoder
+        grads = [f.grad[first:last] for x, f in zip(outputs, features) if x.requires_grad]
+        torch.autograd.backward(learned, grads)
         first = last
     if world_size() > 1:
         for p in model.parameters():
