@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import UserError, all_gather, all_reduce_mean, checkpoint_blocks, init_distributed
 from common import mixed_precision, sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
-from layouts import IMAGE_KEYS
+from layouts import Kept, text_rows
 from monitor import EvalView, bar, captions, language_eval, language_set
 from run import Run, RunArgs, init_weights, parse_args
 
@@ -76,7 +76,7 @@ class Args(RunArgs):
     temperature: float = 1.0  # tau at the start; it is trained (Sec. 5)
     label_smoothing: float = 0.1  # label smoothing over the global batch (Sec. 5)
     drop_connect: float = 0.2  # how often the last block's branch is dropped, rising from 0
-    bn_group: int = 16  # samples that batch norm sees, those of a TPU core (Sec. 5; 0: all)
+    bn_group: int = 16  # samples that batch norm sees, those of a TPU core (0: all; Sec. 5)
     bn_momentum: float = 0.01  # share of the last batch in the batch norm's mean; short runs: more
     image_size: int = 289  # side of an image in pixels, cropped from 346 (Sec. 5)
     epochs: int = 11  # passes over the data: 1.2 million steps of 1.8 billion pairs (Sec. 5)
@@ -235,26 +235,6 @@ def filter_rules(pictures, test_hashes=(), min_side=200, common_tokens=100_000_0
     }
 
 
-def read_texts(path):
-    """Pictures, without an image, of a .tsv with lines of key and text; None if it is another."""
-    if not path.endswith(".tsv"):
-        return None
-    pictures = []
-    try:
-        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-            columns = file.readline(10_000).strip().split("\t")
-            if set(columns) & set(IMAGE_KEYS):
-                return None  # a table of images
-            file.seek(0)
-            for i, line in enumerate(file):
-                key, tab, text = line.rstrip("\r\n").partition("\t")
-                if tab:
-                    pictures.append(Picture(i, key, None, 0, [text]))
-    except OSError:
-        return None
-    return pictures
-
-
 def read_pictures(dataset):
     """Pictures of a dataset; what is broken is left out, and the caller says how many are."""
     for index in bar(range(len(dataset)), f"pictures of {dataset.name}"):
@@ -273,8 +253,10 @@ def filter_data(args):
     kept = Path(args.output_dir or "filtered", "kept.jsonl")
     if kept.exists():
         raise UserError(f"{kept} is there already: remove it, or choose another --output-dir")
-    pictures, hashes = read_texts(args.data), []
-    if pictures is None:
+    texts, hashes = text_rows(args.data), []
+    if texts is not None:
+        pictures = [Picture(i, key, None, 0, [text]) for i, key, text in texts]
+    else:
         dataset = open_dataset(args.data, args.data_dir)
         try:
             tests = open_dataset(args.eval_data or args.data, args.data_dir, "test")
@@ -316,33 +298,6 @@ def filter_data(args):
     print(f"{left} pairs stay ({left / pairs:.1%}), {where}: {kept}")
 
 
-class Kept:
-    """The samples of a dataset that a kept.jsonl names, with the captions that it keeps."""
-
-    def __init__(self, dataset, path):
-        try:
-            lines = Path(path).read_text("utf-8").strip().split("\n")
-            self.rows = [json.loads(line) for line in lines]
-            for row in (self.rows[0], self.rows[-1]):
-                there = Path(dataset[row["index"]].key).name
-                if there != Path(row["key"]).name:
-                    raise ValueError("another picture")
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"names no picture of {dataset.name}, see --filter-only"
-            raise UserError(f"--keep {path} {reason}") from error
-        self.dataset = dataset
-        self.name = dataset.name
-        self.classes = dataset.classes
-        self.captioned = True
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        return self.dataset[row["index"]]._replace(captions=row["captions"])
-
-
 # ---------------------------------------- backbone ----------------------------------------
 class DropConnect(nn.Module):
     """Drops the residual branch of a block for some samples. draws, (B, blocks) in [0, 1), come
@@ -382,8 +337,7 @@ class GroupBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        mean = torch.zeros_like(self.running_mean)
-        var = torch.zeros_like(self.running_var)
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         parts = []
         for i, part in enumerate(x.split(self.group)):
             share = 1 / (i + 1)  # of this group, so that mean and var become means over the groups
@@ -401,6 +355,7 @@ def group_batchnorm(model, group):
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = GroupBatchNorm  # parameters and buffers stay, forward() is another
             module.group = group
+    return model
 
 
 @torch.no_grad()
@@ -632,8 +587,8 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
     The features of all pieces are computed without graph; the loss sees all of them and gives
     their gradient; then each piece is encoded again to carry that gradient into the encoder.
     pieces: tuples of inputs; encode(*piece) -> tuple of (b, ...) tensors; loss_of(*features) ->
-    (loss, anything), which is returned. Needs an encoder without batch norm or dropout, and a
-    `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
+    (loss, anything), which is returned. Needs an encoder without dropout whose pieces do not see
+    each other, and a `model` without DDP: gradients are averaged over the processes here."""
     with torch.no_grad():
         encoded = [encode(*piece) for piece in pieces]
     features = []  # of the whole batch, in the order in which encode() returns them
@@ -661,16 +616,12 @@ def train(args: Args) -> dict:
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
-    if args.accum_steps > 1 and not args.bn_group:
+    b, bn_group = args.batch_size // world_size(), args.bn_group
+    if args.accum_steps > 1 and not bn_group:
         raise UserError("--accum-steps cannot be exact if batch norm sees all: add --bn-group 16")
-    b = args.batch_size // world_size()
-    if b % args.accum_steps:
-        raise UserError(
-            f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
-        )
-    piece = b // args.accum_steps
-    if args.bn_group and piece % args.bn_group:
-        raise UserError(f"--bn-group {args.bn_group} does not divide the {piece} samples of a piece")
+    if b % (args.accum_steps * (bn_group or 1)):
+        pieces = f"--accum-steps {args.accum_steps} pieces of whole --bn-group {bn_group}"
+        raise UserError(f"{pieces} do not fit in the {b} samples of a process")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
@@ -686,10 +637,7 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = build_model(args)
-    if args.bn_group:
-        group_batchnorm(model, args.bn_group)
-    else:
-        model = sync_batchnorm(model, device)
+    model = group_batchnorm(model, bn_group) if bn_group else sync_batchnorm(model, device)
     model = model.to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     checkpoint_blocks(model, args.grad_checkpointing, nn.TransformerEncoderLayer)

@@ -456,8 +456,8 @@ def replay_backward(model: nn.Module, encode, loss_of, pieces: list, scaler) -> 
     The features of all pieces are computed without graph; the loss sees all of them and gives
     their gradient; then each piece is encoded again to carry that gradient into the encoder.
     pieces: tuples of inputs; encode(*piece) -> tuple of (b, ...) tensors; loss_of(*features) ->
-    (loss, anything), which is returned. Needs an encoder without batch norm or dropout, and a
-    `model` that is not wrapped in DDP: gradients are averaged over the processes here."""
+    (loss, anything), which is returned. Needs an encoder without dropout whose pieces do not see
+    each other, and a `model` without DDP: gradients are averaged over the processes here."""
     with torch.no_grad():
         encoded = [encode(*piece) for piece in pieces]
     features = []  # of the whole batch, in the order in which encode() returns them

@@ -1,6 +1,7 @@
 """How the files of a layout become samples: reads them through once for an index, then one at a time.
 
-Only sources.py uses it, when a run reads files at all. What it leaves out it counts, in `left_out`."""
+sources.py uses it when a run reads files at all, and align.py for what its filters read and leave. What it
+leaves out it counts, in `left_out`."""
 
 import contextlib
 import csv
@@ -273,6 +274,26 @@ def slip_rows(path):
             digits = f"{int(index):08d}"
             name = f"{digits[:2]}/{digits[2:5]}.zip/{digits[5:]}.jpg"
             yield {"image": name, "captions": [title or "", description or ""]}
+
+
+def text_rows(path):
+    """[(line, key, text)] of a .tsv with lines of key and text, without images; None of another file."""
+    if not path.endswith(".tsv"):
+        return None
+    rows = []
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            columns = file.readline(10_000).strip().split("\t")
+            if set(columns) & set(IMAGE_KEYS):
+                return None  # a table of images
+            file.seek(0)
+            for i, line in enumerate(file):
+                key, tab, text = line.rstrip("\r\n").partition("\t")
+                if tab:
+                    rows.append((i, key, text))
+    except OSError:
+        return None
+    return rows
 
 
 class _Plain(pickle.Unpickler):
@@ -637,3 +658,31 @@ class Rows:
             image = read_file(path)
         label = label_number(row.get("label"), self.classes)
         return self.Sample(image, captions_of(row), label, path)
+
+
+# ---------------------------------------- subsets ----------------------------------------
+class Kept:
+    """The samples of a dataset that a kept.jsonl names, with the captions that it keeps."""
+
+    def __init__(self, dataset, path):
+        try:
+            lines = Path(path).read_text("utf-8").strip().split("\n")
+            self.rows = [json.loads(line) for line in lines]
+            for row in (self.rows[0], self.rows[-1]):
+                there = Path(dataset[row["index"]].key).name
+                if there != Path(row["key"]).name:
+                    raise ValueError("another picture")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            reason = f"names no picture of {dataset.name}, see --filter-only"
+            raise UserError(f"--keep {path} {reason}") from error
+        self.dataset = dataset
+        self.name = dataset.name
+        self.classes = dataset.classes
+        self.captioned = True
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        return self.dataset[row["index"]]._replace(captions=row["captions"])

@@ -468,9 +468,9 @@ def test_word_pieces_of_bert(photos, tmp_path):
 
 # ------------------------------------------------ errors, paste ------------------------------------------------
 @pytest.mark.parametrize("flags, word", [
-    (["--accum-steps", "2"], "add --bn-group 16"), (["--bn-group", "3"], "--bn-group 3 does not divide the 8 samples"),
-    (["--bn-group", "4", "--accum-steps", "4"], "does not divide the 2"), (["--accum-steps", "3"], "--accum-steps"),
-    (["--bn-group", "4", "--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"), (["--arch", "resnet50"], "--arch"), (["--text-width", "65"], "--text-width"),
+    (["--accum-steps", "2"], "add --bn-group 16"), (["--bn-group", "3"], "--bn-group 3 do not fit in the 8 samples"),
+    (["--bn-group", "4", "--accum-steps", "4"], "--accum-steps 4 pieces of whole"), (["--bn-group", "0", "--accum-steps", "3"], "--accum-steps"),
+    (["--arch", "resnet50"], "--arch"), (["--text-width", "65"], "--text-width"),
     (["--keep", "/nothing"], "--keep")])  # fmt: skip
 def test_what_the_user_can_mend_is_one_sentence(photos, tmp_path, flags, word):
     with pytest.raises(UserError, match=word) as error:
