@@ -54,15 +54,18 @@ def replace_tex(markdown, keep):
 
 # ------------------------------------ docstrings ------------------------------------
 GREEK = dict(zip("alpha beta gamma theta lambda tau xi sigma".split(), "αβγθλτξσ"))
-WORDS = {"a", "of", "to", "in", "is", "if", "on", "or", "as", "by"}
+WORDS = {"a", "of", "to", "in", "is", "if", "it", "an", "no", "on", "or", "as", "at", "by"}
 OPERATORS = {"<-": "←", "!=": "≠", ">=": "≥", "<=": "≤", "...": "…", "-": "−", "*": "·", ".": "·"}
 TOKEN = re.compile(
-    r"(?P<cited>\((?:Eq|Sec|App|Fig|Table|Algorithm)[^)]*\))"
-    r"|(?P<flag>--[\w-]+)"
-    r"|(?P<name>[A-Za-z]+\d*(?:_(?:\{[^}]*\}|\+|[A-Za-z]+|\d+))?(?:\^\w)?'?)"
-    r"|(?P<number>\d+(?:\.\d+)?(?:/\d+)?)"
-    r"|(?P<sign><-|!=|>=|<=|\.\.\.|[^\w\s])"
+    r"(?P<cited>\((?:[\w ,]+ )?(?:Eq|Sec|App|Fig|Table|Algorithm)\b[^)]*\)|\b\w+\.(?:py|md)\b)"
+    r"|(?P<code>--[\w-]+|\b(?!sum_|min_|max_)[a-z]{3,}_[a-z]{2,}\b)"
+    r"|(?P<word>'s\b|\b[A-Za-z]{2,}(?:-[A-Za-z]+)+)"
+    r"|sqrt\((?P<root>\w+)\)"
+    r"|(?P<name>[A-Za-z]+\d*(?:_(?:\{[^}]*\}|\+|[A-Za-z]+|\d+))?(?:\^\w)?(?:'(?!s\b)|\*)?)"
+    r"|(?P<number>\d+(?:\.\d+)?(?:/\d+)?\*?)"
+    r"|(?P<sign>(?:<-|!=|>=|<=|\.\.\.|[^\w\s])(?:\^\d|(?<=\))_\w+)?)"
 )
+LABEL = re.compile(r"[a-z]\w{3,}(?=  )")  # of one of several losses, in front of it
 
 
 def letter(name):
@@ -74,7 +77,7 @@ def letter(name):
 def symbol(text):
     """MathML of a name with its digits, subscript, power and prime: theta_k, x1', T^T, sum_{k !=
     i}."""
-    base, _, sub = text.rstrip("'").partition("_")
+    base, _, sub = text.rstrip("'*").partition("_")
     power = ""
     if "^" in base + sub:
         base, sub, power = (*base.split("^"), "")[:1] + (
@@ -85,7 +88,7 @@ def symbol(text):
     base = base.removesuffix(digits)
     below = symbols(sub.strip("{}")) if sub else f"<mn>{digits}</mn>" if digits else ""
     above = "<mo>⊤</mo>" if power == "T" else symbols(power)
-    above += "<mo>′</mo>" if text.endswith("'") else ""
+    above += {"'": "<mo>′</mo>", "*": "<mo>∗</mo>"}.get(text[-1], "")
     if below and above:
         return f"<msubsup>{letter(base)}<mrow>{below}</mrow><mrow>{above}</mrow></msubsup>"
     if below:
@@ -102,42 +105,66 @@ def symbols(text):
             if match["name"] in FUNCTIONS and text[match.end() :].startswith(" "):
                 out += SPACE
         elif match["number"]:
-            above, _, below = match["number"].partition("/")
-            out += (
-                f"<mfrac><mn>{above}</mn><mn>{below}</mn></mfrac>" if below else f"<mn>{above}</mn>"
-            )
+            above, _, below = match["number"].rstrip("*").partition("/")
+            number = f"<mn>{above}</mn>"
+            if below:
+                number = f"<mfrac>{number}<mn>{below}</mn></mfrac>"
+            out += f"<msup>{number}<mo>∗</mo></msup>" if match[0].endswith("*") else number
+        elif match["root"]:
+            out += f"<msqrt>{symbols(match['root'])}</msqrt>"
         else:
-            out += f"<mo>{html.escape(OPERATORS.get(match[0], match[0]))}</mo>"
+            sign, mark, small = match[0], "", ""
+            if "^" in sign[1:] or "_" in sign:  # |x|^2, P(x)_k
+                sign, mark, small = re.split(r"([\^_])", sign)
+            stays = ' stretchy="false" lspace="0" rspace="0"' if sign == "|" else ""  # grows as a fence
+            operator = f"<mo{stays}>{html.escape(OPERATORS.get(sign, sign))}</mo>"
+            tag = "msup" if mark == "^" else "msub"
+            out += f"<{tag}>{operator}{symbols(small)}</{tag}>" if mark else operator
     return out
 
 
 def is_word(match):
     """Part of a sentence rather than of a formula: chance, mean over, the, a."""
-    name = match["name"] or ""
+    name, rest = match["name"] or "", match.string[match.end() :]
     if name in ("mean", "sum", "min", "max"):  # mean_i would have an index
         return True
+    is_argument = rest.startswith(")") and re.search(r"\w\($", match.string[: match.start()])
+    if rest.startswith("(") or is_argument:
+        return False  # projector(I), p(token)
+    if name == "a":  # an article, or a weight as in a ln B
+        following = re.match(r" ([A-Za-z]{2,})(?!\w)", rest)
+        return bool(following) and following[1] not in {*GREEK, *FUNCTIONS}
     return name not in {*GREEK, *FUNCTIONS} and (name in WORDS or name.isalpha() and len(name) > 2)
+
+
+def is_aside(match):
+    """A parenthesis around words, as in: 4 (independent directions: p.z' = 0)."""
+    rest = match.string[match.end() :]
+    return match[0] == "(" and re.match(r"[a-z]{3,}(?: [a-z]{3,}|\)|$)", rest)
 
 
 def from_text(line):
     """A line of a docstring's loss -> HTML: runs of symbols become MathML, words stay text between
     them."""
+    label = LABEL.match(line)
+    if label:
+        return f"<b>{label[0]}</b> {from_text(line[label.end() :].lstrip())}"
     out, run, end = "", "", 0
 
     def closed():
-        return f"<math>{symbols(run)}</math>" if re.search(r"\w", run) else html.escape(run)
+        return f"<math>{symbols(run)}</math>" if re.search(r"\w", run) else html.escape(run, quote=False)
+
+    def is_open():
+        return sum(run.count(mark) for mark in "([{") > sum(run.count(mark) for mark in ")]}")
 
     for match in TOKEN.finditer(line):
         gap, end = line[end : match.start()], match.end()
-        if match["flag"]:
+        if match["code"]:
             out, run = out + closed() + gap + f"<code>{match[0]}</code>", ""
-        elif match["cited"] or is_word(match) and not line[end:].startswith("("):
-            out, run = out + closed() + gap + html.escape(match[0]), ""
-        elif match[0] in ",;:" and run.count("(") <= run.count(")"):
-            out, run = (
-                out + closed() + gap + match[0],
-                "",
-            )  # a browser breaks lines between formulas only
+        elif match["cited"] or match["word"] or is_word(match) or is_aside(match):
+            out, run = out + closed() + gap + html.escape(match[0], quote=False), ""
+        elif match[0] in ",;:)" and not is_open():  # a browser breaks lines between formulas only
+            out, run = out + closed() + gap + match[0], ""
         elif run:
             run += gap + match[0]
         else:

@@ -204,9 +204,13 @@ def source_page(path, page):
     text = read(path)
     is_method = name in methods()
     head = "---\nhide: [navigation, toc]\n---\n\n"
-    title = f"# {methods()[name][0]}: annotated source\n\n" if is_method else f"# {path}\n\n"
+    title = f"# {path}\n\n"
     if is_method:
-        title += switch(name, page)
+        title = f"# {methods()[name][0]}: annotated source\n\n" + switch(name, page)
+    elif (ROOT / f"docs/{name}.md").exists():
+        about = relative(f"{name}.md", page)
+        heading = read(f"docs/{name}.md").partition("\n")[0]
+        title = f"{heading}: annotated source\n\n[What the experiments are]({about})\n{{ .switch }}\n\n"
     names = [definition for definition in definitions(path) if "." not in definition]
     contents = " · ".join(f"[`{definition}`](#{definition})" for definition in names)
     contents = f"{contents}\n{{ .contents }}\n\n" if names else ""
@@ -229,7 +233,7 @@ def family_page():
     def url(name, parent=None):
         return f"../difference/{name}/" if parent else f"../{name}/"
 
-    text = "# Family tree\n\nEvery file names a parent to read it against. "
+    text = "---\nhide: [toc]\n---\n\n# Family tree\n\nEvery file names a parent to read it against. "
     text += "Click a method for its page, or a line for what turns the one file into the other.\n"
     text += keep(figures.tree(methods(), url), True)
     text += "\n\n## What each method has\n\n"
@@ -238,7 +242,8 @@ def family_page():
     for name, (title, _, _) in methods().items():
         cells = [f"[{title}]({name}.md)"]
         for found in family.parts(read(f"{name}.py")).values():
-            links = [f"[`{where.split('.')[-1]}`](source/{name}.md#{where})" for where in found]
+            labels = {where: where.removesuffix(".__init__").split(".")[-1] for where in found}
+            links = [f"[`{label}`](source/{name}.md#{where})" for where, label in labels.items()]
             cells.append(", ".join(links) or "–")
         rows.append(cells)
     return text + table.table(["method", *family.PARTS], rows)
@@ -417,8 +422,23 @@ def restore(content):
     return content
 
 
+def unbroken(content):
+    """HTML in which browsers break no line inside of a flag, nor between the numbers of a cell."""
+
+    def flags(match):
+        if match[0].startswith("<pre"):
+            return match[0]
+        return re.sub(r"--[a-z][\w-]*", r'<span class="flag">\g<0></span>', match[0])
+
+    content = re.sub(r"<pre.*?</pre>|<code>[^<]*</code>|<th>[^<]*</th>", flags, content, flags=re.S)
+    number = r"[\d.]+"
+    cell = rf"<td>(?={number}(?: / {number})*(?: \([\w ,.]{{1,14}}\))?</td>)"
+    return re.sub(cell, '<td class="numbers">', content)
+
+
 def on_page_content(content, page, config, files):
     content = restore(content)
+    content = unbroken(content)
     content = re.sub(r"<table>", '<div class="scroll" tabindex="0"><table>', content)
     content = content.replace("</table>", "</table></div>")
     if page.file.src_uri != "glossary.md":

@@ -20,6 +20,9 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 BANNER = re.compile(r"^# -{20,} (.*) -{20,}$")
+# formulas in sentences: theta_k <- m theta_k + (1 - m) theta_q (Eq. 2), tau_t
+UPDATE = re.compile(r"(?<!`)\b\w+ <- [^.,;:]*?(?= \(\w+\.? [\w.]+\)| mean\b|[.,;:])")
+SYMBOL = re.compile(r"(?<![`\w])(?:(?:theta|tau)_[a-z]|L_[A-Za-z]+)\b(?!`)")
 COMMAND = re.compile(r"^(.*?)\b((?:torchrun|python) .*)$")
 
 
@@ -112,6 +115,10 @@ def rows(text):
 def inline(text, link):
     """Text -> HTML with code, flags, files, papers and names of definitions in other files marked
     as such."""
+    formula = UPDATE.search(text) or SYMBOL.search(text)
+    if formula:
+        before, after = text[: formula.start()], text[formula.end() :]
+        return inline(before, link) + formulas.from_text(formula[0]) + inline(after, link)
     text = html.escape(text, quote=False)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"(?<![\w<>/-])(--[a-z][\w-]*)", r"<code>\1</code>", text)
@@ -126,8 +133,15 @@ def inline(text, link):
     text = re.sub(
         r"\b((?:Copied|Adapted) from) (\w+\.py): (\w[\w.]*(?:, [A-Z]\w+|, \w+_\w+)*)", copied, text
     )
+    return files(text, link)
+
+
+def files(text, link):
+    """HTML with the names of files linked."""
     return re.sub(
-        r"(?<![\w/>.])((?:docs/)?\w+\.(?:py|md))\b(?![^<]*</)", lambda m: link(m[1]) or m[1], text
+        r"(?<![\w/>.])((?:docs/)?\w+\.(?:py|md))\b(?![^<]*</(?:code|a)>)",
+        lambda m: link(m[1]) or m[1],
+        text,
     )
 
 
@@ -161,13 +175,16 @@ def prose(text, link):
             groups[-1][1].append(line)
         for kind, part in groups:
             joined = " ".join(line.strip() for line in part)
-            if kind == "text":
+            if kind == "text" and is_loss:
+                out += f"<p>{files(formulas.from_text(joined), link)}</p>\n"
+            elif kind == "text":
                 out += f"<p>{inline(joined, link)}</p>\n"
             elif kind == "item":
                 out += f"<ul><li>{inline(joined.removeprefix('- '), link)}</li></ul>\n"
             elif kind == "formulas":
                 for line in part:
-                    out += f'<p class="formula-line">{formulas.from_text(line.strip())}</p>\n'
+                    formula = files(formulas.from_text(line.strip()), link)
+                    out += f'<p class="formula-line">{formula}</p>\n'
             else:
                 lines_as_they_are = html.escape(textwrap.dedent("\n".join(part)))
                 out += f'<pre class="plain" tabindex="0">{lines_as_they_are}</pre>\n'

@@ -1,5 +1,6 @@
 """The book: every page is there, complete, small, and readable without a network, a mouse or a picture."""
 
+import colorsys
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import difference  # noqa: E402
 import family  # noqa: E402
 import formulas  # noqa: E402
 import glossary  # noqa: E402
+import hooks  # noqa: E402
 import source  # noqa: E402
 import table  # noqa: E402
 
@@ -229,6 +231,49 @@ def test_docstring_formulas():
     assert re.sub("<.*?>", "", formulas.from_text("L = -log(p), a mean of sums")) == "L=−log(p), a mean of sums"
 
 
+def test_docstring_formulas_have_no_words():
+    """Words, names of files and flags stay outside of MathML; norms, labels and indices are typeset."""
+    line = "byol    |p1 - z2|^2 as in slip.py, a ln B of the optimizer's step (BYOL Eq. 2), feature_std 1 / sqrt(E)"
+    html = formulas.from_text(line)
+    assert html.startswith("<b>byol</b> <math>")
+    bar = '<mo stretchy="false" lspace="0" rspace="0">|</mo>'
+    assert f"{bar}<msub><mi>p</mi>" in html and f"<msup>{bar}<mn>2</mn></msup>" in html
+    assert "<msqrt><mi>E</mi></msqrt>" in html and "<code>feature_std</code>" in html
+    assert " as in slip.py, " in html and " of the optimizer's step (BYOL Eq. 2), " in html
+    assert "<mi>a</mi><mi>ln</mi>" in html and "<msub><mo>)</mo><mi>k</mi></msub>" in formulas.from_text("P_t(x)_k")
+    assert formulas.from_text("a collapse (independent directions: one)") == "a collapse (independent directions: one)"
+    assert "<msup><mi>u</mi><mrow><mo>∗</mo></mrow></msup>" in formulas.from_text("u* and 2*")
+
+
+NAMES = set("ctr clip ssl ISS TSS MVS NNS cls patch DINO iBOT KoLeo projector predictor token".split())
+
+
+@pytest.mark.parametrize("name", [*METHODS, "slip_ablations"])
+def test_formulas_of_a_file_are_symbols(name):
+    """Long words in the MathML of a file's loss are functions, or names that the loss gives itself; no symbol is
+    left as text."""
+    html = source.prose(source.rows(source_of(name))[0].prose[0], lambda *_: None)
+    loss = re.search(r"<p>Loss.*?(?=<pre)", html, re.S)[0]
+    words = re.findall(r"<mi>([^<]{2,})</mi>", loss)
+    assert set(words) <= formulas.FUNCTIONS | NAMES | {"ik"}
+    plain = re.sub("<.*?>", "", re.sub(r"<(math|code)\b.*?</\1>", "", loss, flags=re.S))
+    assert not re.search(r"\btau\b|theta|lambda|\w_\w|<-|\^|sqrt", plain)
+    assert loss.count("<math>") >= 8
+
+
+def test_updates_in_sentences_are_formulas():
+    html = source.inline("theta_k <- m theta_k + (1 - m) theta_q (Eq. 2). Of tau_t, `tau_t`", lambda *_: None)
+    assert html.count("<math>") == 2 and "</math> (Eq. 2). Of <math>" in html and "<code>tau_t</code>" in html
+
+
+def test_lines_break_between_flags():
+    html = hooks.unbroken("<pre><code>a --b</code></pre><code>a --b-c 2</code><table><td>42.8 / 72.1</td><td>3 words</td>")
+    assert html == (
+        '<pre><code>a --b</code></pre><code>a <span class="flag">--b-c</span> 2</code>'
+        '<table><td class="numbers">42.8 / 72.1</td><td>3 words</td>'
+    )
+
+
 # ------------------------------------ difference ------------------------------------
 @pytest.mark.parametrize("name", CHILDREN)
 def test_difference_is_the_real_one(book, name):
@@ -328,6 +373,40 @@ def test_first_use_only():
     html = "<h2>Collapse</h2><p>a <code>collapse</code>, <a href='x'>collapse</a> Collapse collapse</p>"
     linked = glossary.link_first_uses(html, {"collapse": "collapse"}, "g/")
     assert linked == html.replace("</a> Collapse", '</a> <a class="term" href="g/#collapse">Collapse</a>')
+
+
+def test_file_names_are_no_terms():
+    html = "<p>knn.py measures kNN.</p>"
+    assert glossary.link_first_uses(html, {"knn": "knn"}, "") == html.replace("kNN", '<a class="term" href="#knn">kNN</a>')
+
+
+def contrast(first, second):
+    """WCAG's ratio of two colours (r, g, b) from 0 to 1."""
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted([luminance(first), luminance(second)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["default", "slate"])
+def test_colours_are_legible(scheme):
+    """Every colour that book.css gives to text, on the grounds of material's two schemes."""
+    css = (ROOT / "book/theme/assets/book.css").read_text()
+    rules = re.findall(r"^(:root|\[data-md-color-scheme[^{]*) \{(.*?)\}", css, re.M | re.S)
+    rules = [body for where, body in rules if where == ":root" or "=" not in where or scheme in where]
+    colours = {}
+    for body in rules:  # a later rule takes the place of an earlier one
+        colours |= dict(re.findall(r"(--[\w-]+): #([0-9a-f]{6});", body))
+    dark = scheme == "slate"
+    ground = colorsys.hls_to_rgb(230 / 360, 0.14, 0.15) if dark else (1.0, 1.0, 1.0)
+    code = colorsys.hls_to_rgb(230 / 360, 0.18, 0.15) if dark else (0.96, 0.96, 0.96)
+    assert len(colours) >= 18
+    for name, value in colours.items():
+        colour = [int(value[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        assert contrast(colour, code if "code" in name else ground) >= 4.5, name
 
 
 def test_workflow_and_ci_build_it():
