@@ -64,7 +64,7 @@ def operations(x, seed=0):
     return {
         "hflip": (lambda mask: data.hflip(x, mask), lambda i: TV.hflip(x[i])),
         "grayscale": (lambda mask: data.grayscale(x, mask), lambda i: TV.rgb_to_grayscale(x[i], 3)),
-        "solarize": (lambda mask: data.solarize(x, mask, 0.4), lambda i: TV.solarize(x[i], 0.4)),
+        "solarize": (lambda mask: data.solarize(x, mask), lambda i: TV.solarize(x[i], 0.5)),
         "blur": (
             lambda mask: data.gaussian_blur(x, sigma, mask, 9),
             lambda i: TV.gaussian_blur(x[i], 9, float(sigma[i])),

@@ -253,7 +253,7 @@ OWN = {
         ("torch.where(x >= threshold, 1 - x, x)", "torch.where(x < threshold, 1 - x, x)"),
         ("add_(6 * hue", "sub_(6 * hue"),
         ("(1 - factor) * (kind == 1)", "(1 - factor) * (kind == 2)"),
-        ("slot < hue_slot", "slot <= hue_slot"),
+        ("after[:, 1:]", "after[:, :3]"),
         ('mode="reflect"', 'mode="replicate"'),
         ("square().mul(-0.5)", "square().mul(-1)"),
     ],
