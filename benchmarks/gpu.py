@@ -10,7 +10,7 @@ The parts, in this order. Each runs in processes of its own and has a time limit
     steps   time, memory and MFU of training steps: the documented commands at the batch of one GPU
             of eight, on random pixels that already lie on the GPU, eager and with --compile
     data    the same loop fed by loader workers from JPEG files, against one batch repeated
-    peers   benchmarks/step.py, where open_clip and lightly are installed
+    peers   benchmarks/side_by_side.py, where open_clip, lightly and transformers are installed
     cifar   simclr.py on CIFAR-10 for as many epochs as the remaining time allows, and the seconds
             until its kNN classifier is right in 80% of the test images
 
@@ -632,13 +632,16 @@ def part_cifar(job):
 
 
 def part_peers(job):
-    """benchmarks/step.py, whose output is its own."""
-    file = job["temp"] + "/peers.json"
-    command = [sys.executable, str(ROOT / "benchmarks/step.py"), "--out", file, "--rounds", "10",
-               "--clip-batch", "256", "--simclr-batch", "512"]  # fmt: skip
-    code = subprocess.run(command).returncode
-    if code == 0:
-        record("peers", **json.loads(Path(file).read_text())["results"])
+    """benchmarks/side_by_side.py, method after method, whose output is its own."""
+    file, code = Path(job["temp"], "peers.json"), 0
+    for method in ("clip", "dino", "simclr", "byol", "moco", "simsiam"):
+        command = [sys.executable, str(ROOT / "benchmarks/side_by_side.py"), "--methods", method, "--rounds", "10",
+                   "--clip-batch", "256", "--batch", "512", "--dino-batch", "64", "--out", str(file)]  # fmt: skip
+        code |= subprocess.run(command).returncode
+        if file.exists():
+            found = json.loads(file.read_text())["results"]
+            if method in found:
+                record("peers", method=method, **found[method])
     return code
 
 
@@ -867,7 +870,8 @@ class Session:
         return base / name if list((base / name).glob(pattern)) else None
 
     def missing_peers(self):
-        missing = [name for name in ("open_clip", "lightly") if not importlib.util.find_spec(name)]
+        needed = "open_clip", "lightly", "transformers"
+        missing = [name for name in needed if not importlib.util.find_spec(name)]
         return f"{' and '.join(missing)} not installed" if missing else \
             "not in the miniature" if self.args.miniature else ""
 

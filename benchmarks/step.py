@@ -1,7 +1,7 @@
 """What a training step costs beside the libraries people would use: forward, loss, backward, optimizer.
 
-clip.py against open_clip (the same ViT-S/16 at 112 px), simclr.py against lightly's modules and loss, put
-together as in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both sides have the same weights, batch and
+clip.py against open_clip and, where it is installed, transformers (the same ViT-S/16 at 112 px), simclr.py
+against lightly's modules and loss, put together as in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both sides have the same weights, batch and
 precision. Nothing is timed before two steps of each gave the same losses, to 1e-4: two, so that gradient and
 optimizer are compared too. On the CPU the clock counts work of this process only. Rows in between say where a
 difference comes from:
@@ -18,12 +18,14 @@ All rows take turns, round by round. Needs open_clip_torch and lightly.
 
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -71,6 +73,20 @@ def caption_ids(batch_size, vocab_size):
     return ids, max(lengths)
 
 
+def transformers_clip(model):
+    """-> transformers' CLIPModel with the weights of a clip.CLIP for images of 112 px."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from evaluation import exports
+
+    view = SimpleNamespace(size=112)
+    state, files, _ = exports.to_transformers_clip(SimpleNamespace(model=model, view=view))
+    peer = CLIPModel(CLIPConfig.from_dict(files["config.json"]))
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("position_ids") for name in missing), (missing, unexpected)
+    return peer
+
+
 def clip_rows(batch_size, device, compiled):
     """-> {name: Row}, a description of the batch."""
     args = clip.Args(arch="vit_small_patch16", image_size=112)
@@ -80,7 +96,10 @@ def clip_rows(batch_size, device, compiled):
     text["heads"] = text_width // 64
     mine, peer = clip.build_model(args), open_clip.CLIP(embed_dim, vision, text, quick_gelu=True)
     peer.load_state_dict(mine.state_dict())
-    models = {"open_clip": peer, "here, 77 tokens": copy.deepcopy(mine), "here": mine}
+    models = {"open_clip": peer}
+    if importlib.util.find_spec("transformers"):
+        models["transformers"] = transformers_clip(mine)
+    models |= {"here, 77 tokens": copy.deepcopy(mine), "here": mine}
     criterion = open_clip.ClipLoss()
     image = torch.randn(batch_size, 3, 112, 112, device=device)
     ids, longest = caption_ids(batch_size, 49408)
@@ -90,7 +109,7 @@ def clip_rows(batch_size, device, compiled):
         model = model.to(device).train()
         groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.2},
                   {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-        here = name != "open_clip"
+        here = name.startswith("here")
         fused = here or None  # as the two training loops have it
         optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=fused)
         batch = ids[:, :cut] if name == "here" else ids
@@ -98,6 +117,8 @@ def clip_rows(batch_size, device, compiled):
 
         def loss(autocast):
             with autocast:
+                if name == "transformers":
+                    return forward(input_ids=batch, pixel_values=image, return_loss=True).loss
                 embeds = forward(image, batch)
             if here:
                 return clip.clip_loss(*embeds, model.logit_scale.exp())
