@@ -13,7 +13,8 @@ Losses, f(x) the C logits of an image x, tau the temperature, P(y|x; tau) = soft
     chance level of each: ln C
 B global batch, b = B / processes, N images, D features of the backbone, T teacher, S student.
 
-Laptop     torchrun simclrv2.py --checkpoint runs/simclr_flocks_...
+Laptop     python simclrv2.py (without flags: all three stages, see whole_sequence)
+           torchrun simclrv2.py --checkpoint runs/simclr_flocks_...
            torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_...
 1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN
 8 GPUs     torchrun --nproc_per_node=8 simclrv2.py --data imagenet --checkpoint RUN
@@ -39,9 +40,16 @@ Diff against: simclr.py.
 
 import json
 import math
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -493,6 +501,38 @@ def train(args: Args) -> dict:
     return run.finish("knn", val, hint)
 
 
+def whole_sequence():
+    """The three stages on the embedded data, one process after the other: simclr.py with version
+    2's head of three layers (Sec. 3.1), this file with 10% of the labels, and a student of the same
+    size that learns without labels. Ends with the exit status of a stage that fails or is
+    stopped. Raises UserError without simclr.py beside this file."""
+    here = Path(__file__)
+    first = here.with_name("simclr.py")
+    if not first.exists():
+        raise UserError(f"put simclr.py beside {here.name}, or name a run of it by --checkpoint")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("without flags this runs three stages in one process: give --checkpoint")
+    folder = Path(f"runs/{here.stem}_{time.strftime('%Y%m%d-%H%M%S')}")
+    pretrained, finetuned = folder / "pretrain", folder / "finetune"
+    stages = [
+        [first, "--head-layers", 3, "--output-dir", pretrained],
+        [here, "--checkpoint", pretrained, "--output-dir", finetuned],
+        [here, "--recipe", "flocks-distill", "--teacher", finetuned, "--output-dir",
+         folder / "distill"],
+    ]
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the stage too, which saves
+    for stage in stages:
+        words = [str(word) for word in stage]
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+        process = subprocess.Popen([sys.executable, *words])
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        if status := process.wait():
+            sys.exit(status)
+
+
 if __name__ == "__main__":
     with user_errors():
-        train(parse_args(Args, RECIPES))
+        if sys.argv[1:]:
+            train(parse_args(Args, RECIPES))
+        else:
+            whole_sequence()

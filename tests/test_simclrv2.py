@@ -292,6 +292,37 @@ def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
         assert torch.equal(started[name], before[name])
 
 
+def test_whole_sequence(monkeypatch, tmp_path, capfd):
+    """Without flags: three stages, each of which takes the run of the one before; here of one small step each."""
+    start, statuses = subprocess.Popen, []
+
+    def small(argv):
+        process = start([*argv, *"--max-steps 1 --batch-size 8 --image-size 16 --eval-every 0 --workers 0".split()])
+        statuses.append(process)
+        return process
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", small)
+    monkeypatch.setattr(simclrv2.signal, "signal", lambda *_: None)  # pytest's own handlers stay
+    simclrv2.whole_sequence()
+    assert [process.returncode for process in statuses] == [0, 0, 0]
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = [load_checkpoint(folder / stage) for stage in ("pretrain", "finetune", "distill")]
+    assert [content["method"] for content in saved] == ["simclr", "simclrv2", "simclrv2"]
+    assert saved[0]["args"]["head_layers"] == 3 and saved[1]["args"]["label_fraction"] == 0.1
+    assert saved[2]["args"]["stage"] == "distill" and saved[2]["args"]["teacher"].endswith("finetune")
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("$ python ")]
+    assert len(printed) == 3 and "simclr.py --head-layers 3" in printed[0]
+
+    monkeypatch.setattr(subprocess, "Popen", lambda argv: start([sys.executable, "-c", "raise SystemExit(3)"]))
+    with pytest.raises(SystemExit) as stopped:  # a stage that fails is the last one
+        simclrv2.whole_sequence()
+    assert stopped.value.code == 3 and capfd.readouterr().out.count("$ python") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="give --checkpoint"):
+        simclrv2.whole_sequence()
+
+
 def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
     """LARS does not decay it. Step 1 starts at 0, where there is nothing to decay; the other weights decay so
     little in it that the gradients of step 2 differ by weight decay times the classifier alone."""
