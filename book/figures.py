@@ -93,7 +93,7 @@ def chart(lines, chance, x_label, y_label, said, from_zero=True):
     """SVG of a few lines with their names at their ends. The dashed line is chance. The same
     network with random weights is a dotted line if there is one network, and a ring at the left end
     for each of several ones. said: what the figure shows, for those who do not see it."""
-    width, height, left, right, top, bottom = 640, 300, 56, 150, 14, 42
+    width, height, left, right, top, bottom = 640, 300, 60, 166, 14, 46
     starts = [line.start for line in lines if line.start is not None]
     xs = [x for line in lines for x, _ in line.points]
     ys = (
@@ -127,6 +127,9 @@ def chart(lines, chance, x_label, y_label, said, from_zero=True):
     for i, line in enumerate(lines):
         points = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in line.points)
         out += f'<polyline class="line{i}" points="{points}"/>'
+        if len(line.points) <= 3:  # a single point would be no line at all
+            dots = "".join(f"M{x_at(x):.1f} {y_at(y):.1f}h0" for x, y in line.points)
+            out += f'<path class="dot line{i}" d="{dots}"/>'
         if line.start is not None and len(lines) > 1:
             out += f'<circle class="line{i}" cx="{left}" cy="{y_at(line.start):.1f}" r="4.5"/>'
     for (label, _, kind, url), y in zip(labels, apart([y_at(y) for _, y, *_ in labels], 16)):

@@ -368,7 +368,8 @@ def pictures_page():
                 seen.add(path)
                 title = alt[0].upper() + alt[1:]
                 where = place(page.relative_to(ROOT).as_posix())
-                text += f"\n### {title}\n\n![{alt}]({path})\n\nFrom [{where.removesuffix('.md')}]({where}).\n"
+                heading = page.read_text().partition("\n")[0].removeprefix("# ")
+                text += f"\n### {title}\n\n![{alt}]({path})\n\nFrom the page [{heading}]({where}).\n"
     return text
 
 

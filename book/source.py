@@ -220,6 +220,8 @@ def page(text, link, keep, beside):
         if row.banner:
             below = "###"
             out += f'\n\n## {row.banner} {{id="section-{re.sub("[^a-z]+", "-", row.banner.lower())}"}}\n\n'
+        if not (row.name or row.prose or row.code):
+            continue
         out += keep('<div class="row"><div class="prose">', True)
         if row.name:
             level, anchor = below + "#" * row.name.count("."), row.name.replace("_", "\\_")

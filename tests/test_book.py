@@ -16,6 +16,7 @@ from copies import ROOT, method_files
 sys.path[:0] = [str(ROOT / "book"), str(ROOT / "benchmarks")]
 import difference  # noqa: E402
 import family  # noqa: E402
+import figures  # noqa: E402
 import formulas  # noqa: E402
 import glossary  # noqa: E402
 import hooks  # noqa: E402
@@ -261,6 +262,13 @@ def test_formulas_of_a_file_are_symbols(name):
     assert loss.count("<math>") >= 8
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_sections_leave_no_empty_rows(book, name):
+    page = (book[1] / f"source/{name}/index.html").read_text()
+    assert page.count('<div class="row">') > 20
+    assert not re.search(r'<div class="prose">\s*</div><div class="code" data-search-exclude></div>', page)
+
+
 def test_updates_in_sentences_are_formulas():
     html = source.inline("theta_k <- m theta_k + (1 - m) theta_q (Eq. 2). Of tau_t, `tau_t`", lambda *_: None)
     assert html.count("<math>") == 2 and "</math> (Eq. 2). Of <math>" in html and "<code>tau_t</code>" in html
@@ -352,6 +360,13 @@ def test_curves_show_what_is_recorded(book):
         assert f"to {losses[-1]:.2f}" in text and (chance is None or f"chance is {chance:.3f}" in text)
     assert any("images: " in text and text.count(",") >= 4 for text in said)  # several methods in one figure
     assert sum(tag == "circle" for tag, _ in page.tags) >= 4  # random weights
+
+
+def test_single_points_are_seen():
+    """A run that was evaluated once has a dot, because a line through one point shows nothing."""
+    once, often = ([(x, 1.0 + x) for x in range(1, count + 1)] for count in (1, 9))
+    assert '<path class="dot line0" d="M' in figures.chart([figures.Line("a", once, None, None)], 1.0, "x", "y", "once")
+    assert "dot" not in figures.chart([figures.Line("a", often, None, None)], 1.0, "x", "y", "often")
 
 
 def test_glossary_is_linked(book):
