@@ -83,7 +83,8 @@ class Args(RunArgs):
     patch_weight: float = 1.0  # lambda2, weight of the patches' loss
     epochs: int = 800  # passes over the data (Sec. 3.2); 400 for ViT-B
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
-    batch_size: int = 1024  # images of a step, over all processes (Sec. 3.2)
+    batch_size: int = 1024  # images of a step, over all processes and pieces (Sec. 3.2)
+    accum_steps: int = 1  # encode a batch in so many pieces, exactly
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
     min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled (official code)
@@ -339,8 +340,9 @@ class VisionTransformer(nn.Module):
 # Adapted from dino.py: DINOHead, with prototypes for patches
 class IBOTHead(nn.Module):
     """MLP to a bottleneck, unit length, prototypes. Class tokens (B, D) -> logits (B, K); class
-    token and patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP. With patch_out_dim 0 the
-    patches have the prototypes of the class token (Sec. 3.2)."""
+    token and patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP; with a mask, (B, N)
+    bool, only of the M patches in it, (M, K2). With patch_out_dim 0 the patches have the prototypes
+    of the class token (Sec. 3.2)."""
 
     def __init__(self, dim, out_dim, patch_out_dim=0, hidden_dim=2048, bottleneck_dim=256,
                  norm_last_layer=True):
@@ -369,11 +371,17 @@ class IBOTHead(nn.Module):
         if patch_out_dim:
             self.last_layer2 = prototypes(patch_out_dim)
 
-    def forward(self, x):
-        x = F.normalize(self.mlp(x), dim=-1)
+    def bottleneck(self, x):
+        return F.normalize(self.mlp(x), dim=-1)
+
+    def forward(self, x, mask=None):
         if x.ndim == 2:
-            return self.last_layer(x)
-        return self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:])
+            return self.last_layer(self.bottleneck(x))
+        class_token, patches = x[:, 0], x[:, 1:]
+        if mask is not None:
+            patches = patches[mask]
+        logits = self.last_layer(self.bottleneck(class_token))
+        return logits, self.last_layer2(self.bottleneck(patches))
 
 
 # Adapted from dino.py: DINO, with masks and patches, MultiCrop's work in it
@@ -393,8 +401,8 @@ class IBOT(nn.Module):
         bool; drop_path: for each crop (b, depth, 2), see VisionTransformer.
 
         Returns logits, rows of the first crop first: of the student for all crops (V b, K) and for
-        the patches of the masked global crops (2 b, N, K2), of the teacher for the unmasked global
-        crops (2 b, K) and for their patches (2 b, N, K2)."""
+        the M masked patches (M, K2), of the teacher for the unmasked global crops (2 b, K) and for
+        all their patches (2 b, N, K2), which the center needs."""
         large, small = crops[:2], crops[2:]
         drop_large, drop_small = None, None
         if drop_path:
@@ -405,7 +413,7 @@ class IBOT(nn.Module):
         with torch.no_grad():
             teacher, teacher_patches = self.teacher.head(self.teacher.backbone.tokens(large))
         tokens = self.student.backbone.tokens(large, mask, drop_large)
-        student, patches = self.student.head(tokens)
+        student, patches = self.student.head(tokens, mask)
         if small:  # never masked, and only their class tokens go through the head
             tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small)
             student = torch.cat([student, self.student.head(tokens[:, 0])])
@@ -506,13 +514,13 @@ def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
     nats; chance level p ln K2, p the share of crops with a mask: the others count as 0 (official
     code).
 
-    student, teacher: (2 b, N, K2) logits of this process, any dtype; mask: (2 b, N) bool; center:
-    (1, 1, K2). Call it outside autocast. A mean over the masked patches of a crop, then over the
-    2 b crops of this process."""
-    log_p_s = F.log_softmax(student[mask].float() / student_temp, dim=-1)  # (masked patches, K2)
+    student: logits (M, K2) of this process, in the order of mask, (2 b, N) bool, any dtype;
+    teacher: (2 b, N, K2); center: (1, 1, K2). Call it outside autocast. A mean over the masked
+    patches of a crop, then over the 2 b crops of this process."""
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)  # (M, K2)
     centered = teacher.detach()[mask].float() - center[0]
     p_t = F.softmax(centered / teacher_temp, dim=-1)
-    terms = (p_t * log_p_s).sum(-1)  # (masked patches,)
+    terms = (p_t * log_p_s).sum(-1)  # (M,)
     weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # (2 b, 1): of each patch in its crop
     weight = weight.expand_as(mask)[mask]
     return -(terms * weight).sum() / len(mask)
@@ -558,6 +566,10 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
+    b = args.batch_size // world_size()
+    if b % args.accum_steps:
+        steps = f"--accum-steps {args.accum_steps}"
+        raise UserError(f"{steps} does not divide the {b} samples of a process")
     model = model.to(device, memory_format=torch.channels_last)
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
@@ -582,6 +594,7 @@ def train(args: Args) -> dict:
     run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {cls_chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
+    piece = b // args.accum_steps
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
@@ -590,8 +603,7 @@ def train(args: Args) -> dict:
         drop_path = []
         if depth:
             drop_path = [batch[name][1]["drop_path"] for name in views]
-        masks = [batch[name][1]["mask"] for name in ("global1", "global2")]
-        mask = torch.cat(masks).flatten(1)  # (2 b, N)
+        masks = [batch[name][1]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -603,16 +615,25 @@ def train(args: Args) -> dict:
         temp_warmup = args.warmup_teacher_temp_epochs
         teacher_temp = teacher_temperature(epoch, start, end, temp_warmup)
 
-        with autocast:
-            student, patches, teacher, teacher_patches = ddp(crops, mask, drop_path)
         temps = teacher_temp, args.temperature
-        cls, entropy, kl = dino_loss(student, teacher, model.center, *temps)
-        patch = patch_loss(patches, teacher_patches, mask, model.center2, *temps)
-        loss = args.cls_weight * cls + args.patch_weight * patch
-        scaler.scale(loss).backward()
-        update_center(model.center, teacher, args.center_momentum)
-        all_patches = teacher_patches.flatten(0, 1)  # masked or not (official code)
-        update_center(model.center2[0], all_patches, args.center_momentum)
+        sums, teachers, patch_means = 0.0, [], []
+        for first in range(0, b, piece):
+            rows = slice(first, first + piece)
+            mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
+            inputs = [x[rows] for x in crops], mask, [u[rows] for u in drop_path]
+            with autocast:
+                student, patches, teacher, teacher_patches = ddp(*inputs)
+            cls, entropy, kl = dino_loss(student, teacher, model.center, *temps)
+            patch = patch_loss(patches, teacher_patches, mask, model.center2, *temps)
+            loss = args.cls_weight * cls + args.patch_weight * patch
+            losses = torch.stack([loss, cls, patch, entropy, kl]) / args.accum_steps
+            scaler.scale(losses[0]).backward()
+            sums = sums + losses.detach()
+            teachers.append(teacher)
+            all_patches = teacher_patches.float().flatten(0, 1)  # masked or not (official code)
+            patch_means.append(all_patches.mean(0, keepdim=True))
+        update_center(model.center, torch.cat(teachers), args.center_momentum)
+        update_center(model.center2[0], torch.cat(patch_means), args.center_momentum)
         if args.clip_grad:
             scaler.unscale_(optimizer)
             for p in trained:  # each by itself (official code)
@@ -627,7 +648,8 @@ def train(args: Args) -> dict:
         momentum = warmup_cosine(step, run.total, 0, args.teacher_momentum, end=1.0)
         update_teacher(model.student, model.teacher, momentum)
 
-        masked = mask.float().mean()
+        loss, cls, patch, entropy, kl = sums
+        masked = torch.cat(masks).float().mean()
         terms = {
             "loss": (loss, chance),
             "cls_loss": (cls, cls_chance),

@@ -47,7 +47,7 @@ def test_losses_and_centers():
         assert not mask[1].any()  # one crop without a mask
         temp = ibot.teacher_temperature(x[call]["epoch"], 0.04, 0.07, 30)
         cls, entropy, kl = ibot.dino_loss(torch.cat([large, small]), teacher, center, temp, 0.1)
-        patch = ibot.patch_loss(patches, teacher_patches, mask, center2, temp, 0.1)
+        patch = ibot.patch_loss(patches[mask], teacher_patches, mask, center2, temp, 0.1)
         (cls + patch).backward()
         close(cls, y[call]["cls"])
         close(patch, y[call]["patch"])
@@ -68,11 +68,12 @@ def test_patch_loss_by_hand():
     for s, t, m in zip(student, teacher, mask):
         terms = [-(((ti - center[0, 0]) / 0.05).softmax(0) * (si / 0.1).log_softmax(0)).sum() for si, ti, mi in zip(s, t, m) if mi]
         by_crop.append(sum(terms) / max(1, len(terms)))
-    close(ibot.patch_loss(student, teacher, mask, center, 0.05), sum(by_crop) / 4)
-    empty = ibot.patch_loss(student.requires_grad_(), teacher, torch.zeros_like(mask), center, 0.05)
+    close(ibot.patch_loss(student[mask], teacher, mask, center, 0.05), sum(by_crop) / 4)
+    nothing = torch.zeros_like(mask)
+    empty = ibot.patch_loss(student.requires_grad_()[nothing], teacher, nothing, center, 0.05)
     empty.backward()
     assert empty == 0 and student.grad.abs().sum() == 0  # a batch without any mask is no accident
-    flat = ibot.patch_loss(torch.zeros(4, 3, 7), teacher, mask, center, 0.05)
+    flat = ibot.patch_loss(torch.zeros(int(mask.sum()), 7), teacher, mask, center, 0.05)
     close(flat, 0.75 * math.log(7))  # chance level: p ln K
 
 
@@ -85,6 +86,10 @@ def test_head(case):
     cls, patch = head(x["x3d"])
     close(cls, y[case]["cls"])
     close(patch, y[case]["patch"])
+    mask = torch.rand(patch.shape[:2]) < 0.5
+    alone = head(x["x3d"], mask)
+    close(alone[0], y[case]["cls"])
+    close(alone[1], y[case]["patch"][mask])
     close(head(x["x2d"]), y[case]["out2d"])
     named = {old_name(name): p.requires_grad for name, p in head.named_parameters()}
     assert named.items() <= y[case]["requires_grad"].items()
@@ -113,12 +118,57 @@ def test_multicrop():
     mask = torch.cat([m.flatten(1) for m in x["masks"]])
     student, patches, teacher, teacher_patches = model(x["crops"], mask)
     close(student, torch.cat([y["global_cls"], y["local_cls"]]))
-    close(patches, y["global_patch"])
+    close(patches, y["global_patch"][mask])
     whole = model(x["crops"], torch.zeros_like(mask))
     close(whole[0][:4], teacher)  # the teacher sees no mask
-    close(whole[1], teacher_patches)
+    assert len(whole[1]) == 0
+    close(model.student.head(model.student.backbone.tokens(torch.cat(x["crops"][:2])))[1], teacher_patches)
     student, _, _, _ = model(x["crops"][:2], mask)
     close(student, y["global_cls"])
+
+
+def test_only_masked_patches_reach_the_students_head():
+    """The logits of all the others count for nothing: loss and gradient are those of a head that makes them too."""
+    torch.manual_seed(0)
+    model, seen = ibot.IBOT(tiny_network(), tiny_network(masked=False)), []
+    mask, center = torch.rand(4, 16) < 0.3, torch.randn(1, 1, 40)
+    crops = [torch.randn(2, 3, 32, 32) for _ in range(2)]
+    hooks = [network.head.mlp.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+             for network in (model.student, model.teacher)]  # fmt: skip
+    student, patches, _, teacher_patches = model(crops, mask)
+    assert seen == [(4, 48), (4, 16, 48), (4, 48), (int(mask.sum()), 48)]  # the teacher's are all needed: its center is their mean
+    [hook.remove() for hook in hooks]
+    assert 0 < mask.sum() < mask.numel()
+    loss = student.square().mean() + ibot.patch_loss(patches, teacher_patches, mask, center, 0.05)
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.student.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits, everywhere = model.student.head(model.student.backbone.tokens(torch.cat(crops), mask))
+    log_p = (everywhere / 0.1).log_softmax(-1)
+    by_patch = -(((teacher_patches - center) / 0.05).softmax(-1) * log_p).sum(-1) * mask
+    whole = logits.square().mean() + (by_patch.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    whole.backward()
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+    assert len(grads) > 20
+    for name, p in model.student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_is_exact(photos, tmp_path):
+    """With stochastic depth and masks, which are the samples' own; both centers see the whole batch."""
+    runs = [[], ["--accum-steps", "4"]]
+    flags = ["--max-steps", "3", "--no-shared-head", "--freeze-last-layer", "0", "--mask-prob", "0.5"]
+    grads = [train_here("ibot", photos, tmp_path / str(len(f)), *flags, *f) for f in runs]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    keys = "loss", "cls_loss", "patch_loss", "teacher_entropy", "kl", "masked"
+    a, b = (torch.tensor([[row[k] for k in keys] for row in rows(tmp_path / str(len(f)))]) for f in runs)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    a, b = (torch.load(tmp_path / str(len(f)) / "checkpoint.pt", weights_only=True)["model"] for f in runs)
+    for name in ("center", "center2"):
+        assert a[name].abs().max() > 0
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
 def test_parameter_groups():
@@ -329,6 +379,7 @@ def test_log_and_evaluation(photos, tmp_path):
     (["--arch", "resnet50"], "resnet50 is unknown"),
     (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
     (["--local-size", "20"], "--local-size 20 is not a multiple of 8"),
+    (["--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"),
 ])  # fmt: skip
 def test_mistakes(photos, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -354,7 +405,8 @@ def test_paste():
     crops = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16, 16)]
     mask = torch.rand(8, 16) < 0.3
     logits, patches, targets, target_patches = model(crops, mask, [torch.rand(4, 2, 2) for _ in crops])
-    assert logits.shape == (20, 20) and patches.shape == target_patches.shape == (8, 16, 20) and targets.shape == (8, 20)
+    assert logits.shape == (20, 20) and targets.shape == (8, 20)
+    assert patches.shape == (int(mask.sum()), 20) and target_patches.shape == (8, 16, 20)
     assert not targets.requires_grad and not target_patches.requires_grad
     loss, _, _ = space["dino_loss"](logits, targets, model.center, 0.04)
     (loss + space["patch_loss"](patches, target_patches, mask, model.center2, 0.04)).backward()
