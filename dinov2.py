@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, all_gather, checkpoint_blocks, init_distributed, mixed_precision
@@ -81,7 +81,8 @@ class Args(RunArgs):
     koleo_group: int = 0  # samples among which KoLeo looks for neighbours (0: the global batch)
     epochs: int = 200  # passes over the data; official: 100 of 1,250 steps
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
-    batch_size: int = 2048  # images of a step, over all processes
+    batch_size: int = 2048  # images of a step, over all processes and pieces
+    accum_steps: int = 1  # encode a batch in so many pieces, exactly, which hold whole KoLeo groups
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 4e-3  # peak learning rate: lr = base_lr * sqrt(batch / 1024)
     min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled
@@ -367,28 +368,28 @@ class DINOv2(nn.Module):
         self.register_buffer("center2", torch.zeros(1, 1, prototypes))  # c2
 
     def forward(self, crops, mask, drop_path=()):
-        """crops: V of (b, 3, S, S), global ones first; mask: of their patches, (2 b, N) bool;
-        drop_path: (b, depth, 2) for each crop. -> logits, rows of the first crop first: of the
-        student for all crops (V b, K) and masked patches (M, K), of the teacher for the unmasked
-        global crops (2 b, K) and the same patches (M, K); the student's global class tokens."""
+        """The student. crops: V of (b, 3, S, S), global ones first; mask: of their patches, (2 b,
+        N) bool; drop_path: (b, depth, 2) for each crop. -> logits, rows of the first crop first,
+        for all crops (V b, K) and masked patches (M, K); class tokens of the global crops."""
         large = torch.cat(crops[:2])
         small = crops[2:]
         drop_large, drop_small = None, None
         if drop_path:
             drop_path = torch.cat(drop_path)  # (V b, depth, 2)
             drop_large, drop_small = drop_path[: len(large)], drop_path[len(large) :]
-        with torch.no_grad():
-            tokens = self.teacher.backbone.tokens(large)
-            teacher = self.teacher.dino_head(tokens[:, 0])
-            teacher_patches = self.teacher.ibot_head(tokens[:, 1:][mask])
         tokens = self.student.backbone.tokens(large, mask, drop_large)
         patches = self.student.ibot_head(tokens[:, 1:][mask])
         features = class_tokens = tokens[:, 0]
         if small:  # never masked
             tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small)
             class_tokens = torch.cat([features, tokens[:, 0]])
-        student = self.student.dino_head(class_tokens)
-        return student, patches, teacher, teacher_patches, features
+        return self.student.dino_head(class_tokens), patches, features
+
+    @torch.no_grad()
+    def teach(self, crops, mask):
+        """The teacher's logits for unmasked global crops (2 b, K) and the same patches (M, K)."""
+        tokens = self.teacher.backbone.tokens(torch.cat(crops[:2]))
+        return self.teacher.dino_head(tokens[:, 0]), self.teacher.ibot_head(tokens[:, 1:][mask])
 
 
 # Adapted from dino.py: update_teacher, of networks without batch norm
@@ -618,15 +619,24 @@ def train(args: Args) -> dict:
     if group == 1 or group and args.batch_size % group:
         raise UserError(f"--koleo-group {group} must be at least 2 and divide --batch-size "
                         f"{args.batch_size}, or be 0 for the global batch")
+    b = args.batch_size // world_size()
+    steps = f"--accum-steps {args.accum_steps}"
+    if b % args.accum_steps:
+        raise UserError(f"{steps} does not divide the {b} samples of a process")
+    piece = b // args.accum_steps
+    if args.accum_steps > 1 and (not group or piece % group):  # KoLeo sees one piece at a time
+        raise UserError(f"{steps} needs a --koleo-group that divides a piece of {piece} samples")
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()
+        model.teach = torch.compile(model.teach)
     if args.fsdp:  # each block is whole only while it is computed (Sec. 5)
         if not torch.distributed.is_initialized():
             raise UserError("--fsdp shards a model over several processes: start it with torchrun")
         for module in (*blocks, *model.teacher.backbone.blocks, model):
             fully_shard(module)
+        register_fsdp_forward_method(model, "teach")
     groups = parameter_groups(model.student, args.layer_decay, args.patch_embed_lr)
     peak = args.base_lr * (args.batch_size / 1024) ** 0.5
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
@@ -655,8 +665,7 @@ def train(args: Args) -> dict:
         drop_path = []
         if depth:
             drop_path = [batch[name][1]["drop_path"] for name in views]
-        masks = [batch[name][1]["mask"] for name in ("global1", "global2")]
-        mask = torch.cat(masks).flatten(1)  # (2 b, N)
+        masks = [batch[name][1]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         start, end = args.weight_decay, args.weight_decay_end
         weight_decay = warmup_cosine(step, run.total, 0, start, end=end)
@@ -669,19 +678,33 @@ def train(args: Args) -> dict:
         start, end = args.warmup_teacher_temp, args.teacher_temp
         teacher_temp = teacher_temperature(step, start, end, temp_warmup)
 
-        with autocast:
-            student, patches, teacher, teacher_patches, features = ddp(crops, mask, drop_path)
+        pieces, targets = [], []
+        for first in range(0, b, piece):
+            rows = slice(first, first + piece)
+            mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
+            pieces.append(([x[rows] for x in crops], mask, [u[rows] for u in drop_path]))
+            with autocast:
+                targets.append(model.teach(*pieces[-1][:2]))
+        teacher, teacher_patches = map(torch.cat, zip(*targets))  # of the whole batch
         if args.centering == "sinkhorn":
             p_t = sinkhorn_knopp(teacher, teacher_temp)
             p_t_patches = sinkhorn_knopp(teacher_patches, teacher_temp)
         else:
             p_t = center_softmax(teacher, model.center, teacher_temp)
             p_t_patches = center_softmax(teacher_patches, model.center2[0], teacher_temp)
-        cls, entropy, kl = dino_loss(student, p_t)
-        patch = patch_loss(patches, p_t_patches, mask)
-        koleo = sum(koleo_loss(f, args.koleo_group) for f in features.chunk(2))  # by crop
-        loss = cls + args.patch_weight * patch + args.koleo_weight * koleo
-        scaler.scale(loss).backward()
+        p_t = p_t.split(2 * piece)
+        p_t_patches = p_t_patches.split([len(patches) for _, patches in targets])
+        sums = 0.0
+        for inputs, p, p_patches in zip(pieces, p_t, p_t_patches):
+            with autocast:
+                student, patches, features = ddp(*inputs)
+            cls, entropy, kl = dino_loss(student, p)
+            patch = patch_loss(patches, p_patches, inputs[1])
+            koleo = sum(koleo_loss(f, args.koleo_group) for f in features.chunk(2))  # by crop
+            loss = cls + args.patch_weight * patch + args.koleo_weight * koleo
+            losses = torch.stack([loss, cls, patch, koleo, entropy, kl]) / args.accum_steps
+            scaler.scale(losses[0]).backward()
+            sums = sums + losses.detach()
         if args.clip_grad:
             scaler.unscale_(optimizer)
             for module in model.student.values():  # backbone and heads, each by itself
@@ -692,6 +715,7 @@ def train(args: Args) -> dict:
         momentum = warmup_cosine(step, run.total, 0, args.teacher_momentum, end=1.0)
         update_teacher(model.student, model.teacher, momentum)
 
+        loss, cls, patch, koleo, entropy, kl = sums
         terms = {"loss": (loss, chance), "cls_loss": (cls, cls_chance)}
         terms |= {"patch_loss": (patch, patch_chance), "koleo": (koleo, None)}
         terms |= {"teacher_entropy": (entropy, None), "kl": (kl, None)}

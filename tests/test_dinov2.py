@@ -219,7 +219,8 @@ def test_only_masked_patches_reach_the_heads():
         head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     mask = torch.rand(4, 16) < 0.3
     crops = [torch.randn(2, 3, size, size) for size in (32, 32, 16)]
-    student, patches, teacher, teacher_patches, features = model(crops, mask)
+    teacher, teacher_patches = model.teach(crops, mask)
+    student, patches, features = model(crops, mask)
     assert seen == [(int(mask.sum()), 48)] * 2
     assert student.shape == (6, 40) and teacher.shape == (4, 40) and patches.shape == teacher_patches.shape == (mask.sum(), 40)
     whole = model.teacher.backbone.tokens(torch.cat(crops[:2]))
@@ -354,6 +355,25 @@ def test_log_and_evaluation(photos, tmp_path, flags):
     assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 
+@pytest.mark.parametrize("centering", ["center", "sinkhorn"])
+def test_accumulation_is_exact(photos, tmp_path, centering):
+    """The teacher's side is computed for the whole batch first, which Sinkhorn-Knopp and the centers see; KoLeo's groups
+    lie in a piece."""
+    runs = [[], ["--accum-steps", "4"]]
+    flags = ["--max-steps", "3", "--no-shared-head", "--freeze-last-layer", "0", "--mask-prob", "0.5",
+             "--koleo-group", "2", "--centering", centering]  # fmt: skip
+    grads = [train_here("dinov2", photos, tmp_path / str(len(f)), *flags, *f) for f in runs]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    keys = "loss", "cls_loss", "patch_loss", "koleo", "teacher_entropy", "kl"
+    a, b = (torch.tensor([[row[k] for k in keys] for row in rows(tmp_path / str(len(f)))]) for f in runs)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    a, b = (saved(tmp_path / str(len(f)))["model"] for f in runs)
+    for name in ("center", "center2"):
+        assert (a[name].abs().max() > 0) == (centering == "center")
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
 def test_fsdp_is_the_same_run(photos, tmp_path):
     """Two processes with and without --fsdp: curve, gradient norm's effect, checkpoint; then a resumed one."""
     evaluated = ["--eval-every", "0", "--eval-data", "shapes"]
@@ -362,12 +382,15 @@ def test_fsdp_is_the_same_run(photos, tmp_path):
             ["dinov2", str(photos), str(tmp_path / "fsdp"), ["--max-steps", "20", "--no-shared-head", *evaluated, *sharded]],
             ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "9", "--no-shared-head", *evaluated, *sharded]],
             ["dinov2", str(photos), str(tmp_path / "parts"), ["--max-steps", "20", "--no-shared-head", *evaluated, *sharded]],
-            ["dinov2", str(photos), str(tmp_path / "shared"), ["--max-steps", "3", "--fsdp"]]]  # fmt: skip
+            ["dinov2", str(photos), str(tmp_path / "shared"), ["--max-steps", "3", "--fsdp", "--koleo-group", "2"]],
+            ["dinov2", str(photos), str(tmp_path / "pieces"),
+             ["--max-steps", "3", "--fsdp", "--koleo-group", "2", "--accum-steps", "2"]]]  # fmt: skip
     argv = argv_of("tests/runs.py", json.dumps(jobs), processes=2)
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    ddp, fsdp, parts = (rows(tmp_path / d) for d in ("ddp", "fsdp", "parts"))
+    ddp, fsdp, parts, shared, pieces = (rows(tmp_path / d) for d in ("ddp", "fsdp", "parts", "shared", "pieces"))
     for key in ("loss", "koleo", "patch_loss"):
+        assert [row[key] for row in shared] == pytest.approx([row[key] for row in pieces], rel=1e-4)
         a, b = (torch.tensor([row[key] for row in run if key in row]) for run in (ddp, fsdp))
         assert len(a) == 20
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -392,6 +415,9 @@ def test_fsdp_is_the_same_run(photos, tmp_path):
     (["--koleo-group", "3"], "--koleo-group 3 must be at least 2 and divide --batch-size 8"),
     (["--koleo-group", "1"], "--koleo-group 1 must be at least 2"),
     (["--fsdp"], "start it with torchrun"),
+    (["--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"),
+    (["--accum-steps", "2"], "needs a --koleo-group that divides a piece of 4 samples"),
+    (["--accum-steps", "4", "--koleo-group", "4"], "needs a --koleo-group that divides a piece of 2 samples"),
 ])  # fmt: skip
 def test_mistakes(photos, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -432,7 +458,8 @@ def test_paste():
     model = space["DINOv2"](student, teacher)
     crops = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16, 16)]
     mask = torch.rand(8, 16) < 0.3
-    logits, patches, targets, target_patches, features = model(crops, mask, [torch.rand(4, 2, 2) for _ in crops])
+    targets, target_patches = model.teach(crops, mask)
+    logits, patches, features = model(crops, mask, [torch.rand(4, 2, 2) for _ in crops])
     assert not targets.requires_grad and not target_patches.requires_grad
     loss, _, _ = space["dino_loss"](logits, space["sinkhorn_knopp"](targets, 0.07))
     loss = loss + space["patch_loss"](patches, space["center_softmax"](target_patches, model.center2[0], 0.07), mask)

@@ -18,8 +18,11 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "align_groups_accum": ("align", ["--bn-group", "2", "--accum-steps", "2"]),
     "declip_released": ("declip", ["--released"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
+    "ibot_accum": ("ibot", ["--accum-steps", "2"]),
     "dinov2_sinkhorn": ("dinov2", ["--centering", "sinkhorn", "--no-shared-head", "--koleo-group", "4", "--mask-prob", "0.3",
                                    "--grad-checkpointing", "selective"]),  # fmt: skip
+    "dinov2_pairs": ("dinov2", ["--koleo-group", "2"]),  # of KoLeo, which lie in one piece
+    "dinov2_pairs_accum": ("dinov2", ["--koleo-group", "2", "--accum-steps", "2"]),
     "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
     "simsiam": ("simsiam", ["--base-lr", "0.05"]),
     "dino_resnet": ("dino", ["--arch", "resnet18", "--stem", "imagenet", "--head-bn", "--optimizer", "sgd"]),
