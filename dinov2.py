@@ -607,7 +607,7 @@ def train(args: Args) -> dict:
     small = args.crop_min, args.crop_split
     local = DINOv2View(args.local_size, small, 0.5 * args.blur, 0.0, depth)
     views = {
-        "global1": DINOv2View(args.image_size, large, 0.0 * args.blur, 0.0, depth, mask),
+        "global1": DINOv2View(args.image_size, large, 0.0, 0.0, depth, mask),
         "global2": DINOv2View(args.image_size, large, 0.9 * args.blur, 0.2, depth, mask),
     }
     for i in range(args.local_crops):
@@ -682,9 +682,10 @@ def train(args: Args) -> dict:
         for first in range(0, b, piece):
             rows = slice(first, first + piece)
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
-            pieces.append(([x[rows] for x in crops], mask, [u[rows] for u in drop_path]))
+            part = [x[rows] for x in crops]
+            pieces.append((part, mask, [u[rows] for u in drop_path]))
             with autocast:
-                targets.append(model.teach(*pieces[-1][:2]))
+                targets.append(model.teach(part, mask))
         teacher, teacher_patches = map(torch.cat, zip(*targets))  # of the whole batch
         if args.centering == "sinkhorn":
             p_t = sinkhorn_knopp(teacher, teacher_temp)
@@ -716,9 +717,11 @@ def train(args: Args) -> dict:
         update_teacher(model.student, model.teacher, momentum)
 
         loss, cls, patch, koleo, entropy, kl = sums
-        terms = {"loss": (loss, chance), "cls_loss": (cls, cls_chance)}
-        terms |= {"patch_loss": (patch, patch_chance), "koleo": (koleo, None)}
-        terms |= {"teacher_entropy": (entropy, None), "kl": (kl, None)}
+        terms = {
+            "loss": (loss, chance), "cls_loss": (cls, cls_chance),
+            "patch_loss": (patch, patch_chance), "koleo": (koleo, None),
+            "teacher_entropy": (entropy, None), "kl": (kl, None),
+        }
         run.end_step(
             terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
             teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
