@@ -9,12 +9,14 @@ written into docs/.
 
 import ast
 import functools
+import io
 import re
 import sys
 from pathlib import Path
 
 import markdown as python_markdown
 from mkdocs.structure.files import File
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "book"), str(ROOT / "benchmarks"), str(ROOT)]
@@ -349,6 +351,12 @@ def curves_page():
 
 
 # ------------------------------------ pictures ------------------------------------
+def later(picture):
+    """Attributes of a picture that is loaded when the reader comes near it, in the place it will need."""
+    width, height = Image.open(picture).size
+    return f'{{loading=lazy width="{width}" height="{height}"}}'
+
+
 def pictures_page():
     text = "# Pictures\n\n## Drawn data sets\n\nThese sets need no files: every sample is a function of its "
     text += "number ([scenes.py](source/scenes.md)).\n"
@@ -356,7 +364,7 @@ def pictures_page():
         png, captions = figures.samples(dataset("train", figures.Sample), 16, 8)
         generated[f"pictures/{name}.png"] = png
         alt = f"sixteen samples of the drawn set {name}"
-        text += f"\n### {name}\n\n![{alt}](pictures/{name}.png)\n\n"
+        text += f"\n### {name}\n\n![{alt}](pictures/{name}.png){later(io.BytesIO(png))}\n\n"
         if any(captions):
             text += "Captions, row by row: " + "; ".join(captions) + ".\n"
     text += "\n## Pictures of our own checkpoints\n"
@@ -369,7 +377,8 @@ def pictures_page():
                 title = alt[0].upper() + alt[1:]
                 where = place(page.relative_to(ROOT).as_posix())
                 heading = page.read_text().partition("\n")[0].removeprefix("# ")
-                text += f"\n### {title}\n\n![{alt}]({path})\n\nFrom the page [{heading}]({where}).\n"
+                shown = f"![{alt}]({path}){later(page.parent / target)}"
+                text += f"\n### {title}\n\n{shown}\n\nFrom the page [{heading}]({where}).\n"
     return text
 
 
