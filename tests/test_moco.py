@@ -14,7 +14,7 @@ from torch import nn
 import moco
 from evaluation.weights import open_network
 from run import load_checkpoint
-from runs import argv_of, environment, make_photos, rows, train_here
+from runs import FLAGS, argv_of, environment, make_photos, rows, train_here
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -237,6 +237,18 @@ def test_one_group_is_warned_of(tmp_path, capsys):
     for group, warned in (("4", False), ("8", True)):
         train_here("moco", photos, tmp_path / group, "--max-steps", "1", "--eval-every", "0", "--bn-group", group)
         assert ("shuffling is in vain" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("version, temperature", [("1", "0.07"), ("2", "0.2")])
+def test_each_version_has_the_temperature_of_its_paper(tmp_path, version, temperature, monkeypatch):
+    photos, losses = make_photos(tmp_path / "photos"), []
+    flags = [flag for flag in FLAGS["moco"] if flag not in ("--temperature", "0.5")]
+    monkeypatch.setitem(FLAGS, "moco", flags)
+    for number, given in enumerate(([], ["--temperature", temperature])):
+        flags = ["--version", version, "--max-steps", "2", "--eval-every", "0", *given]
+        train_here("moco", photos, tmp_path / str(number), *flags)
+        losses.append([row["loss"] for row in rows(tmp_path / str(number))])
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
 
 
 def test_versions_differ_as_the_papers_say():
