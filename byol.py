@@ -74,6 +74,7 @@ class Args(RunArgs):
     tau_end: float = 1.0  # the target's EMA momentum after the last step (Sec. 3.3)
     image_size: int = 224  # side of a view in pixels
     crop_min: float = 0.08  # smallest area of a crop, as a share of the image (App. B)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views (App. B); not for CIFAR-10
     epochs: int = 1000  # passes over the data (Sec. 3.3); 300 in the ablations
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -131,8 +132,9 @@ class BYOLView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, blur=1.0, solarize=0.0, crop_min=0.08):
+    def __init__(self, size, blur=1.0, solarize=0.0, crop_min=0.08, strength=1.0):
         self.size = size
+        self.strength = strength
         self.blur = blur
         self.solarize = solarize
         self.crop_min = crop_min
@@ -145,6 +147,8 @@ class BYOLView:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s)
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -152,7 +156,7 @@ class BYOLView:
             "blur": rng.random() < self.blur,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             "solarize": rng.random() < self.solarize,
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+            **draw_jitter(rng, **jitter),
         }
 
     def __call__(self, x, params):
@@ -353,8 +357,9 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args)
     blur1, blur2 = (1.0, 0.1) if args.blur else (0.0, 0.0)  # probabilities (Table 6)
-    view1 = BYOLView(args.image_size, blur1, solarize=0.0, crop_min=args.crop_min)
-    view2 = BYOLView(args.image_size, blur2, solarize=0.2, crop_min=args.crop_min)
+    crop_min, s = args.crop_min, args.jitter_strength
+    view1 = BYOLView(args.image_size, blur1, solarize=0.0, crop_min=crop_min, strength=s)
+    view2 = BYOLView(args.image_size, blur2, solarize=0.2, crop_min=crop_min, strength=s)
     views = {"view1": view1, "view2": view2}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

@@ -72,6 +72,7 @@ class Args(RunArgs):
     local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
     crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (App. E)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
     temperature: float = 0.1  # tau_s, the student's temperature (Sec. 3.2)
     teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up (Sec. 3.2)
@@ -162,8 +163,11 @@ class DINOView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0):
+    def __init__(
+        self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, strength=1.0
+    ):
         self.size = size
+        self.strength = strength
         self.scale = scale
         self.blur = blur
         self.solarize = solarize
@@ -176,6 +180,8 @@ class DINOView:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s)
         params = {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -183,7 +189,7 @@ class DINOView:
             "blur": rng.random() < self.blur,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             "solarize": rng.random() < self.solarize,
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+            **draw_jitter(rng, **jitter),
         }
         # two numbers a block, drawn here: stochastic depth depends on the sample, not the process
         params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
@@ -556,10 +562,11 @@ def train(args: Args) -> dict:
     if args.drop_path and hasattr(model.student.backbone, "blocks"):
         depth = len(model.student.backbone.blocks)
     large, small = (args.crop_split, 1.0), (args.crop_min, args.crop_split)  # shares of the area
-    local = DINOView(args.local_size, small, 0.5 * args.blur, 0.0, depth)
+    s = args.jitter_strength
+    local = DINOView(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
-        "global1": DINOView(args.image_size, large, 1.0 * args.blur, 0.0, depth),
-        "global2": DINOView(args.image_size, large, 0.1 * args.blur, 0.2, depth),
+        "global1": DINOView(args.image_size, large, 1.0 * args.blur, 0.0, depth, strength=s),
+        "global2": DINOView(args.image_size, large, 0.1 * args.blur, 0.2, depth, strength=s),
     }
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local

@@ -67,6 +67,7 @@ class Args(RunArgs):
     local_crops: int = 8  # L, number of local crops (0: global crops alone)
     crop_split: float = 0.32  # s: global crops cover (s, 1) of the area, local ones (--crop-min, s)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views; not for CIFAR-10
     mask_prob: float = 0.5  # p, share of the global crops that are masked at all
     mask_ratio: float = 0.3  # mean share of masked patches in a masked crop
@@ -167,8 +168,11 @@ class DINOv2View:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, scale=(0.32, 1.0), blur=0.0, solarize=0.0, depth=0, mask=None):
+    def __init__(
+        self, size, scale=(0.32, 1.0), blur=0.0, solarize=0.0, depth=0, mask=None, strength=1.0
+    ):
         self.size = size
+        self.strength = strength
         self.scale = scale
         self.blur = blur
         self.solarize = solarize
@@ -181,6 +185,8 @@ class DINOv2View:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s)
         params = {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -188,7 +194,7 @@ class DINOv2View:
             "blur": rng.random() < self.blur,
             "solarize": rng.random() < self.solarize,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+            **draw_jitter(rng, **jitter),
         }
         # two numbers a block, drawn here: stochastic depth depends on the sample, not the process
         params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
@@ -605,10 +611,11 @@ def train(args: Args) -> dict:
     mask = dict(side=side, prob=args.mask_prob, ratio=args.mask_ratio, var=args.mask_ratio_var)
     large = args.crop_split, 1.0  # shares of the area
     small = args.crop_min, args.crop_split
-    local = DINOv2View(args.local_size, small, 0.5 * args.blur, 0.0, depth)
+    s = args.jitter_strength
+    local = DINOv2View(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
-        "global1": DINOv2View(args.image_size, large, 0.0, 0.0, depth, mask),
-        "global2": DINOv2View(args.image_size, large, 0.9 * args.blur, 0.2, depth, mask),
+        "global1": DINOv2View(args.image_size, large, 0.0, 0.0, depth, mask, s),
+        "global2": DINOv2View(args.image_size, large, 0.9 * args.blur, 0.2, depth, mask, s),
     }
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local

@@ -68,6 +68,7 @@ class Args(RunArgs):
     local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
     crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (App. B)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
     mask_shape: Literal["block", "rand"] = "block"  # blocks as in BEiT, or single patches
     mask_prob: float = 0.5  # p, share of the global crops that are masked at all (official code)
@@ -177,8 +178,11 @@ class IBOTView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None):
+    def __init__(
+        self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None, strength=1.0
+    ):
         self.size = size
+        self.strength = strength
         self.scale = scale
         self.blur = blur
         self.solarize = solarize
@@ -192,6 +196,8 @@ class IBOTView:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s)
         params = {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -199,7 +205,7 @@ class IBOTView:
             "blur": rng.random() < self.blur,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             "solarize": rng.random() < self.solarize,
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+            **draw_jitter(rng, **jitter),
         }
         # two numbers a block, drawn here: stochastic depth depends on the sample, not the process
         params["drop_path"] = [[rng.random(), rng.random()] for _ in range(self.depth)]
@@ -556,10 +562,11 @@ def train(args: Args) -> dict:
         ratio=args.mask_ratio, var=args.mask_ratio_var,
     )
     large, small = (args.crop_split, 1.0), (args.crop_min, args.crop_split)  # shares of the area
-    local = IBOTView(args.local_size, small, 0.5 * args.blur, 0.0, depth)
+    s = args.jitter_strength
+    local = IBOTView(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
-        "global1": IBOTView(args.image_size, large, 1.0 * args.blur, 0.0, depth, mask),
-        "global2": IBOTView(args.image_size, large, 0.1 * args.blur, 0.2, depth, mask),
+        "global1": IBOTView(args.image_size, large, 1.0 * args.blur, 0.0, depth, mask, s),
+        "global2": IBOTView(args.image_size, large, 0.1 * args.blur, 0.2, depth, mask, s),
     }
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local

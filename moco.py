@@ -64,6 +64,7 @@ class Args(RunArgs):
     bn_group: int = 32  # samples that batch norm sees together; the papers' batch per GPU
     image_size: int = 224  # side of a view in pixels
     crop_min: float = 0.2  # smallest area of a crop, as a share of the image (official code)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views, in version 2 (its Sec. 3)
     temperature: float | None = None  # tau (default: 0.07 in version 1, 0.2 in version 2)
     epochs: int = 200  # passes over the data (Sec. 3.3); 800 for version 2's best
@@ -116,8 +117,9 @@ class MoCoView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, version="2", crop_min=0.2, blur=True):
+    def __init__(self, size, version="2", crop_min=0.2, blur=True, strength=1.0):
         self.size = size
+        self.strength = strength
         self.version = version
         self.crop_min = crop_min
         self.blur = blur and version == "2"
@@ -130,14 +132,16 @@ class MoCoView:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
-        hue, jitter = (0.4, 1.0) if self.version == "1" else (0.1, 0.8)
+        s = self.strength
+        hue, often = (0.4, 1.0) if self.version == "1" else (0.1, 0.8)
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.4 * s, hue=hue * s)
         return {
             "flip": rng.random() < 0.5,
-            "jitter": rng.random() < jitter,
+            "jitter": rng.random() < often,
             "gray": rng.random() < 0.2,
             "blur": rng.random() < 0.5,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=hue),
+            **draw_jitter(rng, **jitter),
         }
 
     def __call__(self, x, params):
@@ -422,7 +426,8 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args)
-    view = MoCoView(args.image_size, args.version, args.crop_min, args.blur)
+    s = args.jitter_strength
+    view = MoCoView(args.image_size, args.version, args.crop_min, args.blur, strength=s)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

@@ -60,6 +60,7 @@ class Args(RunArgs):
     freeze_patch_embed: bool = True  # a transformer's patch embedding stays as initialised (Sec. 4)
     image_size: int = 224  # side of a view in pixels
     crop_min: float = 0.08  # smallest area of a crop, of the image's; ResNets: 0.2 (official)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur view 1 always and view 2 with probability 0.1
     temperature: float = 0.2  # tau; 1.0 for ResNets (official code)
     epochs: int = 300  # passes over the data (Table 4)
@@ -128,8 +129,9 @@ class MoCoV3View:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, first=True, crop_min=0.08, blur=True):
+    def __init__(self, size, first=True, crop_min=0.08, blur=True, strength=1.0):
         self.size = size
+        self.strength = strength
         self.crop_min = crop_min
         self.blur = blur
         self.blur_p = 1.0 if first else 0.1
@@ -143,6 +145,8 @@ class MoCoV3View:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.2 * s, hue=0.1 * s)
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -150,7 +154,7 @@ class MoCoV3View:
             "blur": rng.random() < self.blur_p,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
             "solarize": rng.random() < self.solarize_p,
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+            **draw_jitter(rng, **jitter),
         }
 
     def __call__(self, x, params):
@@ -443,8 +447,9 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args)
-    view1 = MoCoV3View(args.image_size, first=True, crop_min=args.crop_min, blur=args.blur)
-    view2 = MoCoV3View(args.image_size, first=False, crop_min=args.crop_min, blur=args.blur)
+    options = dict(crop_min=args.crop_min, blur=args.blur, strength=args.jitter_strength)
+    view1 = MoCoV3View(args.image_size, first=True, **options)
+    view2 = MoCoV3View(args.image_size, first=False, **options)
     views = {"view1": view1, "view2": view2}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

@@ -63,6 +63,7 @@ class Args(RunArgs):
     stop_gradient: Literal["on", "off"] = "on"  # off: the network collapses (Sec. 4.1)
     image_size: int = 224  # side of a view in pixels
     crop_min: float = 0.2  # smallest area of a crop, as a share of the image (App. A)
+    jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views (App. A); not for CIFAR-10 (App. D)
     epochs: int = 100  # passes over the data (Sec. 3); up to 800 in Table 4
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -109,8 +110,9 @@ class SimSiamView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, blur=True, crop_min=0.2):
+    def __init__(self, size, blur=True, crop_min=0.2, strength=1.0):
         self.size = size
+        self.strength = strength
         self.blur = blur
         self.crop_min = crop_min
 
@@ -122,13 +124,15 @@ class SimSiamView:
 
     def sample(self, rng):
         """In a loader worker: what else is random about this view of this sample."""
+        s = self.strength
+        jitter = dict(brightness=0.4 * s, contrast=0.4 * s, saturation=0.4 * s, hue=0.1 * s)
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
             "gray": rng.random() < 0.2,
             "blur": rng.random() < 0.5,
             "sigma": rng.uniform(0.1, 2.0),  # pixels
-            **draw_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+            **draw_jitter(rng, **jitter),
         }
 
     def __call__(self, x, params):
@@ -306,7 +310,8 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args)
-    view = SimSiamView(args.image_size, args.blur, args.crop_min)
+    s = args.jitter_strength
+    view = SimSiamView(args.image_size, args.blur, args.crop_min, strength=s)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

@@ -64,17 +64,33 @@ def views_of(tmp_path_factory):
     def loader(dataset, views, *_):
         raise Stop(views)
 
-    def views_of(name):
-        if name not in found:
+    def views_of(name, *flags):
+        if (name, *flags) not in found:
             module = importlib.import_module(name)
-            args = module.parse_args(module.Args, module.RECIPES, ["--data", str(photos), *FLAGS[name]])
+            argv = ["--data", str(photos), *FLAGS[name], *flags]
+            args = module.parse_args(module.Args, module.RECIPES, argv)
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop) as stopped:
                 patch.setattr(module, "Loader", loader)
                 module.train(args)
-            found[name] = stopped.value.args[0]
-        return found[name]
+            found[(name, *flags)] = stopped.value.args[0]
+        return found[(name, *flags)]
 
     return views_of
+
+
+JITTERED = [name for name, key in POLICIES if key in ("view1", "global1") and name not in ("slip", "declip")]
+
+
+@pytest.mark.parametrize("name", JITTERED)
+def test_the_strength_of_the_jitter_is_a_factor_of_every_range(name, views_of):
+    """The same random numbers give half the deviation from the image as it is."""
+    whole, half = views_of(name), views_of(name, "--jitter-strength", "0.5")
+    for key, view in whole.items():
+        for i in range(5):
+            a, b = (v.sample(random.Random(f"{key} {i}")) for v in (view, half[key]))
+            for factor, nothing in dict(brightness=1, contrast=1, saturation=1, hue=0).items():
+                assert b[factor] - nothing == pytest.approx(0.5 * (a[factor] - nothing), abs=1e-9), (key, factor)
+            assert a["jitter"] == b["jitter"] and a["order"] == b["order"]
 
 
 @pytest.mark.parametrize("name, key", POLICIES)
