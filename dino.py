@@ -103,10 +103,10 @@ STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_e
 RECIPES = {
     # our own, for the embedded data
     "flocks": dict(
-        arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
-        crop_min=0.15, blur=False, hidden_dim=512, out_dim=256, freeze_last_layer=0.0,
-        drop_path=0.0, teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98,
-        center_momentum=0.8, epochs=3, batch_size=64, base_lr=8e-3, warmup_epochs=0.2,
+        arch="resnet10", width=0.25, stem="small", image_size=32, local_crops=0, crop_split=0.5,
+        jitter_strength=0.25, blur=False, head_layers=2, head_bn=True, hidden_dim=512, out_dim=256,
+        freeze_last_layer=0.0, teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.98,
+        epochs=3, batch_size=128, optimizer="sgd", base_lr=0.1, warmup_epochs=0.2,
         weight_decay_end=0.04,
     ),
     "shapes": dict(
