@@ -100,11 +100,11 @@ class Args(RunArgs):
 
 
 RECIPES = {  # our own, but for the last two
-    "flocks": dict(arch="vit_nano_patch8", image_size=32, local_size=16, local_crops=2,
-                   crop_split=0.3, crop_min=0.15, blur=False, layer_scale=1.0, hidden_dim=512,
-                   out_dim=64, freeze_last_layer=0.0, drop_path=0.0, centering="sinkhorn",
-                   teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.95,
-                   koleo_weight=0.5, layer_decay=1.0, patch_embed_lr=1.0, epochs=3, batch_size=64,
+    "flocks": dict(arch="vit_nano_patch8", image_size=32, local_crops=0, crop_split=0.7,
+                   jitter_strength=0.0, blur=False, layer_scale=1.0, hidden_dim=512, out_dim=64,
+                   freeze_last_layer=0.0, drop_path=0.0, centering="sinkhorn", teacher_temp=0.02,
+                   warmup_teacher_temp=0.02, teacher_momentum=0.95, koleo_weight=0.5,
+                   layer_decay=1.0, patch_embed_lr=1.0, epochs=3, batch_size=128,
                    warmup_epochs=0.2, weight_decay_end=0.04),
     "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2,
                    layer_scale=1.0, blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0,

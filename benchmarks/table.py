@@ -227,17 +227,24 @@ def curves(prefix, method):
 
 
 def knn_of_all(prefix, data):
-    """A row for each method's run NAME_DATA that has a kNN curve: the curve, evaluate.py's kNN, and that of
-    the same network with random weights."""
+    """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images seen,
+    evaluate.py's kNN, and that of the same network with random weights."""
     runs = [r for r in results().values() if r["name"] == f"{r['method']}_{data}"]
-    curves = {r["name"]: {step: v["knn_top1"] for step, v in r["curve"] if "knn_top1" in v} for r in runs}
-    runs = [r for r in runs if curves[r["name"]]]
-    steps = sorted({step for r in runs for step in curves[r["name"]]})
-    header = ["method", *(f"step {step}" for step in steps), "evaluate.py", "random weights", "minutes"]
-    rows = []
+    curves = {}
     for r in runs:
-        curve = [number(curves[r["name"]][step]) if step in curves[r["name"]] else "" for step in steps]
+        points = {step * r["args"]["batch_size"]: v["knn_top1"] for step, v in r["curve"] if "knn_top1" in v}
+        curves[r["name"]] = points
+    runs = [r for r in runs if curves[r["name"]]]
+    seen = sorted({images for r in runs for images in curves[r["name"]]})
+    columns = [f"{images:,} images" if images else "random weights" for images in seen]
+    header, rows = ["method", *columns, "minutes"], []
+    scored = [r for r in runs if f"knn {data} val" in r["metrics"]]
+    if scored:
+        header[-1:] = ["evaluate.py", "evaluate.py, random weights", "minutes"]
+    for r in runs:
+        curve = [number(curves[r["name"]][images]) if images in curves[r["name"]] else "" for images in seen]
         found = [r["metrics"].get(f"knn {data} val{which}", {}).get("top1") for which in ("", ", random weights")]
+        found = found if scored else []
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
         rows.append([link, *curve, *("" if x is None else number(x) for x in found), f"{r['minutes']:.1f}"])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
