@@ -363,7 +363,7 @@ def update_statistics(model):
     """Running statistics move toward the mean over all groups of the step, of all pieces and
     processes. They take no part in training, so once a step is enough."""
     for module in model.modules():
-        if isinstance(module, GroupBatchNorm):
+        if isinstance(module, GroupBatchNorm) and module.seen:  # a frozen one saw no batch
             mean, var = all_reduce_mean(torch.stack(module.seen).mean(0))
             module.running_mean.lerp_(mean, module.momentum)
             module.running_var.lerp_(var, module.momentum)

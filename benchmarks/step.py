@@ -1,10 +1,10 @@
 """What a training step costs beside the libraries people would use: forward, loss, backward, optimizer.
 
 clip.py against open_clip and, where it is installed, transformers (the same ViT-S/16 at 112 px), simclr.py
-against lightly's modules and loss, put together as in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both sides have the same weights, batch and
-precision. Nothing is timed before two steps of each gave the same losses, to 1e-4: two, so that gradient and
-optimizer are compared too. On the CPU the clock counts work of this process only. Rows in between say where a
-difference comes from:
+against lightly's modules and loss, put together as in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both
+sides have the same weights, batch and precision. Nothing is timed before two steps of each gave the same
+losses, to 1e-4: two, so that gradient and optimizer are compared too. On the CPU the clock counts work of this
+process only. Rows in between say where a difference comes from:
 
     here, 77 tokens                open_clip pads all captions to 77, clip.py to the longest of the batch
     lightly, views in one batch    its example encodes one view at a time: batch norm sees half as much

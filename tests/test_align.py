@@ -164,6 +164,19 @@ def test_pieces_of_groups_are_exact(photos, tmp_path, monkeypatch):
         torch.testing.assert_close(value, saved[1][key], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("pieces", ["1", "2"])
+def test_groups_of_a_frozen_image_side_stay_as_they_are(photos, tmp_path, pieces):
+    flags = ["--bn-group", "2", "--max-steps", "2", "--eval-every", "0"]
+    train_here("align", photos, tmp_path / "first", *flags)
+    init = ["--init", str(tmp_path / "first"), "--tokenizer", str(tmp_path / "first/tokenizer.json")]
+    frozen = ["--freeze", "image", "--accum-steps", pieces]
+    train_here("align", photos, tmp_path / "frozen", *flags, *init, *frozen)
+    before, after = (load_checkpoint(tmp_path / run)["model"] for run in ("first", "frozen"))
+    names = [name for name in before if "running" in name]
+    assert len(names) > 20 and all(torch.equal(before[name], after[name]) for name in names)
+    assert not torch.equal(before["text_projection.weight"], after["text_projection.weight"])
+
+
 def test_a_group_is_a_batch_of_its_own():
     torch.manual_seed(0)
     norm, plain = torch.nn.BatchNorm2d(3, eps=1e-3), torch.nn.BatchNorm2d(3, eps=1e-3)
