@@ -159,11 +159,11 @@ def test_simclr_in_a_classifier(tmp_path, capsys):
 FOLDER = "a folder"
 
 
-def test_simclr_in_a_resnet_of_clip(tmp_path, capsys):
+def test_simclr_in_a_resnet_of_clip(tmp_path, capsys, monkeypatch):
     """The four stages fit; the stem, which has three layers in CLIP, and the attention pooling stay random."""
     path, before = saved(tmp_path, "simclr", "--arch", "resnet50", "--width", "1")
     module = module_of("clip_resnet")
-    module.ARCHS["resnet_test"] = (32, (3, 4, 6, 3), 64, 64)
+    monkeypatch.setitem(module.ARCHS, "resnet_test", (32, (3, 4, 6, 3), 64, 64))
     model = started(path, "clip", "--arch", "resnet_test", tokenizer=Tokens())
     for name, tensor in before.backbone.state_dict().items():
         if name.startswith("layer"):
@@ -176,7 +176,7 @@ def test_simclr_in_a_resnet_of_clip(tmp_path, capsys):
 
 
 # ------------------------------------------------ released weights ------------------------------------------------
-def test_a_vit_of_timm_at_another_size(tmp_path, capsys):
+def test_a_vit_of_timm_at_another_size(tmp_path, capsys, monkeypatch):
     other = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7).eval()
     torch.nn.init.normal_(other.pos_embed)
     torch.save(other.state_dict(), tmp_path / "vit.pth")
@@ -186,7 +186,7 @@ def test_a_vit_of_timm_at_another_size(tmp_path, capsys):
         for name in "slip", "dino", "mocov3":
             arch = ["--arch", "vit_tiny_patch16" if name != "mocov3" else "vit_test_patch16"]
             if name == "mocov3":
-                module_of(name).ARCHS["vit_test"] = (192, 12, 3)
+                monkeypatch.setitem(module_of(name).ARCHS, "vit_test", (192, 12, 3))
             model = started(tmp_path / "vit.pth", name, *arch, "--image-size", "64", tokenizer=Tokens())
             torch.testing.assert_close(module_of(name).image_encoder(model).eval()(image), want, rtol=1e-4, atol=1e-4)
     assert "resized" not in capsys.readouterr().out
@@ -219,20 +219,20 @@ def test_a_vit_of_timm_in_clip(tmp_path):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2_of_timm(registers, tmp_path):
+def test_dinov2_of_timm(registers, tmp_path, monkeypatch):
     """Student and teacher, at another size; then in slip.py, where LayerScale becomes a part of the layers."""
     name = "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2"
     other = timm.create_model(name, img_size=56, depth=2, init_values=0.3, num_classes=0).eval()
     torch.nn.init.normal_(other.pos_embed, std=0.1)
     torch.save(other.state_dict(), tmp_path / "dinov2.pth")
-    module_of("dinov2").ARCHS["vit_test"] = (2, 384, 6)
+    monkeypatch.setitem(module_of("dinov2").ARCHS, "vit_test", (2, 384, 6))
     flags = ["--arch", "vit_test_patch14", "--image-size", "56", "--local-size", "28", "--registers", str(registers)]
     model = started(tmp_path / "dinov2.pth", "dinov2", *flags)
     image = torch.rand(2, 3, 56, 56)
     with torch.no_grad():
         for encoder in model.student.backbone, model.teacher.backbone:
             torch.testing.assert_close(encoder.eval()(image), other(image), rtol=1e-4, atol=1e-4)
-        module_of("slip").ARCHS["vit_test"] = (2, 384, 6)
+        monkeypatch.setitem(module_of("slip").ARCHS, "vit_test", (2, 384, 6))
         flags = ["--arch", "vit_test_patch14", "--image-size", "56"]
         if registers:
             with pytest.raises(UserError, match="it also holds register_tokens"):
