@@ -2,6 +2,7 @@
 
     python benchmarks/figure.py shapes      # zero-shot accuracy of the language-image files
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
+    python benchmarks/figure.py speed       # training steps beside other libraries, from results/side_by_side.json
 
 A line is the accuracy in the training loop; a dashed line in its colour is the same network with random weights,
 which the loop measured before the first step. Older runs did not: there a ring at the left end is what evaluate.py
@@ -9,6 +10,7 @@ gave random weights on the whole split. The dotted line is chance. Needs matplot
 """
 
 import argparse
+import json
 
 from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
 
@@ -30,7 +32,7 @@ def random_weights(record):
     return None
 
 
-def draw(data, path):
+def draw_curves(data, path):
     import matplotlib
 
     matplotlib.use("agg")
@@ -61,10 +63,41 @@ def draw(data, path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def draw_speed(path):
+    """A bar for each library and method: seconds of its step / seconds of the step here, the medians of rounds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    record = json.loads((ROOT / "results/side_by_side.json").read_text())
+    bars = []
+    for method, found in record["results"].items():
+        for name, row in found["rows"].items():
+            if not name.startswith("here"):
+                bars.append((f"{methods()[method][0]} beside {name}", row["over_here_median"]))
+    names, ratios = zip(*reversed(bars))
+    figure, axis = plt.subplots(figsize=(SIZE[0], 0.6 + 0.28 * len(bars)), layout="constrained")
+    drawn = axis.barh(names, ratios, color=["tab:blue" if ratio >= 1 else "tab:orange" for ratio in ratios])
+    axis.bar_label(drawn, fmt="%.2f", padding=3)
+    axis.axvline(1, color="grey", linestyle=":")
+    axis.set(xlabel=f"time of a step there / here ({record['gpu'] or record['cpu']}, {record['dtype']})", xlim=(0, 1.1 * max(ratios)))
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw(name, path):
+    if name == "speed":
+        draw_speed(path)
+    else:
+        draw_curves(name, path)
+
+
 def parser():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("data", help="last part of the names of the recorded runs")
+    parser.add_argument("data", help="last part of the names of the recorded runs, or speed")
     return parser
 
 

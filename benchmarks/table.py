@@ -327,12 +327,12 @@ def ablations(prefix):
 
 
 def speed(prefix):
-    """From what benchmarks/augment.py, step.py and loss_memory.py wrote to results/."""
+    """From what benchmarks/augment.py, step.py, side_by_side.py and loss_memory.py wrote to results/."""
     rows = []
     for path in sorted((ROOT / "results").glob("*.json")):
         r, kind = json.loads(path.read_text()), re.match("[a-z]+", path.stem)[0]
         link, machine = f"[{path.stem}]({prefix}results/{path.name})", r.get("gpu") or r.get("cpu")
-        for name, found in r["results"].items() if kind in ("augment", "step", "loss") else ():
+        for name, found in r["results"].items() if kind in ("augment", "step", "side", "loss") else ():
             if kind == "augment":
                 pil = found["ms"]["pil"][0]
                 for way, what in (("worker", "loader worker"), ("worker+device", "and the device's part")):
@@ -344,6 +344,13 @@ def speed(prefix):
                 a, b = theirs["ms_min"], found["rows"]["here"]["ms_min"]
                 what = f"training step, {found['setting']}, {machine}, {r['dtype']}"
                 rows.append([link, what, f"{peer} {a:.0f} ms", f"{b:.0f} ms", f"{a / b:.2f}x"])
+            elif kind == "side":
+                what = f"training step of {name}, {found['setting']}, {machine}, {r['dtype']}"
+                ours = f"{found['rows']['here']['ms_median']:.0f} ms"
+                for peer, theirs in found["rows"].items():
+                    if not peer.startswith("here"):
+                        ratio = f"{theirs['over_here_median']:.2f}x"
+                        rows.append([link, what, f"{peer} {theirs['ms_median']:.0f} ms", ours, ratio])
             else:
                 each = [f"{p['matrix_bytes_per_b_x_B']:.1f} at {p['local_batch']} x {p['global_batch']}"
                         for p in (found[0], found[-1])]  # fmt: skip

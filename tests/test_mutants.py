@@ -45,4 +45,4 @@ def test_a_sample_is_noticed():
     assert not by_right, output
     assert len(others) == len(SAMPLE)
     for mutant, by, output in others:
-        assert by, (mutant, output)
+        assert by not in ("", mutants.LATE), (mutant, output)

@@ -14,7 +14,7 @@ from common import warmup_cosine
 from copies import ROOT
 from evaluation.weights import open_network
 from run import load_checkpoint
-from runs import RESNET18, make_photos, rows, train_here
+from runs import make_photos, rows, train_here
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -161,7 +161,7 @@ def trained(directory):
 
 
 COLLAPSE = "--warmup-epochs 0 --base-lr 1 --batch-size 48 --epochs 40 --image-size 16 --eval-every 0"
-COLLAPSE = [*COLLAPSE.split(), "--projector-layers", "3", "--hidden-dim", "0", *RESNET18]
+COLLAPSE = [*COLLAPSE.split(), "--projector-layers", "3", "--hidden-dim", "0", "--stem", "small"]
 
 
 def test_without_stop_gradient_it_collapses(photos, tmp_path):

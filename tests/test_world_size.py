@@ -14,8 +14,9 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "clip_checkpointed": ("clip", ["--grad-checkpointing", "full"]),
-    "align_groups": ("align", ["--bn-group", "2"]),
-    "align_groups_accum": ("align", ["--bn-group", "2", "--accum-steps", "2"]),
+    "align": ("align", ["--image-size", "32"]),
+    "align_groups": ("align", ["--image-size", "32", "--bn-group", "2"]),
+    "align_groups_accum": ("align", ["--image-size", "32", "--bn-group", "2", "--accum-steps", "2"]),
     "declip_released": ("declip", ["--released"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
     "ibot_accum": ("ibot", ["--accum-steps", "2"]),
@@ -32,10 +33,12 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
     "moco_v1": ("moco", ["--bn-group", "8", "--version", "1", "--batch-size", "16", "--queue-size", "48", "--epochs", "8"]),
 }
 # Batch norm over a few values magnifies float32's rounding, up to 1e-2 within 20 steps: float64 is compared all the closer
-PRECISE = {"align", "declip_resnet", "simclr", "byol", "simsiam", "mocov3_resnet", "dino_resnet", "moco", "moco_symmetric", "moco_v1",
+PRECISE = {"align", "clip_resnet", "declip_resnet", "simclr", "byol", "simsiam", "mocov3_resnet", "dino_resnet", "moco", "moco_symmetric", "moco_v1",
            "align_groups", "align_groups_accum"}  # fmt: skip
 
 
+# A method's curve has 20 steps, evaluations among them; its variants differ in a step, and 8 of them show it
+STEPS = {v: ["--max-steps", "20"] if v in NAMES else ["--max-steps", "8", "--eval-every", "0"] for v in VARIANTS}
 CASES = [(v, n) for v in VARIANTS for n in (2, 4) if n == 2 or v in NAMES]  # variants of a method on 2 only
 
 
@@ -49,7 +52,7 @@ def results(tmp_path_factory, request):
     photos = make_photos(root / "photos")
     for processes in (1, 2, 4):
         chosen = [v for v in VARIANTS if v in wanted and (processes == 1 or (v, processes) in CASES)]
-        jobs = [(VARIANTS[v][0], str(photos), str(root / f"{v}_{processes}"), [*VARIANTS[v][1], "--max-steps", "20"], v in PRECISE)
+        jobs = [(VARIANTS[v][0], str(photos), str(root / f"{v}_{processes}"), [*VARIANTS[v][1], *STEPS[v]], v in PRECISE)
                 for v in chosen]  # fmt: skip
         if processes == 1:
             for variant, (name, _, directory, flags, precise) in zip(chosen, jobs):
@@ -68,7 +71,7 @@ def results(tmp_path_factory, request):
 def test_same_run_on_more_processes(results, variant, processes):
     (one, one_grads), (many, many_grads) = results[variant, 1], results[variant, processes]
     losses = [[row["loss"] for row in rows(directory) if "loss" in row] for directory in (one, many)]
-    assert len(losses[0]) == 20 and len(set(losses[0])) > 15  # it moves
+    assert len(losses[0]) == int(STEPS[variant][1]) and len(set(losses[0])) > 0.75 * len(losses[0])  # it moves
     rtol, atol = (1e-9, 1e-10) if variant in PRECISE else (1e-4, 1e-5)
     torch.testing.assert_close(*(torch.tensor(curve, dtype=torch.float64) for curve in losses), rtol=rtol, atol=0)
     largest = max(g.abs().max() for g in one_grads)
