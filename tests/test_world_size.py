@@ -7,16 +7,15 @@ import subprocess
 import pytest
 import torch
 
-from runs import METHODS, argv_of, environment, float64, make_photos, rows, train_here
+from runs import METHODS, RESNET, argv_of, environment, float64, make_photos, rows, train_here
 
 NAMES = [*METHODS, "clip_resnet", "declip_resnet"]
 VARIANTS = {name: (name, []) for name in NAMES} | {
     "clip_accum": ("clip", ["--accum-steps", "2"]),
     "slip_accum": ("slip", ["--accum-steps", "2"]),
     "clip_checkpointed": ("clip", ["--grad-checkpointing", "full"]),
-    "align": ("align", ["--image-size", "32"]),
-    "align_groups": ("align", ["--image-size", "32", "--bn-group", "2"]),
-    "align_groups_accum": ("align", ["--image-size", "32", "--bn-group", "2", "--accum-steps", "2"]),
+    "align_groups": ("align", ["--bn-group", "2"]),
+    "align_groups_accum": ("align", ["--bn-group", "2", "--accum-steps", "2"]),
     "declip_released": ("declip", ["--released"]),
     "dino_accum": ("dino", ["--accum-steps", "2"]),
     "ibot_accum": ("ibot", ["--accum-steps", "2"]),
@@ -24,9 +23,9 @@ VARIANTS = {name: (name, []) for name in NAMES} | {
                                    "--grad-checkpointing", "selective"]),  # fmt: skip
     "dinov2_pairs": ("dinov2", ["--koleo-group", "2"]),  # of KoLeo, which lie in one piece
     "dinov2_pairs_accum": ("dinov2", ["--koleo-group", "2", "--accum-steps", "2"]),
-    "mocov3_resnet": ("mocov3", ["--arch", "resnet18", "--stem", "imagenet", "--optimizer", "lars"]),
+    "mocov3_resnet": ("mocov3", [*RESNET, "--optimizer", "lars"]),
     "simsiam": ("simsiam", ["--base-lr", "0.05"]),
-    "dino_resnet": ("dino", ["--arch", "resnet18", "--stem", "imagenet", "--head-bn", "--optimizer", "sgd"]),
+    "dino_resnet": ("dino", [*RESNET, "--head-bn", "--optimizer", "sgd"]),
     # One group of 8, which the processes share; two groups, one for each of two processes (groups of 4 are chaotic)
     "moco": ("moco", ["--bn-group", "8"]),
     "moco_symmetric": ("moco", ["--bn-group", "8", "--symmetric", "--queue-size", "48"]),
@@ -38,7 +37,7 @@ PRECISE = {"align", "clip_resnet", "declip_resnet", "simclr", "byol", "simsiam",
 
 
 # A method's curve has 20 steps, evaluations among them; its variants differ in a step, and 8 of them show it
-STEPS = {v: ["--max-steps", "20"] if v in NAMES else ["--max-steps", "8", "--eval-every", "0"] for v in VARIANTS}
+STEPS = {v: ["--max-steps", "20"] if v in METHODS else ["--max-steps", "8", "--eval-every", "0"] for v in VARIANTS}
 CASES = [(v, n) for v in VARIANTS for n in (2, 4) if n == 2 or v in NAMES]  # variants of a method on 2 only
 
 
