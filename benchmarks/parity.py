@@ -1,0 +1,279 @@
+"""The same training through lightly's modules, transforms and losses: does it end where this project's file ends?
+
+    python simclr.py --data cifar10 --recipe cifar10-cpu --output-dir runs/simclr_cpu
+    python benchmarks/parity.py runs/simclr_cpu --out results/parity.json
+
+For runs of simclr, moco, byol, simsiam and dino. args.json of the run says what is repeated: backbone and its first
+weights, pictures, their order and batches, number of steps, learning rates, decay and running averages. From lightly
+come views, head, loss, queue and the loop, as in its CIFAR-10 benchmark; their head has weights of its own, drawn
+after the same seed. Views are those of the method's own transform there, with the run's size, smallest crop and
+strength of jitter, without blur. Both encoders are then compared by kNN on the whole validation split among the whole
+training split, and so are the weights both started from, and raw pixels, which every method should beat.
+
+Seconds are those of the training loop with its data, with the threads and workers this process has: for a comparison
+give OMP_NUM_THREADS=1, and --workers 0 to the run.
+
+Needs lightly (pip install -r requirements-test.txt).
+"""
+
+import argparse
+import copy
+import importlib
+import importlib.metadata
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from common import user_errors, warmup_cosine  # noqa: E402
+from data import IMAGENET_MEAN, IMAGENET_STD, Loader, decode, open_dataset  # noqa: E402
+from evaluation.weights import open_network  # noqa: E402
+from knn import knn_eval  # noqa: E402
+from monitor import EvalView  # noqa: E402
+from record import training_minutes  # noqa: E402
+
+try:
+    from lightly import loss as losses
+    from lightly import transforms
+    from lightly.models import modules
+    from lightly.models.utils import update_momentum
+except ImportError:
+    sys.exit("install lightly first: pip install -r requirements-test.txt")
+
+
+# -------------------------------------------- lightly's methods --------------------------------------------
+# Each takes the arguments of the run and a backbone with features of width `dim`, and returns
+#   encoder    what is evaluated
+#   trained    {"name": modules} of the optimizer's groups
+#   views      lightly's transform
+#   step       function(views, progress of the schedule from 0 to 1) -> loss, called before the optimizer's step
+#   after      function(the same progress), called after it
+def simclr(args, backbone, dim):
+    head = modules.SimCLRProjectionHead(dim, dim, args.head_dim)
+    criterion = losses.NTXentLoss(args.temperature)
+    views = transforms.SimCLRTransform(
+        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
+    )
+
+    def step(x, progress):
+        return criterion(head(backbone(x[0])), head(backbone(x[1])))
+
+    return types.SimpleNamespace(encoder=backbone, trained=[backbone, head], views=views, step=step)
+
+
+def moco(args, backbone, dim):
+    query = nn.Sequential(backbone, modules.MoCoProjectionHead(dim, dim, args.head_dim))
+    key = copy.deepcopy(query).requires_grad_(False)
+    criterion = losses.NTXentLoss(args.temperature, memory_bank_size=(args.queue_size, args.head_dim))
+    views = transforms.MoCoV2Transform(
+        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
+    )
+
+    def one_way(x_query, x_key):
+        order = torch.randperm(len(x_key))  # groups of batch norm, which lightly's example has by GPU
+        k = torch.cat([key(part) for part in x_key[order].split(args.bn_group)])
+        q = torch.cat([query(part) for part in x_query.split(args.bn_group)])
+        return criterion(q, k[order.argsort()].detach())
+
+    def step(x, progress):
+        update_momentum(query, key, args.key_momentum)
+        if args.symmetric:
+            return (one_way(x[0], x[1]) + one_way(x[1], x[0])) / 2
+        return one_way(x[0], x[1])
+
+    return types.SimpleNamespace(encoder=backbone, trained=[query], views=views, step=step)
+
+
+def byol(args, backbone, dim):
+    online = nn.Sequential(backbone, modules.BYOLProjectionHead(dim, args.hidden_dim, args.out_dim))
+    target = copy.deepcopy(online).requires_grad_(False)
+    predictor = modules.BYOLPredictionHead(args.out_dim, args.hidden_dim, args.out_dim)
+    criterion = losses.NegativeCosineSimilarity()
+    given = {"input_size": args.image_size, "cj_strength": args.jitter_strength, "min_scale": args.crop_min}
+    views = transforms.BYOLTransform(
+        transforms.byol_transform.BYOLView1Transform(**given, gaussian_blur=0.0),
+        transforms.byol_transform.BYOLView2Transform(**given, gaussian_blur=0.0),
+    )
+
+    def step(x, progress):
+        p = [predictor(online(one)) for one in x]
+        z = [target(one).detach() for one in x]
+        cosines = (criterion(p[0], z[1]) + criterion(p[1], z[0])) / 2
+        return 4 * cosines  # the run's rate is for |p - z|^2 both ways, which is 4 + 4 times this
+
+    def after(progress):
+        tau = warmup_cosine(progress, 1, 0, args.tau, end=args.tau_end)
+        update_momentum(online, target, tau)
+
+    return types.SimpleNamespace(
+        encoder=backbone, trained=[online, predictor], views=views, step=step, after=after
+    )
+
+
+def simsiam(args, backbone, dim):
+    hidden = args.hidden_dim or dim
+    head = modules.SimSiamProjectionHead(dim, hidden, args.out_dim)
+    predictor = modules.SimSiamPredictionHead(args.out_dim, args.predictor_dim, args.out_dim)
+    criterion = losses.NegativeCosineSimilarity()
+    views = transforms.SimSiamTransform(
+        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
+    )
+
+    def step(x, progress):
+        z = [head(backbone(one)) for one in x]
+        p = [predictor(one) for one in z]
+        return (criterion(z[0].detach(), p[1]) + criterion(z[1].detach(), p[0])) / 2
+
+    fixed = [predictor] if args.fix_pred_lr else []
+    trained = [backbone, head] if fixed else [backbone, head, predictor]
+    return types.SimpleNamespace(encoder=backbone, trained=trained, fixed=fixed, views=views, step=step)
+
+
+def dino(args, backbone, dim):
+    def head():
+        return modules.DINOProjectionHead(
+            dim, args.hidden_dim, 256, args.out_dim, batch_norm=args.head_bn,
+            freeze_last_layer=-1, norm_last_layer=args.norm_last_layer,
+        )  # fmt: skip
+
+    student = nn.Sequential(backbone, head())
+    teacher = nn.Sequential(copy.deepcopy(backbone), head())
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    criterion = losses.DINOLoss(
+        args.out_dim, args.warmup_teacher_temp, args.teacher_temp, warmup_teacher_temp_epochs=1,
+        center_momentum=args.center_momentum,
+    )  # fmt: skip
+    views = transforms.DINOTransform(
+        global_crop_size=args.image_size, global_crop_scale=(args.crop_split, 1.0), n_local_views=0,
+        cj_strength=0.5 * args.jitter_strength, gaussian_blur=(0, 0, 0),
+    )  # fmt: skip
+
+    def step(x, progress):
+        return criterion([teacher(one) for one in x], [student(one) for one in x], epoch=1)
+
+    def after(progress):
+        start, end = args.teacher_momentum, args.teacher_momentum_end
+        update_momentum(student, teacher, warmup_cosine(progress, 1, 0, start, end=end))
+
+    return types.SimpleNamespace(encoder=teacher[0], trained=[student], views=views, step=step, after=after)
+
+
+# -------------------------------------------- training --------------------------------------------
+def groups_of(peer, weight_decay):
+    """Biases and norms are not decayed, as in the run."""
+    groups = []
+    for parts, fixed in ((peer.trained, False), (getattr(peer, "fixed", []), True)):
+        found = [p for part in parts for p in part.parameters() if p.requires_grad]
+        groups.append({"params": [p for p in found if p.ndim >= 2], "weight_decay": weight_decay, "fixed": fixed})
+        groups.append({"params": [p for p in found if p.ndim < 2], "weight_decay": 0.0, "fixed": fixed})
+    return [group for group in groups if group["params"]]
+
+
+class InOrder(torch.utils.data.Dataset):
+    """lightly's views of the pictures, which come as PIL images."""
+
+    def __init__(self, dataset, views):
+        self.dataset = dataset
+        self.views = views
+        self.to_pil = importlib.import_module("torchvision").transforms.ToPILImage()
+
+    def __getitem__(self, i):
+        return self.views(self.to_pil(decode(self.dataset[i].image)))
+
+
+def train(peer, args, dataset, loader, steps):
+    """-> seconds of the loop."""
+    peak = args.lr if hasattr(args, "lr") else args.base_lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(groups_of(peer, args.weight_decay), lr=peak, momentum=args.momentum)
+    order = ([index for _, index in batch] for batch in loader.order(0, steps))
+    batches = torch.utils.data.DataLoader(
+        InOrder(dataset, peer.views), batch_sampler=order, num_workers=args.workers
+    )
+    total, warmup = args.epochs * loader.steps_per_epoch, round(args.warmup_epochs * loader.steps_per_epoch)
+    began, shown = time.time(), 0.0
+    for i, x in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = peak
+            if not group["fixed"]:
+                group["lr"] = warmup_cosine(i, total, warmup, peak, end=args.min_lr)
+        loss = peer.step(x, i / total)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hasattr(peer, "after"):
+            peer.after(i / total)
+        shown = loss.item() if i == 0 else 0.98 * shown + 0.02 * loss.item()
+        if (i + 1) % 100 == 0:
+            print(f"lightly: step {i + 1}/{steps} loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
+    return time.time() - began
+
+
+# -------------------------------------------- comparing --------------------------------------------
+def accuracy(encoder, view, args):
+    """kNN in percent of the whole val split among the whole train split."""
+    train_set, val_set = (open_dataset(args.data, args.data_dir, split) for split in ("train", "val"))
+    device = torch.device("cpu")
+    return knn_eval(encoder, train_set, val_set, view, device, max_train=0, max_val=0)["knn_top1"]
+
+
+def main():
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--data-dir", default="", help="where the data is, if not where the run found it")
+    parser.add_argument("--max-steps", type=int, default=0, help="stop both after so many steps (0: do not)")
+    parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
+    options = parser.parse_args()
+    args = types.SimpleNamespace(**json.loads((options.run / "args.json").read_text()))
+    args.data_dir = options.data_dir or args.data_dir
+    if args.method not in (make.__name__ for make in (simclr, moco, byol, simsiam, dino)):
+        sys.exit(f"lightly's loop for {args.method} is not written here: give a run of simclr, moco, byol, simsiam or dino")
+    if getattr(args, "optimizer", "sgd") != "sgd" or getattr(args, "local_crops", 0) or args.blur:
+        sys.exit("compared are runs with SGD, without local crops and without blur, as in --recipe cifar10-cpu")
+    rows = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    ours, start = (open_network(options.run, torch.device("cpu"), random_weights=r) for r in (False, True))
+
+    module = importlib.import_module(args.method)
+    dataset = open_dataset(args.data, args.data_dir)
+    loader = Loader(dataset, {}, {}, args.batch_size, args.seed)
+    torch.manual_seed(args.seed)
+    backbone = module.image_encoder(module.build_model(args))
+    start.encoder.load_state_dict(backbone.state_dict())
+    dim = backbone.eval()(torch.zeros(2, 3, args.image_size, args.image_size)).shape[1]
+    peer = globals()[args.method](args, backbone.train(), dim)
+    steps = rows[-1]["step"]
+    seconds = train(peer, args, dataset, loader, steps)
+
+    small = EvalView(8, start.view.mean, start.view.std)  # averaged to 8 x 8
+    normalised = EvalView(args.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    row = {
+        "steps": steps,
+        "images": steps * args.batch_size,
+        "here": accuracy(ours.encoder, ours.view, args),
+        "lightly": accuracy(peer.encoder, normalised, args),
+        "random weights": accuracy(start.encoder, start.view, args),
+        "pixels": accuracy(nn.Flatten(), small, args),
+        "seconds here": 60 * training_minutes([r for r in rows if "loss" in r], args.batch_size),
+        "seconds lightly": seconds,
+        "threads": torch.get_num_threads(),
+        "workers": args.workers,
+        "versions": {"lightly": importlib.metadata.version("lightly"), "torch": torch.__version__},
+    }
+    print(json.dumps(row, indent=1))
+    if options.out:
+        found = json.loads(options.out.read_text()) if options.out.exists() else {}
+        found[args.method] = row
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,67 @@
+"""benchmarks/parity.py repeats a run through lightly's modules: the same pictures in the same order, from the same weights."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from runs import ROOT, module_of
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("lightly")
+import parity  # noqa: E402
+
+FLAGS = ["--data", "cifar10", "--recipe", "cifar10-cpu", "--workers", "0", "--batch-size", "16", "--epochs", "2", "--eval-every", "0"]
+SMALL = ["--arch", "resnet10", "--width", "0.125"]
+OWN = {"moco": ["--queue-size", "64", "--bn-group", "8"], "dino": ["--out-dim", "64"]}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "cifar10").mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 48), ("val", 30)):
+        images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(folder / f"cifar10/{split}.npz", images=images, labels=np.arange(count) % 10)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "dino"])
+def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
+    module, seen = module_of(method), []
+    flags = [*FLAGS, *SMALL, *OWN.get(method, []), "--data-dir", str(data_dir), "--output-dir", str(tmp_path / "run")]
+    module.train(module.parse_args(module.Args, module.RECIPES, flags))
+    get = parity.InOrder.__getitem__
+    monkeypatch.setattr(parity.InOrder, "__getitem__", lambda self, i: seen.append(i) or get(self, i))
+    monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    parity.main()
+    row = json.loads((tmp_path / "out.json").read_text())[method]
+    assert row["steps"] == 6 and row["images"] == 96 and sorted(seen) == sorted([*range(48)] * 2)
+    order = np.random.default_rng([0, 0]).permutation(48)
+    assert seen[:48] == order.tolist()
+    assert all(0 <= row[name] <= 100 for name in ("here", "lightly", "random weights", "pixels"))
+    assert row["seconds lightly"] > 0 and row["seconds here"] > 0
+
+
+def test_both_train_something(data_dir, tmp_path):
+    """The peer's encoder has moved from the weights it shares with the run's start."""
+    args = parity.types.SimpleNamespace(**vars(module_of("simclr").Args()) | {"image_size": 16, "batch_size": 16, "epochs": 1})
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 256, 8))
+    before = backbone[1].weight.detach().clone()
+    dataset = parity.open_dataset("cifar10", data_dir)
+    loader = parity.Loader(dataset, {}, {}, 16, 0)
+    args.warmup_epochs, args.optimizer = 0.0, "sgd"
+    parity.train(parity.simclr(args, backbone, 8), args, dataset, loader, 3)
+    assert not torch.equal(before, backbone[1].weight)
+
+
+def test_other_runs_are_refused(tmp_path, monkeypatch):
+    for given, text in (({"method": "mocov3"}, "not written here"), ({"method": "dino", "local_crops": 2, "blur": False}, "without local crops")):
+        (tmp_path / "args.json").write_text(json.dumps({"data_dir": "data", **given}))
+        monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path)])
+        with pytest.raises(SystemExit, match=text):
+            parity.main()
