@@ -8,7 +8,7 @@ weights, pictures, their order and batches, number of steps, learning rates, dec
 come views, head, loss, queue and the loop, as in its CIFAR-10 benchmark; their head has weights of its own, drawn
 after the same seed. Views are those of the method's own transform there, with the run's size, smallest crop and
 strength of jitter, without blur. Both encoders are then compared by kNN on the whole validation split among the whole
-training split, and so are the weights both started from, and raw pixels, which every method should beat.
+training split, and so are the weights both started from, and pixels averaged to 8 x 8, which every method should beat.
 
 Seconds are those of the training loop with its data, with the threads and workers this process has: for a comparison
 give OMP_NUM_THREADS=1, and --workers 0 to the run.
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from common import user_errors, warmup_cosine  # noqa: E402
+from common import UserError, user_errors, warmup_cosine  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, decode, open_dataset  # noqa: E402
 from evaluation.weights import open_network  # noqa: E402
 from knn import knn_eval  # noqa: E402
@@ -221,7 +221,10 @@ def accuracy(encoder, view, args):
     """kNN in percent of the whole val split among the whole train split."""
     train_set, val_set = (open_dataset(args.data, args.data_dir, split) for split in ("train", "val"))
     device = torch.device("cpu")
-    return knn_eval(encoder, train_set, val_set, view, device, max_train=0, max_val=0)["knn_top1"]
+    scores = knn_eval(encoder, train_set, val_set, view, device, max_train=0, max_val=0)
+    if not scores:
+        raise UserError(f"{args.data} has no classes to compare by: docs/data.md says where their names belong")
+    return scores["knn_top1"]
 
 
 def main():
@@ -252,8 +255,8 @@ def main():
     steps = rows[-1]["step"]
     seconds = train(peer, args, dataset, loader, steps)
 
-    small = EvalView(8, start.view.mean, start.view.std)  # averaged to 8 x 8
-    normalised = EvalView(args.image_size, IMAGENET_MEAN, IMAGENET_STD)
+    small = EvalView(8, interpolation="box", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    normalised = EvalView(args.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     row = {
         "steps": steps,
         "images": steps * args.batch_size,

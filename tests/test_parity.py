@@ -1,11 +1,13 @@
 """benchmarks/parity.py repeats a run through lightly's modules: the same pictures in the same order, from the same weights."""
 
+import io
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from runs import ROOT, module_of
 
@@ -22,10 +24,17 @@ OWN = {"moco": ["--queue-size", "64", "--bn-group", "8"], "dino": ["--out-dim", 
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "cifar10").mkdir()
+    (folder / "cifar10/classnames.txt").write_text("\n".join("abcdefghij"))
     rng = np.random.default_rng(0)
     for split, count in (("train", 48), ("val", 30)):
-        images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        np.savez(folder / f"cifar10/{split}.npz", images=images, labels=np.arange(count) % 10)
+        files = []
+        for picture in rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8):
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "png")
+            files.append(file.getvalue())
+        content = np.frombuffer(b"".join(files), np.uint8)
+        offsets = np.cumsum([0, *map(len, files)])
+        np.savez(folder / f"cifar10/{split}.npz", jpeg=content, offsets=offsets, labels=np.arange(count) % 10)
     return folder
 
 
@@ -54,7 +63,7 @@ def test_both_train_something(data_dir, tmp_path):
     before = backbone[1].weight.detach().clone()
     dataset = parity.open_dataset("cifar10", data_dir)
     loader = parity.Loader(dataset, {}, {}, 16, 0)
-    args.warmup_epochs, args.optimizer = 0.0, "sgd"
+    args.warmup_epochs, args.optimizer, args.workers = 0.0, "sgd", 0
     parity.train(parity.simclr(args, backbone, 8), args, dataset, loader, 3)
     assert not torch.equal(before, backbone[1].weight)
 
