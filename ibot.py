@@ -126,12 +126,6 @@ RECIPES = {
         arch="vit_tiny_patch4", image_size=32, local_size=16, local_crops=4, crop_split=0.4,
         blur=False, out_dim=2048, teacher_momentum=0.99, epochs=200, batch_size=512,
     ),
-    "cifar10-cpu": dict(  # for ten minutes of one core
-        arch="vit_nano_patch4", image_size=16, local_crops=0, crop_split=0.4, blur=False,
-        hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0, teacher_temp=0.02,
-        warmup_teacher_temp=0.02, teacher_momentum=0.98, epochs=6, batch_size=128, base_lr=4e-3,
-        warmup_epochs=0.3, weight_decay_end=0.04,
-    ),
     "flickr8k": dict(
         arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
         teacher_momentum=0.99, epochs=100, batch_size=128, base_lr=1e-3,
