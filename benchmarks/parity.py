@@ -232,7 +232,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--data-dir", default="", help="where the data is, if not where the run found it")
-    parser.add_argument("--max-steps", type=int, default=0, help="stop both after so many steps (0: do not)")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     options = parser.parse_args()
     args = types.SimpleNamespace(**json.loads((options.run / "args.json").read_text()))

@@ -11,6 +11,7 @@ line numbers in links such as [`clip_loss`](../clip.py#L364). The tables are:
     shared             the files that are no method                          docs/contributing.md
     results            every recorded run                                    docs/results.md
     knn DATA           kNN of all self-supervised methods on DATA            docs/results.md
+    parity             runs repeated through lightly, by parity.py            docs/results.md
     retrieval DATA     retrieval of all language-image methods on DATA       docs/results.md
     evaluations        every checkpoint that was evaluated on real data      docs/results.md
     speed              benchmarks of steps, augmentation and memory          docs/results.md
@@ -32,7 +33,7 @@ from pathlib import Path
 from ablations import PAPER, ROWS, record_name
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|scale|evaluations|ablations|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|scale|evaluations|ablations|parity|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
              "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
@@ -238,15 +239,26 @@ def knn_of_all(prefix, data):
     seen = sorted({images for r in runs for images in curves[r["name"]]})
     columns = [f"{images:,} images" if images else "random weights" for images in seen]
     header, rows = ["method", *columns, "minutes"], []
-    scored = [r for r in runs if f"knn {data} val" in r["metrics"]]
-    if scored:
-        header[-1:] = ["evaluate.py", "evaluate.py, random weights", "minutes"]
+    protocols = {"knn {} val": "evaluate.py", "knn {} val, random weights": "evaluate.py, random weights",
+                 "linear {} val --cached": "linear probe"}  # fmt: skip
+    scored = {p: title for p, title in protocols.items() if any(p.format(r["data"]) in r["metrics"] for r in runs)}
+    header[-1:] = [*scored.values(), "minutes"]
     for r in runs:
         curve = [number(curves[r["name"]][images]) if images in curves[r["name"]] else "" for images in seen]
-        found = [r["metrics"].get(f"knn {data} val{which}", {}).get("top1") for which in ("", ", random weights")]
-        found = found if scored else []
+        found = [r["metrics"].get(p.format(r["data"]), {}).get("top1") for p in scored]
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
         rows.append([link, *curve, *("" if x is None else number(x) for x in found), f"{r['minutes']:.1f}"])
+    return table(header, rows) if rows else "Nothing is recorded yet.\n"
+
+
+def parity_table(prefix):
+    """From what benchmarks/parity.py wrote."""
+    path, rows = ROOT / "results/parity.json", []
+    for method, row in json.loads(path.read_text()).items() if path.exists() else ():
+        link = f"[{methods()[method][0]}]({prefix}results/{path.name})"
+        kinds = "here", "lightly", "random weights", "pixels"
+        rows.append([link, f"{row['images']:,}", *(f"{row[kind]:.1f}" for kind in kinds)])
+    header = ["method", "images", "here", "lightly", "random weights", "8 x 8 pixels"]
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
@@ -376,7 +388,7 @@ def updated(path, missing):
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "results": results_table,
                 "curves": curves, "knn": knn_of_all, "retrieval": retrieval_of_all, "ends": ends,
                 "speed": speed, "scale": scale_tables, "evaluations": evaluations,
-                "ablations": ablations}[kind]  # fmt: skip
+                "ablations": ablations, "parity": parity_table}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):
