@@ -70,8 +70,10 @@ def draw_speed(path):
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    record = json.loads((ROOT / "results/side_by_side.json").read_text())
-    bars = []
+    file = ROOT / "results/side_by_side.json"
+    if not file.exists():
+        raise SystemExit(f"figure.py: {file.name} is not recorded, run python benchmarks/side_by_side.py --out results/{file.name}")
+    record, bars = json.loads(file.read_text()), []
     for method, found in record["results"].items():
         for name, row in found["rows"].items():
             if not name.startswith("here"):

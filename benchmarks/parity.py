@@ -56,7 +56,7 @@ except ImportError:
 #   step       function(views, progress of the schedule from 0 to 1) -> loss, called before the optimizer's step
 #   after      function(the same progress), called after it
 def simclr(args, backbone, dim):
-    head = modules.SimCLRProjectionHead(dim, dim, args.head_dim)
+    head = modules.SimCLRProjectionHead(dim, dim, args.head_dim, num_layers=args.head_layers)
     criterion = losses.NTXentLoss(args.temperature)
     views = transforms.SimCLRTransform(
         input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
@@ -118,8 +118,10 @@ def byol(args, backbone, dim):
 
 
 def simsiam(args, backbone, dim):
-    hidden = args.hidden_dim or dim
-    head = modules.SimSiamProjectionHead(dim, hidden, args.out_dim)
+    sizes = [dim, *[args.hidden_dim or dim] * (args.projector_layers - 1)]
+    blocks = [(a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in zip(sizes, sizes[1:])]
+    last = sizes[-1], args.out_dim, nn.BatchNorm1d(args.out_dim, affine=False), None
+    head = modules.heads.ProjectionHead([*blocks, last])  # as many layers as the run has, for CIFAR-10 two
     predictor = modules.SimSiamPredictionHead(args.out_dim, args.predictor_dim, args.out_dim)
     criterion = losses.NegativeCosineSimilarity()
     views = transforms.SimSiamTransform(
@@ -138,10 +140,13 @@ def simsiam(args, backbone, dim):
 
 def dino(args, backbone, dim):
     def head():
-        return modules.DINOProjectionHead(
+        made = modules.DINOProjectionHead(
             dim, args.hidden_dim, 256, args.out_dim, batch_norm=args.head_bn,
             freeze_last_layer=-1, norm_last_layer=args.norm_last_layer,
         )  # fmt: skip
+        size = 3 if args.head_bn else 2  # modules of a hidden layer; lightly has two of these layers
+        made.layers = nn.Sequential(*made.layers[: size * (args.head_layers - 1)], made.layers[-1])
+        return made
 
     student = nn.Sequential(backbone, head())
     teacher = nn.Sequential(copy.deepcopy(backbone), head())
@@ -227,6 +232,28 @@ def accuracy(encoder, view, args):
     return scores["knn_top1"]
 
 
+def read_json(path):
+    """-> the object in a .json, the list of objects in a .jsonl. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads("\n".join(lines))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give the folder of a finished run and an undamaged --out") from error
+
+
+def read_run(folder):
+    """-> arguments and rows of the log."""
+    return types.SimpleNamespace(**read_json(folder / "args.json")), read_json(folder / "metrics.jsonl")
+
+
+def refuse_others(args):
+    if args.method not in (make.__name__ for make in (simclr, moco, byol, simsiam, dino)):
+        raise UserError(f"lightly's loop for {args.method} is not written here: give a run of simclr, moco, byol, simsiam or dino")
+    same = getattr(args, "optimizer", "sgd") == "sgd" and getattr(args, "version", "2") == "2" and not args.blur
+    if not same or getattr(args, "local_crops", 0) or args.method == "dino" and args.head_layers > 3:
+        raise UserError("compared are runs with SGD, without local crops and without blur, as in --recipe cifar10-cpu")
+
+
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
@@ -234,13 +261,12 @@ def main():
     parser.add_argument("--data-dir", default="", help="where the data is, if not where the run found it")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     options = parser.parse_args()
-    args = types.SimpleNamespace(**json.loads((options.run / "args.json").read_text()))
+    args, rows = read_run(options.run)
     args.data_dir = options.data_dir or args.data_dir
-    if args.method not in (make.__name__ for make in (simclr, moco, byol, simsiam, dino)):
-        sys.exit(f"lightly's loop for {args.method} is not written here: give a run of simclr, moco, byol, simsiam or dino")
-    if getattr(args, "optimizer", "sgd") != "sgd" or getattr(args, "local_crops", 0) or args.blur:
-        sys.exit("compared are runs with SGD, without local crops and without blur, as in --recipe cifar10-cpu")
-    rows = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    refuse_others(args)
+    found = {}
+    if options.out and options.out.exists():
+        found = read_json(options.out)
     ours, start = (open_network(options.run, torch.device("cpu"), random_weights=r) for r in (False, True))
 
     module = importlib.import_module(args.method)
@@ -248,6 +274,7 @@ def main():
     loader = Loader(dataset, {}, {}, args.batch_size, args.seed)
     torch.manual_seed(args.seed)
     backbone = module.image_encoder(module.build_model(args))
+    backbone.requires_grad_(True)  # DINO evaluates its teacher, which has no gradients
     start.encoder.load_state_dict(backbone.state_dict())
     dim = backbone.eval()(torch.zeros(2, 3, args.image_size, args.image_size)).shape[1]
     peer = globals()[args.method](args, backbone.train(), dim)
@@ -271,7 +298,6 @@ def main():
     }
     print(json.dumps(row, indent=1))
     if options.out:
-        found = json.loads(options.out.read_text()) if options.out.exists() else {}
         found[args.method] = row
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

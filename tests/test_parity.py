@@ -1,5 +1,7 @@
 """benchmarks/parity.py repeats a run through lightly's modules: the same pictures in the same order, from the same weights."""
 
+import copy
+import functools
 import io
 import json
 import sys
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import UserError
 from runs import ROOT, module_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -42,7 +45,18 @@ def data_dir(tmp_path_factory):
 def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
     module, seen = module_of(method), []
     flags = [*FLAGS, *SMALL, *OWN.get(method, []), "--data-dir", str(data_dir), "--output-dir", str(tmp_path / "run")]
+    build, make, start, peers = module.build_model, getattr(parity, method), [], []
+    monkeypatch.setattr(module, "build_model", lambda args: start.append(build(args)) or copy.deepcopy(start[0]))
     module.train(module.parse_args(module.Args, module.RECIPES, flags))
+    monkeypatch.setattr(module, "build_model", build)
+
+    @functools.wraps(make)
+    def kept(args, backbone, dim):
+        assert all(p.requires_grad for p in backbone.parameters())
+        peers.append((make(args, backbone, dim), copy.deepcopy(backbone.state_dict())))
+        return peers[0][0]
+
+    monkeypatch.setattr(parity, method, kept)
     get = parity.InOrder.__getitem__
     monkeypatch.setattr(parity.InOrder, "__getitem__", lambda self, i: seen.append(i) or get(self, i))
     monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
@@ -53,6 +67,19 @@ def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
     assert seen[:48] == order.tolist()
     assert all(0 <= row[name] <= 100 for name in ("here", "lightly", "random weights", "pixels"))
     assert row["seconds lightly"] > 0 and row["seconds here"] > 0
+
+    # The first weights are the run's, the encoder has moved from them, and the heads have as many layers
+    (peer, first), ours = peers[0], start[0]
+    expected = module.image_encoder(ours).state_dict()
+    assert first.keys() == expected.keys() and all(torch.equal(first[name], expected[name]) for name in first)
+    after = peer.encoder.state_dict()
+    assert not any(torch.equal(first[name], after[name]) for name in first if "conv" in name or name == "0.weight")
+    theirs = [m for part in [*peer.trained, *getattr(peer, "fixed", [])] for m in part.modules()]
+    trained = ours.encoder_q if method == "moco" else ours.student if method == "dino" else ours
+    left_out = ours.target if method == "byol" else torch.nn.Identity()
+    count = sum(isinstance(m, torch.nn.Linear) for m in trained.modules())
+    count -= sum(isinstance(m, torch.nn.Linear) for m in left_out.modules())
+    assert sum(isinstance(m, torch.nn.Linear) for m in theirs) == count >= 2
 
 
 def test_both_train_something(data_dir, tmp_path):
@@ -68,9 +95,17 @@ def test_both_train_something(data_dir, tmp_path):
     assert not torch.equal(before, backbone[1].weight)
 
 
-def test_other_runs_are_refused(tmp_path, monkeypatch):
-    for given, text in (({"method": "mocov3"}, "not written here"), ({"method": "dino", "local_crops": 2, "blur": False}, "without local crops")):
-        (tmp_path / "args.json").write_text(json.dumps({"data_dir": "data", **given}))
-        monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path)])
-        with pytest.raises(SystemExit, match=text):
-            parity.main()
+@pytest.mark.parametrize("args, text", [
+    ('{"method": "mocov3"}', "not written here"),
+    ('{"method": "dino", "local_crops": 2, "blur": false}', "without local crops"),
+    ('{"method": "moco", "version": "1", "blur": false}', "compared are"),
+    ("{", "cannot be read"),
+    (None, "cannot be read"),
+])  # fmt: skip
+def test_other_runs_are_refused(args, text, tmp_path, monkeypatch):
+    if args:
+        (tmp_path / "args.json").write_text(args.replace("{", '{"data_dir": "data", ', 1) if len(args) > 1 else args)
+        (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path)])
+    with pytest.raises(UserError, match=text):
+        parity.main()

@@ -338,6 +338,21 @@ def test_figures_are_of_recorded_runs(tmp_path):
         figure.draw("nothing", tmp_path / "x.png")
 
 
+def test_speed_beside_others_is_drawn_and_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="is not recorded"):
+        figure.draw("speed", tmp_path / "speed.png")
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    rows = {"lightly": {"ms_median": 130.0, "over_here_median": 1.3}, "here": {"ms_median": 100.0, "over_here_median": 1.0}}
+    record = {"gpu": None, "cpu": "a CPU", "dtype": "float32", "results": {"byol": {"setting": "small", "rows": rows}}}
+    (tmp_path / "results/side_by_side.json").write_text(json.dumps(record))
+    assert "training step of byol, small, a CPU, float32 | lightly 130 ms | 100 ms | 1.30x |" in table.speed("")
+    monkeypatch.setattr(figure, "methods", lambda: {"byol": ("BYOL",)})
+    figure.draw("speed", tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 3000
+
+
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
     kinds = ["*.py", "evaluation/*.py", "benchmarks/*.py", "*.md", "docs/*.md"]
