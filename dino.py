@@ -101,7 +101,7 @@ class Args(RunArgs):
 
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
 RECIPES = {
-    # our own, for the embedded data
+    # our own, for the drawn scenes
     "flocks": dict(
         arch="resnet10", width=0.25, stem="small", image_size=32, local_crops=0, crop_split=0.5,
         jitter_strength=0.25, blur=False, head_layers=2, head_bn=True, hidden_dim=512, out_dim=256,

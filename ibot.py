@@ -56,7 +56,7 @@ class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # vit_{micro,tiny,small,base,large}_patchP, P pixels a side
+    arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base,large}_patchP
     drop_path: float = 0.1  # stochastic depth of the student's last block (official code)
     hidden_dim: int = 2048  # hidden width of the head (as DINO); the bottleneck after it has 256
     out_dim: int = 8192  # K, number of prototypes (Sec. 3.2)
@@ -107,7 +107,7 @@ VITB = dict(
 VITL = dict(VITB, arch="vit_large_patch16", epochs=250, base_lr=5e-4, drop_path=0.2)
 RAND = dict(mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05)
 RECIPES = {
-    # our own, for the embedded data
+    # our own, for the drawn scenes
     "flocks": dict(
         arch="vit_nano_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
         crop_min=0.15, blur=False, hidden_dim=512, out_dim=256, freeze_last_layer=0.0,

@@ -126,6 +126,9 @@ RECIPES = {
     "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
     "cifar10-distill": dict(SMALL, epochs=200, batch_size=512),
+    # our own, for ten minutes of one core a stage, after simclr.py --recipe cifar10-cpu
+    "cifar10-cpu": dict(label_fraction=0.1, epochs=60, batch_size=128, base_lr=0.02),
+    "cifar10-cpu-distill": dict(SMALL, epochs=3, batch_size=128),
     "imagenet": {},  # 1% of the labels
     "imagenet-10": dict(label_fraction=0.1, epochs=30),
     "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),
@@ -491,10 +494,14 @@ def train(args: Args) -> dict:
 
     hint = ""
     if not taught:  # the next stage teaches a student
-        recipe = (args.recipe or args.data).split("-")[0]
-        words = ["--data", args.data, "--teacher", run.dir, "--recipe", f"{recipe}-distill"]
-        if recipe not in RECIPES:
-            words[-1:] = ["imagenet-distill", "--batch-size", args.batch_size]
+        words = ["--data", args.data, "--teacher", run.dir, "--recipe"]
+        recipe = args.recipe or args.data
+        if f"{recipe}-distill" in RECIPES:
+            words += [f"{recipe}-distill"]
+        elif recipe.startswith("imagenet-"):
+            words += ["imagenet-distill"]
+        else:
+            words += ["imagenet-distill", "--batch-size", args.batch_size]
         if args.eval_data:
             words += ["--eval-data", args.eval_data]
         hint = run.command("torchrun", "simclrv2.py", *words)
@@ -502,7 +509,7 @@ def train(args: Args) -> dict:
 
 
 def whole_sequence():
-    """The three stages on the embedded data, one process after the other: simclr.py with version
+    """The three stages on the drawn scenes, one process after the other: simclr.py with version
     2's head of three layers (Sec. 3.1), this file with 10% of the labels, and a student of the same
     size that learns without labels. Ends with the exit status of a stage that fails or is
     stopped. Raises UserError without simclr.py beside this file."""

@@ -2,6 +2,7 @@
 
     python benchmarks/figure.py shapes      # zero-shot accuracy of the language-image files
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
+    python benchmarks/figure.py simsiam_collapse    # a method's run on flocks beside those that collapse
     python benchmarks/figure.py speed       # training steps beside other libraries, from results/side_by_side.json
 
 A line is the accuracy in the training loop; a dashed line in its colour is the same network with random weights,
@@ -11,10 +12,12 @@ gave random weights on the whole split. The dotted line is chance. Needs matplot
 
 import argparse
 import json
+import re
 
 from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
 
 SIZE = (8.0, 3.6)  # inches
+INDICATORS = {"feature_std": "standard deviation of an output of unit length", "teacher_entropy": "entropy of the teacher, nats"}
 
 
 def accuracy(record):
@@ -63,6 +66,37 @@ def draw_curves(data, path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def draw_collapse(method, path):
+    """kNN and the collapse indicator of METHOD_flocks and of every METHOD_flocks_NAME, with the flags of each."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    runs = [record for name, record in results().items() if re.fullmatch(rf"{method}_flocks(_[a-z]+)?", name)]
+    if len(runs) < 2:
+        raise SystemExit(f"figure.py: results/ needs {method}_flocks and a run beside it, {method}_flocks_NAME")
+    figure, axes = plt.subplots(1, 2, figsize=SIZE, layout="constrained")
+    indicator = next(name for name in INDICATORS if name in runs[0]["curve"][1][1])
+    for record in runs:
+        name, points = accuracy(record)
+        label = record["command"].removeprefix("python ")
+        axes[0].plot(*zip(*points), marker=".", label=label)
+        shown = [(step * record["args"]["batch_size"], values[indicator]) for step, values in record["curve"] if indicator in values]
+        axes[1].plot(*zip(*shown), label=label)
+    last = runs[0]["metrics"]["training"]
+    for axis, value, title in (
+        (axes[0], chance_of(name, last), f"{IN_LOOP[name]}, %"),
+        (axes[1], last[f"{indicator}_chance"], INDICATORS[indicator]),
+    ):
+        axis.axhline(value, color="grey", linestyle=":", label=f"{'chance' if axis is axes[0] else 'no collapse'}, {value:.3g}")
+        axis.set(xlabel="images seen", title=title, xlim=(0, None), ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(loc="lower right", frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def draw_speed(path):
     """A bar for each library and method: seconds of its step / seconds of the step here, the medians of rounds."""
     import matplotlib
@@ -92,6 +126,8 @@ def draw_speed(path):
 def draw(name, path):
     if name == "speed":
         draw_speed(path)
+    elif name.endswith("_collapse"):
+        draw_collapse(name.removesuffix("_collapse"), path)
     else:
         draw_curves(name, path)
 

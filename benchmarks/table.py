@@ -283,7 +283,8 @@ def evaluations(prefix):
         there = (ROOT / f"results/{name}.json").exists()
         lines.append([f"[{name}]({prefix}results/{name}.json)" if there else name, *cells])
     titles = [f"{PROTOCOLS[label.split()[0]]} {label.partition(' ')[2]}" for label in labels]
-    chance = [parts[label].get("chance", parts[label].get("chance@1")) for label in labels]
+    # the mean of recall at 1, 5 and 10, by chance: (1 + 5 + 10) / 3 times that at 1
+    chance = [m["chance"] if "chance" in m else m["chance@1"] * 16 / 3 for m in (parts[label] for label in labels)]
     header = ["checkpoint", *(f"{text} (chance {x:.3g})" for text, x in zip(titles, chance))]
     said = dict.fromkeys(f"{r['run']}: `{r['command']}`, {r['hardware']}, {r['minutes']:.0f} minutes, commit "
                          f"{r['commit']}" for r in rows)  # fmt: skip

@@ -333,6 +333,7 @@ def load_released(path, heads=0, text_heads=0, gelu=""):
 def open_network(path, device, head_layer=0, random_weights=False, heads=0, text=True,
                  tokenizer="", data_dir=None, text_heads=0, gelu=""):  # fmt: skip
     """-> namespace of method, arch, step, model, encoder, view and tokenizer (None without text).
+    Model and encoder are in evaluation mode.
 
     head_layer: how many layers of the projection head the encoder includes; random_weights: the
     same network before training; heads, text_heads, gelu: of another project's transformer, as the
@@ -357,7 +358,7 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
             raise UserError(
                 f"{path} has no --head-layer, of others' checkpoints only the encoder is read"
             )
-    net.model, net.encoder = net.model.to(device), net.encoder.to(device)
+    net.model, net.encoder = net.model.to(device).eval(), net.encoder.to(device).eval()
     return net
 
 

@@ -725,6 +725,8 @@ def test_weights_are_loaded_or_random(folder):
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert all(torch.equal(drawn[name], again[name]) for name in saved)
     assert not torch.equal(loaded["backbone.conv1.weight"], drawn["backbone.conv1.weight"])
+    net = open_network(folder / "simclr", CPU)  # one image by itself is not normalised by its own statistics
+    assert not net.model.training and not net.encoder.training
 
 
 ERRORS = [

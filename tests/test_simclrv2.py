@@ -1,8 +1,10 @@
 """simclrv2.py, which needs runs of earlier stages: a tiny one of simclr.py to fine-tune, that to distil."""
 
+import copy
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import types
@@ -132,6 +134,87 @@ def test_learns_its_labels_then_its_teacher(photos, stages, tmp_path):
     train_here(argv_for("distill", photos, stages, tmp_path / "student", *flags, "--eval-every", "0"))
     apart = [row["loss"] - row["teacher_entropy"] for row in rows(tmp_path / "student") if "loss" in row]
     assert sum(apart[-20:]) < 0.8 * sum(apart[:20])
+
+
+@pytest.mark.parametrize("stage", FLAGS)
+def test_three_steps_by_hand(stage, photos, stages, tmp_path, monkeypatch):
+    """Rates, gradients and updates of the loop against a second definition of each, from the views it made."""
+    nets, views, labelled, seen = [], [], [], []
+    build, supervised = simclrv2.build_model, simclrv2.supervised_loss
+
+
+    def keep_input(net, inputs):
+        if net.training and net is nets[0]:
+            views.append(inputs[0].clone())
+
+    def built(args):
+        nets.append(build(args))
+        nets[-1].register_forward_pre_hook(keep_input)
+        return nets[-1]
+
+    def keep(optimizer, *_):
+        grads = {name: p.grad.clone() for name, p in nets[0].named_parameters()}
+        seen.append((copy.deepcopy(nets[0]), grads, [dict(group, params=None) for group in optimizer.param_groups]))
+
+    monkeypatch.setattr(simclrv2, "build_model", built)
+    monkeypatch.setattr(simclrv2, "supervised_loss", lambda x, y: labelled.append(y.clone()) or supervised(x, y))
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        flags = ["--warmup-epochs", "0.5", "--base-lr", "0.01", "--weight-decay", "0.2", "--max-steps", "4", "--eval-every", "0"]
+        argv = argv_for(stage, photos, stages, tmp_path, *flags)
+        simclrv2.train(simclrv2.parse_args(simclrv2.Args, simclrv2.RECIPES, argv))
+    finally:
+        handle.remove()
+
+    steps_per_epoch = {"finetune": 3, "distill": 6}[stage]  # of 24 labelled pictures, of all 52
+    warmup, total, peak = round(0.5 * steps_per_epoch), 4 * steps_per_epoch, 0.01 * 8**0.5
+    scale = 0.5**2 if stage == "distill" else 1.0  # temperature squared
+    momenta = {}
+    for t, (before, grads, groups) in enumerate(seen):
+        lr = peak * t / warmup if t < warmup else peak / 2 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
+        assert [group["lr"] for group in groups] == [pytest.approx(lr)] * 2
+        logits = before.train()(views[t])
+        loss = F.cross_entropy(logits, labelled[t], ignore_index=-1)
+        if stage == "distill":
+            teacher = load_checkpoint(stages / "finetune")["model"]
+            nets[1].load_state_dict(teacher)
+            p = (nets[1].eval()(views[t]) / 0.5).softmax(1).detach()
+            loss = -0.25 * (p * (logits / 0.5).log_softmax(1)).sum(1).mean() + 0.75 * loss
+        decay = 0.2 * scale if stage == "finetune" else 0.2  # LARS; SGD
+        before.zero_grad()
+        (scale * loss + decay / 2 * before.classifier.weight.square().sum()).backward()
+        largest = max(float(g.abs().max()) for g in grads.values())
+        for name, p in before.named_parameters():
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        if stage == "finetune":  # LARS's step has a test of its own; here: what it leaves alone and its form
+            assert [group["exclude"] for group in groups] == [False, True]
+            assert all(group["lr_in_momentum"] for group in groups)
+            continue
+        after = seen[t + 1][0] if t + 1 < len(seen) else nets[0]
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+            decayed = old.ndim >= 2 and name != "classifier.weight"
+            momenta[name] = 0.9 * momenta.get(name, 0) + grads[name] + 0.2 * decayed * old.detach()
+            torch.testing.assert_close(new.detach(), old.detach() - lr * momenta[name], rtol=1e-4, atol=1e-6)
+    assert len(seen) == 4
+
+
+def test_the_only_view_is_a_crop_that_may_be_flipped(monkeypatch):
+    asked = []
+
+    def crop(image, rng, size, scale, **rest):
+        asked.append((size, scale, rest))
+        return image
+
+    monkeypatch.setattr(simclrv2, "random_resized_crop", crop)
+    view, rng = simclrv2.CropFlipView(16), random.Random(0)
+    view.crop(torch.zeros(3, 20, 20, dtype=torch.uint8), rng)
+    assert asked == [(16, (0.08, 1.0), {"interpolation": "bicubic"})]
+    drawn = [view.sample(rng) for _ in range(4000)]
+    assert {tuple(params) for params in drawn} == {("flip",)}
+    assert sum(params["flip"] for params in drawn) / 4000 == pytest.approx(0.5, abs=0.03)
+    x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    y = view(x, {"flip": torch.tensor([True, False])})
+    torch.testing.assert_close(y, torch.stack([x[0].flip(2), x[1]]) / 255)
 
 
 # ------------------------------------------------ losses ------------------------------------------------
