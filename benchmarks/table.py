@@ -28,6 +28,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from ablations import PAPER, ROWS, record_name
@@ -229,22 +230,27 @@ def curves(prefix, method):
 
 def knn_of_all(prefix, data):
     """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images seen,
-    evaluate.py's kNN, and that of the same network with random weights."""
-    runs = [r for r in results().values() if r["name"] == f"{r['method']}_{data}"]
-    curves = {}
-    for r in runs:
+    its last point with other seeds (the runs NAME_DATA_sSEED), evaluate.py's kNN, and that of the same network
+    with random weights."""
+    curves, again = {}, defaultdict(list)
+    for r in results().values():
         points = {step * r["args"]["batch_size"]: v["knn_top1"] for step, v in r["curve"] if "knn_top1" in v}
-        curves[r["name"]] = points
-    runs = [r for r in runs if curves[r["name"]]]
+        name = f"{r['method']}_{data}"
+        if r["name"] == name and points:
+            curves[name] = points
+        elif points and re.fullmatch(rf"{name}_s\d+", r["name"]):
+            again[name].append(number(points[max(points)]))
+    runs = [results()[name] for name in curves]
     seen = sorted({images for r in runs for images in curves[r["name"]]})
     columns = [f"{images:,} images" if images else "random weights" for images in seen]
     header, rows = ["method", *columns, "minutes"], []
     protocols = {"knn {} val": "evaluate.py", "knn {} val, random weights": "evaluate.py, random weights",
                  "linear {} val --cached": "linear probe"}  # fmt: skip
     scored = {p: title for p, title in protocols.items() if any(p.format(r["data"]) in r["metrics"] for r in runs)}
-    header[-1:] = [*scored.values(), "minutes"]
+    header[-1:] = [*(["other seeds"] if again else []), *scored.values(), "minutes"]
     for r in runs:
         curve = [number(curves[r["name"]][images]) if images in curves[r["name"]] else "" for images in seen]
+        curve += [", ".join(again[r["name"]])] if again else []
         found = [r["metrics"].get(p.format(r["data"]), {}).get("top1") for p in scored]
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
         rows.append([link, *curve, *("" if x is None else number(x) for x in found), f"{r['minutes']:.1f}"])
