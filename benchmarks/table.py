@@ -78,7 +78,7 @@ def methods():
         experiments = path.stem.endswith("_ablations")  # of a method's paper, and on that method's page
         if experiments or "class Args" not in source or "\ndef train(" not in source:
             continue
-        text = ast.get_docstring(ast.parse(source))
+        text = source.split('"""')[1]  # the docstring
         parent = re.search(r"Diff against: (\w+)\.py", text)
         found[path.stem] = text.split(":")[0], re.search(r"arXiv (\d+\.\d+)", text)[1], parent and parent[1]
 

@@ -1,4 +1,9 @@
-"""Order of the tests: with two workers that take file after file, a long one that comes last would run alone."""
+"""Order of the tests: with two workers that take file after file, a long one that comes last would run alone. And threads:
+each worker computes with one, and so do the processes it starts, because several share the cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
 LONG = ["test_world_size.py", "test_mutants.py", "test_resume.py", "test_benchmarks_gpu.py", "test_simclrv2.py", "test_dinov2.py"]
 
