@@ -17,7 +17,7 @@ import re
 from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
 
 SIZE = (8.0, 3.6)  # inches
-INDICATORS = {"feature_std": "standard deviation of an output of unit length", "teacher_entropy": "entropy of the teacher, nats"}
+INDICATORS = {"feature_std": "feature_std (dotted: 1 / sqrt(E))", "teacher_entropy": "teacher_entropy, nats (dotted: ln K)"}
 
 
 def accuracy(record):
@@ -89,7 +89,7 @@ def draw_collapse(method, path):
         (axes[0], chance_of(name, last), f"{IN_LOOP[name]}, %"),
         (axes[1], last[f"{indicator}_chance"], INDICATORS[indicator]),
     ):
-        axis.axhline(value, color="grey", linestyle=":", label=f"{'chance' if axis is axes[0] else 'no collapse'}, {value:.3g}")
+        axis.axhline(value, color="grey", linestyle=":", label=f"chance, {value:.3g}")
         axis.set(xlabel="images seen", title=title, xlim=(0, None), ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(loc="lower right", frameon=False, fontsize=8)

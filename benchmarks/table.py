@@ -28,7 +28,7 @@ import json
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from ablations import PAPER, ROWS, record_name
@@ -241,8 +241,11 @@ def knn_of_all(prefix, data):
         elif points and re.fullmatch(rf"{name}_s\d+", r["name"]):
             again[name].append(number(points[max(points)]))
     runs = [results()[name] for name in curves]
-    seen = sorted({images for r in runs for images in curves[r["name"]]})
+    times = Counter(images for points in curves.values() for images in points)
+    seen = sorted(images for images, runs_then in times.items() if runs_then > 1 or len(runs) == 1)
     columns = [f"{images:,} images" if images else "random weights" for images in seen]
+    longer = [name for name, points in curves.items() if max(points) not in seen]  # whose end gets a column
+    columns += ["end of a longer run"] if longer else []
     header, rows = ["method", *columns, "minutes"], []
     protocols = {"knn {} val": "evaluate.py", "knn {} val, random weights": "evaluate.py, random weights",
                  "linear {} val --cached": "linear probe"}  # fmt: skip
@@ -250,6 +253,9 @@ def knn_of_all(prefix, data):
     header[-1:] = [*(["other seeds"] if again else []), *scored.values(), "minutes"]
     for r in runs:
         curve = [number(curves[r["name"]][images]) if images in curves[r["name"]] else "" for images in seen]
+        if longer:
+            last = max(curves[r["name"]])
+            curve.append(f"{number(curves[r['name']][last])} ({last:,})" if r["name"] in longer else "")
         curve += [", ".join(again[r["name"]])] if again else []
         found = [r["metrics"].get(p.format(r["data"]), {}).get("top1") for p in scored]
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
