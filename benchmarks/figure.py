@@ -2,7 +2,7 @@
 
     python benchmarks/figure.py shapes      # zero-shot accuracy of the language-image files
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
-    python benchmarks/figure.py simsiam_collapse    # a method's run on flocks beside those that collapse
+    python benchmarks/figure.py simsiam_ablation    # a run on flocks beside those without a part of the method
     python benchmarks/figure.py speed       # training steps beside other libraries, from results/side_by_side.json
 
 A line is the accuracy in the training loop; a dashed line in its colour is the same network with random weights,
@@ -66,7 +66,7 @@ def draw_curves(data, path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def draw_collapse(method, path):
+def draw_ablation(method, path):
     """kNN and the collapse indicator of METHOD_flocks and of every METHOD_flocks_NAME, with the flags of each."""
     import matplotlib
 
@@ -126,8 +126,8 @@ def draw_speed(path):
 def draw(name, path):
     if name == "speed":
         draw_speed(path)
-    elif name.endswith("_collapse"):
-        draw_collapse(name.removesuffix("_collapse"), path)
+    elif name.endswith("_ablation"):
+        draw_ablation(name.removesuffix("_ablation"), path)
     else:
         draw_curves(name, path)
 

@@ -353,7 +353,7 @@ def test_speed_beside_others_is_drawn_and_listed(tmp_path, monkeypatch):
     assert (tmp_path / "speed.png").stat().st_size > 3000
 
 
-def test_a_collapse_is_drawn_beside_the_run_that_learns(tmp_path, monkeypatch):
+def test_an_ablation_is_drawn_beside_the_run_that_learns(tmp_path, monkeypatch):
     """The lines are METHOD_flocks and METHOD_flocks_NAME, and no run of another method or data."""
     curve = [[0, {"knn_top1": 17.0}], [1, {"feature_std": 0.04}], [9, {"feature_std": 0.03}], [9, {"knn_top1": 50.0}]]
     last = {"feature_std": 0.03, "feature_std_chance": 0.05, "knn_top1": 50.0, "knn_chance": 10.0}
@@ -361,11 +361,11 @@ def test_a_collapse_is_drawn_beside_the_run_that_learns(tmp_path, monkeypatch):
     runs = {"simsiam_flocks": dict(recorded, command="python simsiam.py")}
     monkeypatch.setattr(figure, "results", lambda: runs)
     with pytest.raises(SystemExit, match="simsiam_flocks_NAME"):
-        figure.draw("simsiam_collapse", tmp_path / "x.png")
+        figure.draw("simsiam_ablation", tmp_path / "x.png")
     runs["simsiam_flocks_off"] = dict(recorded, command="python simsiam.py --stop-gradient off")
     for other in ("simsiam_shapes_off", "byol_flocks_random", "simsiam_flocks_s1"):
         runs[other] = {}  # would raise KeyError
-    figure.draw("simsiam_collapse", tmp_path / "x.png")
+    figure.draw("simsiam_ablation", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10000
 
 
