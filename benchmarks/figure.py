@@ -81,8 +81,9 @@ def draw_ablation(method, path):
     for record in runs:
         name, points = accuracy(record)
         label = record["command"].removeprefix("python ")
-        axes[0].plot(*zip(*points), marker=".", label=label)
-        shown = [(step * record["args"]["batch_size"], values[indicator]) for step, values in record["curve"] if indicator in values]
+        axes[0].plot(*zip(*((images / 1000, value) for images, value in points)), marker=".", label=label)
+        thousands = record["args"]["batch_size"] / 1000  # images of a step
+        shown = [(step * thousands, values[indicator]) for step, values in record["curve"] if indicator in values]
         axes[1].plot(*zip(*shown), label=label)
     last = runs[0]["metrics"]["training"]
     for axis, value, title in (
@@ -90,7 +91,7 @@ def draw_ablation(method, path):
         (axes[1], last[f"{indicator}_chance"], INDICATORS[indicator]),
     ):
         axis.axhline(value, color="grey", linestyle=":", label=f"chance, {value:.3g}")
-        axis.set(xlabel="images seen", title=title, xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel="images seen, thousands", title=title, xlim=(0, None), ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(loc="lower right", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
