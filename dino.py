@@ -107,8 +107,8 @@ RECIPES = {
         arch="resnet10", width=0.25, stem="small", image_size=32, local_crops=0, crop_split=0.4,
         jitter_strength=0.5, blur=False, head_layers=2, head_bn=True, out_dim=2048,
         norm_last_layer=True, teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.99,
-        teacher_momentum_end=0.99, epochs=9, batch_size=128, optimizer="sgd", base_lr=0.12,
-        min_lr=0.03, warmup_epochs=0.0, weight_decay=5e-4, weight_decay_end=5e-4,
+        teacher_momentum_end=0.99, epochs=4, batch_size=128, optimizer="sgd", base_lr=0.12,
+        min_lr=0.05, warmup_epochs=0.0, weight_decay=5e-4, weight_decay_end=5e-4,
     ),
     "shapes": dict(
         arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
