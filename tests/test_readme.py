@@ -369,6 +369,21 @@ def test_an_ablation_is_drawn_beside_the_run_that_learns(tmp_path, monkeypatch):
     assert (tmp_path / "x.png").stat().st_size > 10000
 
 
+def test_longer_runs_and_other_seeds_have_columns_of_their_own(monkeypatch):
+    def run(method, name, *points):
+        curve = [[step, {"knn_top1": value}] for step, value in points]
+        return name, {"name": name, "method": method, "data": "x", "args": {"batch_size": 2}, "curve": curve, "metrics": {}, "minutes": 1.0}
+
+    runs = dict([run("byol", "byol_x", (0, 15.0), (9, 17.0)), run("dino", "dino_x", (0, 16.0), (9, 18.0), (99, 19.0)),
+                 run("byol", "byol_x_s1", (0, 11.0), (9, 12.5)), run("byol", "byol_x_off", (0, 13.0))])  # fmt: skip
+    monkeypatch.setattr(table, "results", lambda: runs)
+    monkeypatch.setattr(table, "methods", lambda: {"byol": ("BYOL",), "dino": ("DINO",)})
+    header, _, byol, dino = table.knn_of_all("", "x").splitlines()
+    assert header == "| method | random weights | 18 images | end of a longer run | other seeds | minutes |"
+    assert byol == "| [BYOL](results/byol_x.json) | 15.0 | 17.0 |  | 12.5 | 1.0 |"
+    assert dino == "| [DINO](results/dino_x.json) | 16.0 | 18.0 | 19.0 (198) |  | 1.0 |"
+
+
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
     kinds = ["*.py", "evaluation/*.py", "benchmarks/*.py", "*.md", "docs/*.md"]

@@ -406,6 +406,18 @@ def test_whole_sequence(monkeypatch, tmp_path, capfd):
         simclrv2.whole_sequence()
 
 
+@pytest.mark.parametrize("recipe, following", [
+    ("cifar10-cpu", "--recipe cifar10-cpu-distill"),
+    ("imagenet-10", "--recipe imagenet-distill"),
+    ("", "--recipe imagenet-distill --batch-size 8"),
+])  # fmt: skip
+def test_the_next_line_names_the_recipe_that_distils(recipe, following, photos, stages, tmp_path, capsys):
+    """That of the same data; ImageNet's where there is none, and then with the batch of the small data."""
+    train_here(argv_for("finetune", photos, stages, tmp_path, "--recipe", recipe, "--max-steps", "1", "--eval-every", "0"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    assert line.endswith(following)
+
+
 def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
     """LARS does not decay it. Step 1 starts at 0, where there is nothing to decay; the other weights decay so
     little in it that the gradients of step 2 differ by weight decay times the classifier alone."""
