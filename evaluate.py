@@ -197,7 +197,8 @@ def export(args, path, *others):
 def main(argv: list[str]):
     if {"-h", "--help"} & set(argv):
         print(__doc__)
-    (protocol, *paths), flags, queries = split_words(argv) if argv else ([""], [], [])
+    words, flags, queries = split_words(argv)
+    protocol, *paths = words or [""]
     if queries and protocol not in WITH_TEXT:
         raise UserError(f"{queries[0]} is no flag: checkpoints come first (--help lists the flags)")
     flags += [word for query in queries for word in ("--text", query)]

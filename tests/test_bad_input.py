@@ -287,6 +287,21 @@ def test_help_has_every_flag_with_its_comment(server, name):
         assert re.search(rf"{flag}\b.*? {re.escape(' '.join(comment.split()))}( |$)", text), field
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("evaluate.py", "--help"), ("evaluate.py", "-h"), ("evaluate.py", "knn --help"), ("evaluate.py", "search x.pt --data y --help"),
+    ("simclrv2.py", "--help"), ("simclrv2.py", "finetune --help"), ("simclrv2.py", "distill --help"), ("slip_ablations.py", "--help"),
+])  # fmt: skip
+def test_help_of_the_other_commands(server, script, flags):
+    done = server.run(script, *flags.split())
+    assert done.returncode == 0 and not done.stderr
+    assert "--data" in done.stdout and "--device" in done.stdout
+
+
+@pytest.mark.parametrize("flags", ["", "--data shapes", "--split val --data shapes", "knn", "x.pt --data shapes", "knn x.pt"])
+def test_an_evaluation_without_protocol_checkpoint_or_data(server, flags):
+    assert_sentence(server.run("evaluate.py", *flags.split()), "evaluate.py", "use: evaluate.py zeroshot|", "CHECKPOINT ... --data NAME")
+
+
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_missing_package(server, photos, tmp_path, package):
     hide = f"sys.modules[{package!r}] = None"  # as if it were not installed
