@@ -1,5 +1,5 @@
-"""Shared plumbing that belongs to no single paper: processes and what they exchange, batch norm
-over all of them, precision, activation checkpointing, schedule, LARS. run.py writes experiments down."""
+"""What belongs to no single paper: processes and what they exchange, batch norm over all of them,
+precision, activation checkpointing, schedule, LARS. run.py writes experiments down."""
 
 import contextlib
 import functools
@@ -12,7 +12,8 @@ import time
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
 
 
 class UserError(Exception):
@@ -21,7 +22,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Around a script's work: a mistake ends it with one sentence and status 2, without traceback."""
+    """Around a script's work: a mistake ends it with one sentence and status 2, not a traceback."""
     import trouble  # only here: scripts need it, functions that were pasted elsewhere do not
     out, err = trouble.Stream(1, sys.stdout), trouble.Stream(2, sys.stderr)
     try:
@@ -44,7 +45,7 @@ def user_errors():
             dist.destroy_process_group()
 
 
-# -------------------------------------------- processes --------------------------------------------
+# -------------------------------------------- processes -----------------------------------------
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -57,15 +58,15 @@ def init_distributed(device: str = "") -> torch.device:
     """Joins the processes that torchrun started, if it did, and returns the device of this one:
     `device`, or the first of cuda, mps and cpu that this machine has. Raises UserError if the
     machine has no such device, or fewer GPUs than processes."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    names = [name for name, is_there in available.items() if is_there]
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    names = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     kind = device or names[0]
     if kind.split(":")[0] not in names or not re.fullmatch(r"\w+(:\d+)?", kind):
         raise UserError(f"--device {kind} is not available here, use {' or '.join(names)}")
     if kind.startswith("cuda"):
         kind = kind if ":" in kind else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        if int(kind[5:]) >= torch.cuda.device_count():
-            raise UserError(f"there is no {kind} among {torch.cuda.device_count()}, lower --nproc_per_node")
+        if int(kind[5:]) >= (count := torch.cuda.device_count()):
+            raise UserError(f"there is no {kind} among {count}, lower --nproc_per_node")
         torch.cuda.set_device(kind)
         torch.set_float32_matmul_precision("high")
     if "MASTER_ADDR" not in os.environ:
@@ -74,7 +75,7 @@ def init_distributed(device: str = "") -> torch.device:
             raise UserError(wrong)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo")
-        all_reduce_mean(torch.zeros(1))  # connects all of them, so one that leaves early disturbs no other
+        all_reduce_mean(torch.zeros(1))  # connects all, so one that leaves early disturbs no other
     return torch.device(kind)
 
 
@@ -96,8 +97,7 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     """(b, ...), with the same b on all processes -> (world * b, ...) in the order of the ranks.
     The result carries gradient: what the losses of all processes say about this process's rows is
     summed. If every process takes the mean loss of its own rows and DDP averages the gradients,
-    then the result is exactly the gradient of the global batch's mean loss. Without other processes
-    it returns x itself."""
+    then the result is exactly the gradient of the global batch's mean loss. One process gets x."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
     return _AllGather.apply(x.contiguous())
@@ -112,7 +112,7 @@ def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the global batch, with running statistics, for CPU tensors, which torch refuses."""
+    """Batch norm over the global batch, with running statistics, on CPUs, where torch has none."""
 
     def forward(self, x):
         if not self.training:
@@ -133,34 +133,33 @@ class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Makes every batch norm of `model` use the statistics of the global batch. Parameter names stay."""
+    """Makes every batch norm of `model` use the global batch's statistics. Parameter names stay."""
     if world_size() == 1:
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = GlooSyncBatchNorm  # parameters and buffers stay, forward() is another
+            module.__class__ = GlooSyncBatchNorm  # parameters and buffers stay, forward() changes
     return model
 
 
-# -------------------------------------------- optimisation --------------------------------------------
+# -------------------------------------------- optimisation --------------------------------------
 def mixed_precision(dtype: str, device: torch.device):
     """-> (autocast context, GradScaler). dtype "auto" means bf16 on GPUs that compute in it, fp16
-    on older GPUs and fp32 elsewhere. The scaler acts only for fp16, as bf16 and fp32 have enough
-    range without it."""
+    on older GPUs and fp32 elsewhere. The scaler acts only for fp16, whose range is too small."""
     if dtype == "auto" and device.type == "cuda":
         dtype = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     elif dtype == "auto":
         dtype = "fp32"
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    autocast = torch.autocast(device.type, dtype=low) if dtype != "fp32" else contextlib.nullcontext()
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[dtype]
+    autocast = torch.autocast(device.type, dtype=low) if low else contextlib.nullcontext()
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 
 def checkpoint_blocks(model: nn.Module, how: str, *classes):
-    """Modules of these classes keep less for the backward pass, which computes the rest again (arXiv
-    1604.06174): "full" keeps inputs, "selective" matrix products and attention too. The numbers stay."""
+    """Blocks of these classes keep less and compute the rest again, unchanged, in the backward pass
+    (arXiv 1604.06174): "full" keeps inputs, "selective" matrix products and attention too."""
     if how == "none":
         return
     blocks = [block for block in model.modules() if isinstance(block, classes)]
@@ -169,7 +168,7 @@ def checkpoint_blocks(model: nn.Module, how: str, *classes):
     def policy(_, op, *args, **kwargs):  # mm, addmm, bmm and every kind of attention are kept
         kept = re.search("mm|attention", op.name())
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    contexts = functools.partial(selective_contexts, policy)
     options = {"context_fn": contexts} if how == "selective" else {}
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
@@ -182,21 +181,22 @@ def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=Fals
     without it the first step after the warm-up does (SimCLR)."""
     if step < warmup:
         return start + (peak - start) * step / max(1, warmup - reach_peak)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    angle = math.pi * (step - warmup) / max(1, total - warmup)
+    return end + (peak - end) * 0.5 * (1 + math.cos(angle))
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (arXiv 1708.03888) with momentum, in its two published forms.
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888) with momentum, in two published forms.
 
     With gradient g, parameter p and momentum m, the direction is d = g + weight_decay p, multiplied
     by trust |p| / |d| (by 1 if either norm is 0). Then, with lr_in_momentum, v = m v + lr d and p
     -= v (SimCLR); otherwise v = m v + d and p -= lr v (BYOL, MoCo v3). The two differ whenever lr
     changes. A parameter group with exclude=True (biases, norms) is neither decayed nor scaled."""
 
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=1e-3, lr_in_momentum=False):
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=1e-3,
+                 lr_in_momentum=False):  # fmt: skip
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
-        defaults |= dict(exclude=False, lr_in_momentum=lr_in_momentum)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | dict(exclude=False, lr_in_momentum=lr_in_momentum))
 
     @torch.no_grad()
     def step(self):

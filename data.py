@@ -1,12 +1,12 @@
 """Data: decoding, the loader, batched image operations, the tokenizer.
 
-A method file opens a dataset (sources.py says from where), names its views and texts, and takes batches:
+A method file opens a dataset (of sources.py), names its views and texts, and takes batches:
 
-    dataset = open_dataset("yfcc15m")                    # dataset[7] -> Sample(image, captions, label, key)
+    dataset = open_dataset("yfcc15m")                 # dataset[7]: image, captions, label, key
     loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096)
     for step, batch in loader.batches(0, 10 * loader.steps_per_epoch):
-        pixels, params = batch["view1"]                  # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
-        x, ids = view(pixels, params), batch["text"]     # float (b, 3, S, S), int64 (b, L)
+        pixels, params = batch["view1"]               # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
+        x, ids = view(pixels, params), batch["text"]  # float (b, 3, S, S), int64 (b, L)
 """
 
 import contextlib
@@ -40,20 +40,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-# ------------------------------------------ decoding and loading ------------------------------------------
+# -------------------------------------------- decoding and loading ------------------------------
 def decode(image):
-    """Bytes of an image file, uint8 array (H, W, 3) or PIL image -> uint8 (3, H, W), in memory H x W x 3:
-    crops of that are fast. Raises ValueError when it is broken or has more than 179 million pixels."""
+    """Bytes of an image file, uint8 array (H, W, 3) or PIL image -> uint8 (3, H, W), stored as
+    (H, W, 3) for fast crops. ValueError when it is broken or has more than 179 million pixels."""
     try:
         if isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image))  # reads the header and checks the number of pixels
-            with contextlib.suppress(Exception):  # EXIF data may be damaged; a damaged picture fails below
+            image = Image.open(io.BytesIO(image))  # reads the header, checks the number of pixels
+            with contextlib.suppress(Exception):  # of damaged EXIF data; damaged pixels fail below
                 ImageOps.exif_transpose(image, in_place=True)
         if isinstance(image, Image.Image):
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             if image.mode != "RGB":  # convert() copies even then, which takes longer than decoding
-                image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+                transparent = "transparency" in image.info
+                image = (image.convert("RGBA") if transparent else image).convert("RGB")
             image = np.array(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"array of {image.dtype} {image.shape}")
@@ -63,46 +64,46 @@ def decode(image):
 
 
 class Loader:
-    """Batches are a function of (seed, step): the same for any number of workers and after a restart, and
-    together the same for any number of processes.
+    """Batches are a function of (seed, step): the same for any number of workers and after a
+    restart, and together the same for any number of processes.
 
-    views: {name: object with crop(image, rng) and sample(rng)}; texts: {name: function(caption, rng) -> ids};
-    batch_size: of all processes together. Each view and text of a sample has a random.Random of its own.
-    bad: samples of this epoch and process that were replaced. wait: seconds spent waiting, to be reset."""
+    views: {name: object with crop(image, rng), sample(rng)}; texts: {name: function(caption, rng)
+    -> ids}; batch_size: of all processes. Each view and text of a sample has its own random.Random.
+    bad: replaced samples of this epoch and process. wait: seconds waited, to be reset."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
-        if batch_size % world_size():
-            raise UserError(f"batch size {batch_size} cannot be divided among {world_size()} processes")
+        if batch_size % (world := world_size()):
+            raise UserError(f"batch size {batch_size} cannot be divided among {world} processes")
         if len(dataset) < batch_size:
             few = f"{dataset.name} has {len(dataset)} samples, less than a batch of {batch_size}"
             raise UserError(f"{few}: lower --batch-size, or choose a --recipe for small data")
         if texts and not dataset.captioned:
-            raise UserError(f"{dataset.name} has no captions, docs/data.md says where they are looked for")
+            raise UserError(f"{dataset.name} has no captions, docs/data.md says where to put them")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of each process of this machine
+        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
+        cores = max(1, len(usable(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # per process
         self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
-        self.steps_per_epoch = len(dataset) // batch_size  # what is left over is another part in every epoch
+        self.steps_per_epoch = len(dataset) // batch_size  # the rest differs from epoch to epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
     def batches(self, start, stop):
-        """Yields (step, batch) for steps start to stop - 1. batch, all on the device: "index", "label" (b,);
-        per view uint8 (b, 3, S, S) channels last and {name: stacked parameters}; per text int64 (b, L)."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every forked worker warns about it
+        """Yields (step, batch), start <= step < stop. On the device are "index", "label" (b,); per
+        view uint8 (b, 3, S, S) channels last, {name: stacked parameters}; per text int64 (b, L)."""
+        start_by = "fork" if self.workers and sys.platform == "linux" else None
         loader = torch.utils.data.DataLoader(
-            self, batch_sampler=self.order(start, stop), num_workers=self.workers, collate_fn=self.collate,
-            pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator(),
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None)  # fmt: skip
+            self, batch_sampler=self.order(start, stop), collate_fn=self.collate,
+            num_workers=self.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
+            multiprocessing_context=start_by, pin_memory=self.device.type == "cuda")  # fmt: skip
         try:
             batches, threads = iter(loader), torch.get_num_threads()
         except OSError as error:
             raise UserError(f"{SHM_FULL}: {error}") from error
-        if self.workers and sys.platform != "win32" and threading.current_thread() is threading.main_thread():
-            # torch's handler would raise a worker's death in the middle of a step; next() finds it too
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self.workers:  # torch's handler would raise a worker's death amid a step; next() sees it
+            with contextlib.suppress(ValueError, AttributeError):  # in another thread, on Windows
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for step in range(start, stop):
             begin = time.perf_counter()
-            torch.set_num_threads(threads if self.workers else 1)  # small crops are slower on several
+            torch.set_num_threads(threads if self.workers else 1)  # several slow down small crops
             try:
                 batch = next(batches)
             except (UserError, RuntimeError, EOFError, OSError) as error:
@@ -120,18 +121,20 @@ class Loader:
                 self.bad += bool(skipped)
                 for where, reason in skipped.items():
                     if where not in self.named and len(self.named) < 100:
-                        print(f"{self.dataset.name}: sample {where} is replaced, {reason}", file=sys.stderr)
+                        text = f"{self.dataset.name}: sample {where} is replaced, {reason}"
+                        print(text, file=sys.stderr)
                         self.named[where] = reason
             yield step, self.to_device(batch)
 
     def check_bad(self):
-        """Called by all processes together. UserError when over 1% of this or the last epoch was bad."""
+        """Called by all processes. UserError when over 1% of this or the last epoch was bad."""
         bad = torch.tensor([self.bad, self.bad_before], device=self.device)
         if world_size() > 1:
             torch.distributed.all_reduce(bad)
         if (worst := int(bad.max())) > max(1, 0.01 * self.steps_per_epoch * self.batch_size):
             example = next(iter(self.named.values()), "other processes name them")
-            raise UserError(f"{worst} samples of {self.dataset.name} are bad, over 1% of an epoch: {example}")
+            found = f"{worst} samples of {self.dataset.name} are bad, over 1% of an epoch"
+            raise UserError(f"{found}: {example}")
 
     def order(self, start, stop):
         """The (epoch, index) pairs of this process, a list per step."""
@@ -144,26 +147,26 @@ class Loader:
             yield [(epoch, int(index)) for index in order[first : first + size]]
 
     def __getitem__(self, item):
-        """In a worker: (epoch, index) -> views and ids of that sample or, if it is bad, of the next good."""
-        (epoch, index), skipped = item, {}
-        for where in (i % len(self.dataset) for i in range(index, index + 100)):
-            name = f"{self.dataset.name}[{where}]"
+        """In a worker: (epoch, index) -> views and ids of that sample, or of the next good one."""
+        (epoch, index), dataset, bad = item, self.dataset, {}
+        for where in (i % len(dataset) for i in range(index, index + 100)):
+            name = f"{dataset.name}[{where}]"
             try:
-                sample = self.dataset[where]
+                sample = dataset[where]
                 name = sample.key
                 image = decode(sample.image)
                 if self.texts and not any(caption.strip() for caption in sample.captions):
                     raise ValueError("no caption")
                 break
             except (OSError, ValueError) as error:
-                skipped[where] = f"{name}: {error}"
+                bad[where] = f"{name}: {error}"
         else:
-            raise UserError(f"a hundred samples of {self.dataset.name} in a row are bad: {skipped[index]}")
+            raise UserError(f"a hundred samples of {dataset.name} in a row are bad: {bad[index]}")
 
         def rng(use):
             return random.Random(f"{self.seed} {epoch} {index} {use}")
 
-        out = {"index": where, "label": sample.label, "skipped": skipped}
+        out = {"index": where, "label": sample.label, "skipped": bad}
         for name, view in self.views.items():
             view_rng = rng(name)
             out[name] = view.crop(image, view_rng), view.sample(view_rng)
@@ -177,13 +180,13 @@ class Loader:
         batch = {"skipped": [s["skipped"] for s in samples]}
         batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
         for name in self.views:
-            crops, given = zip(*(s[name] for s in samples))
-            given = {key: [params[key] for params in given] for key in given[0]}
-            given = {k: (torch.stack if torch.is_tensor(v[0]) else torch.tensor)(v) for k, v in given.items()}
-            batch[name] = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2), given
+            crops, params = zip(*(s[name] for s in samples))
+            crops = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
+            stacked = {k: torch.stack([torch.as_tensor(p[k]) for p in params]) for k in params[0]}
+            batch[name] = crops, stacked
         for name, text in self.texts.items():
-            longest = max(len(s[name]) for s in samples)
-            length = min(-(-longest // 8) * 8, getattr(text, "context_length", 2**31))  # few lengths
+            length = max(len(s[name]) for s in samples)
+            length = min(-(-length // 8) * 8, getattr(text, "context_length", 2**31))  # few lengths
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
         return share(batch)
 
@@ -195,7 +198,7 @@ class Loader:
         return x.to(self.device, non_blocking=self.device.type == "cuda")
 
 
-SHM_FULL = "/dev/shm is too small for the loader's workers: raise --shm-size (Docker) or lower --workers"
+SHM_FULL = "/dev/shm is too small for loader workers: raise --shm-size (Docker) or lower --workers"
 
 
 def share(batch):
@@ -213,14 +216,14 @@ def share(batch):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and a job's SIGTERM reach workers too, but only the main process is to react and to end them."""
+    """Ctrl-C and a job's SIGTERM reach workers too, but only the main process is to end them."""
 
     def wait():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    sys.excepthook = lambda *_: None  # of the thread that hands tensors over, when nobody takes them
+    sys.excepthook = lambda *_: None  # of the thread that hands over tensors, if nobody takes them
     for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -228,12 +231,13 @@ def ignore_signals(worker):
         threading.Thread(target=wait, daemon=True).start()
 
 
-# -------------------------------------------- image operations --------------------------------------------
-# The first two serve one sample in a worker, the others a batch on any device, in [0, 1], float (B, 3, H, W),
-# as torchvision.transforms.v2.functional each sample, with parameters (B,); mask (B,) bool: those to change.
-def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
-    """torchvision's RandomResizedCrop, antialiased: uint8 (3, H, W) -> uint8 (3, size, size). Fastest on an
-    image stored as (H, W, 3), as decode() returns it; the crop is then stored so too. rng: random.Random."""
+# -------------------------------------------- image operations ----------------------------------
+# The first two serve one sample in a worker. The others do to a float batch (B, 3, H, W) in [0, 1]
+# what torchvision.transforms.v2.functional does to a sample; parameters (B,), mask (B,): to do it.
+def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
+                        interpolation="bilinear"):  # fmt: skip
+    """torchvision's RandomResizedCrop, antialiased: uint8 (3, H, W) -> uint8 (3, size, size). rng:
+    random.Random. Fastest on an image stored as (H, W, 3), as by decode(); so is the crop then."""
     height, width = image.shape[1:]
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -245,8 +249,8 @@ def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3
     else:  # nothing fitted: the largest central crop of an allowed aspect
         h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
         top, left = (height - h) // 2, (width - w) // 2
-    crop = image.permute(1, 2, 0)[top : top + h, left : left + w]
-    return F.interpolate(crop[None].permute(0, 3, 1, 2), (size, size), mode=interpolation, antialias=True)[0]
+    crop = image.permute(1, 2, 0)[top : top + h, left : left + w][None].permute(0, 3, 1, 2)
+    return F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
 
 
 def draw_jitter(rng, brightness, contrast, saturation, hue):
@@ -262,13 +266,13 @@ def to_float(x):
 
 
 def normalize(x, mean, std):
-    """(x - mean) / std by channel. They stay numbers: tensors would be copied to the device in every step."""
+    """(x - mean) / std by channel. As tensors they would be copied to the device in every step."""
     return torch.stack([(channel - m).div_(s) for channel, m, s in zip(x.unbind(1), mean, std)], 1)
 
 
 def on_masked(operation, x, mask, *params, at_a_time=8):
-    """operation(x, *params) where mask is set, x elsewhere; params (B, ...). A GPU computes all samples, as
-    picking would make it wait for the host. The CPU picks, and takes a few at a time for its cache's sake."""
+    """operation(x, *params) where mask is set, else x; params (B, ...). A GPU computes all samples,
+    as picking would make it wait for the host; the CPU picks, a few at a time for its cache."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(mask.view(-1, 1, 1, 1), operation(x, *params), x)
     x, rows = x.clone(), mask.nonzero().squeeze(1)
@@ -296,20 +300,20 @@ def solarize(x, mask, threshold=0.5):
 
 
 def shift_hue(x, hue):
-    """Turns the hue of every pixel by hue (B,), -0.5 to 0.5 of a circle. No HSV is needed: a pixel's smallest
-    and largest value stay, and its place on the colour hexagon (0 red, 2 green, 4 blue, 6 red) says where
-    between these two each channel lies."""
+    """Turns the hue of every pixel by hue (B,), -0.5 to 0.5 of a circle. No HSV is needed: a
+    pixel's smallest and largest value stay, and its place on the colour hexagon (0 red, 2 green, 4
+    blue, 6 red) says where between these two each channel lies."""
     red, green, blue = x.unbind(1)
     low, high = x.amin(1), x.amax(1)
     chroma = high - low
-    place = (high - 2 * low).sub_(red).add_(green).add_(blue).div_(chroma.clamp_min(1e-12))  # distance to red
-    place = place.copysign_(green - blue).add_(6 * hue.view(-1, 1, 1)).remainder_(6)
+    to_red = (high - 2 * low).sub_(red).add_(green).add_(blue).div_(chroma.clamp_min(1e-12))
+    place = to_red.copysign_(green - blue).add_(6 * hue.view(-1, 1, 1)).remainder_(6)
     share = torch.stack(((place - 3).abs_() - 1, 2 - (place - 2).abs_(), 2 - (place - 4).abs_()), 1)
     return share.clamp_(0, 1).mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
 
 
 def jitter_one(x, factors, hue, order):
-    """color_jitter of a single sample, whose x (1, 3, H, W) is changed in place: only the steps it needs."""
+    """color_jitter of one sample, whose x (1, 3, H, W) is changed in place: only needed steps."""
     for kind in order[0].tolist():
         if kind == 3:
             x = shift_hue(x, hue)
@@ -328,19 +332,19 @@ def jitter_one(x, factors, hue, order):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order, mask):
-    """adjust_brightness, _contrast, _saturation (factors from 0) and _hue (-0.5 to 0.5), in each sample's own
-    order (B, 4), a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue. The CPU takes sample after
-    sample. A GPU takes all together; hue costs most, so it is computed once, between three steps and three
-    steps of the others, of which idle ones have factor 1."""
+    """adjust_brightness, _contrast, _saturation (factors from 0) and _hue (-0.5 to 0.5), in each
+    sample's own order (B, 4), a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue. The
+    CPU takes sample after sample. A GPU takes all together; hue costs most, so it is computed once,
+    between three steps and three steps of the others, of which idle ones have factor 1."""
+    factors = torch.stack((brightness, contrast, saturation, torch.ones_like(hue)), 1)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        factors = torch.stack((brightness, contrast, saturation), 1)
         return on_masked(jitter_one, x, mask, factors, hue.to(x.dtype), order, at_a_time=1)
     slot, hue_slot = torch.arange(4, device=x.device), order.argmax(1, keepdim=True)
-    before, after = order.where(slot < hue_slot, 3), order.where(slot > hue_slot, 3)  # kind 3: nothing
+    before, after = order.where(slot < hue_slot, 3), order.where(slot > hue_slot, 3)  # 3: nothing
     kind = torch.cat((before[:, :3], after[:, 1:]), 1)  # (B, 6)
-    factor = torch.stack((brightness, contrast, saturation, torch.ones_like(hue)), 1).gather(1, kind)
-    # A step mixes x with black, its mean grey level or its grey image. (B, 6, 3): weights of x, mean, grey.
-    steps = torch.stack((factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)), 2).to(x.dtype)
+    factor = factors.gather(1, kind)
+    # A step mixes x with black, its mean grey or its grey image: weights (B, 6, 3) of x, mean, grey
+    steps = torch.stack((factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)), 2)
 
     def jitter(x, steps, hue):
         for i in range(6):
@@ -351,12 +355,12 @@ def color_jitter(x, brightness, contrast, saturation, hue, order, mask):
             x = (x * of_x).add_(grey.mul_(of_grey).add_(mean * of_mean)).clamp_(0, 1)
         return x
 
-    return on_masked(jitter, x, mask, steps, hue.to(x.dtype))
+    return on_masked(jitter, x, mask, steps.to(x.dtype), hue.to(x.dtype))
 
 
 def gaussian_blur(x, sigma, mask, kernel_size):
-    """Gaussian of standard deviation sigma pixels on kernel_size (odd) pixels, borders reflected. Images too
-    small for that get the largest kernel that can be reflected, 2 * min(H, W) - 1."""
+    """Gaussian of standard deviation sigma pixels on kernel_size (odd) pixels, borders reflected.
+    Images too small for that get the largest kernel that can be reflected, 2 * min(H, W) - 1."""
     radius = min(kernel_size // 2, x.shape[2] - 1, x.shape[3] - 1)
     pixels = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
 
@@ -365,26 +369,27 @@ def gaussian_blur(x, sigma, mask, kernel_size):
         kernel = (pixels / sigma.view(-1, 1)).square().mul(-0.5).softmax(1)  # (B, K)
         kernel = kernel.repeat_interleave(c, 0)
         x = F.pad(x, [radius] * 4, mode="reflect").view(1, b * c, h + 2 * radius, w + 2 * radius)
-        x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)  # one group for each channel of each sample
+        x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)  # a group per sample and channel
         return F.conv2d(x, kernel[:, None, :, None], groups=b * c).view(b, c, h, w)
 
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 would keep 8 bits at most
         return on_masked(blur, x, mask, sigma.to(x.dtype))
 
 
-# -------------------------------------------- tokenizer --------------------------------------------
+# -------------------------------------------- tokenizer -----------------------------------------
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-SOT_EOT = ("<|startoftext|>", "<|endoftext|>"), ("<start_of_text>", "<end_of_text>"), ("[CLS]", "[SEP]")
+SOT_EOT = [("<|startoftext|>", "<|endoftext|>"), ("<start_of_text>", "<end_of_text>"),
+           ("[CLS]", "[SEP]")]  # fmt: skip
 
 
 def clip_bpe(merges=(), captions=None, vocab_size=49408):
-    """Byte-pair encoding of CLIP's form with these merges, (left, right) each, or those learnt from captions.
-    Ids: 256 bytes, 256 bytes that end a word (so any text can be encoded), the merges, sot, eot."""
+    """Byte-pair encoding of CLIP's form with these merges (left, right), or those learnt from
+    captions. Ids: 256 bytes, 256 that end a word (so any text can be encoded), merges, sot, eot."""
     start = sorted(pre_tokenizers.ByteLevel.alphabet())
     end = [character + "</w>" for character in start]
     tokens = dict.fromkeys([*start, *end, *map("".join, merges), *SOT_EOT[0]])
     ids = {token: i for i, token in enumerate(tokens)}
-    bpe = tokenizers.Tokenizer(models.BPE(ids, [tuple(pair) for pair in merges], end_of_word_suffix="</w>"))
+    bpe = tokenizers.Tokenizer(models.BPE(ids, list(map(tuple, merges)), end_of_word_suffix="</w>"))
     words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "removed", invert=True)
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
@@ -392,35 +397,37 @@ def clip_bpe(merges=(), captions=None, vocab_size=49408):
     bpe.add_special_tokens(list(SOT_EOT[0]))
     if captions is None:
         return bpe
-    # Ties between pairs go by id, and the ids of `end` would follow a random hash if they were not given.
-    given = {"initial_alphabet": start, "special_tokens": end, "end_of_word_suffix": "</w>"}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, min_frequency=2, show_progress=False, **given)
+    # Ties between pairs go by id, and the ids of `end`, if not given, would follow a random hash.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, min_frequency=2, show_progress=False,
+        initial_alphabet=start, special_tokens=end, end_of_word_suffix="</w>")  # fmt: skip
     # Training takes the square of a word's length, and no word has a thousand letters.
     bpe.train_from_iterator((re.sub(r"(\S{1000})\S+", r"\1", text) for text in captions), trainer)
     return clip_bpe(json.loads(bpe.to_str())["model"]["merges"])
 
 
 class Tokenizer:
-    """Captions to token ids [sot, ..., eot]. spec: "clip" (its published merges, from data_dir, an installed
-    open_clip or the Hugging Face hub), "train" (CLIP's form learnt from captions, at most vocab_size tokens),
-    the path of a tokenizer.json or bpe_simple_vocab_16e6.txt.gz, the text of a tokenizer.json, or a hub name.
-    A long caption is cut to context_length ids, the last eot if restore_eot. Raises UserError."""
+    """Captions to token ids [sot, ..., eot], at most context_length, the last eot if restore_eot.
+    spec: "clip" (its merges, from data_dir, an installed open_clip or the Hugging Face hub),
+    "train" (CLIP's form learnt from captions, at most vocab_size tokens), a hub name, the path or
+    text of a tokenizer.json, or the path of bpe_simple_vocab_16e6.txt.gz. Raises UserError."""
 
-    def __init__(self, spec, context_length=77, captions=(), vocab_size=0, data_dir=None, restore_eot=True):
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns when loader workers are forked
+    def __init__(self, spec, context_length=77, captions=(), vocab_size=0, data_dir=None,
+                 restore_eot=True):  # fmt: skip
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in forked workers
         self.context_length, self.restore_eot = context_length, restore_eot
         try:
             self.bpe = self.open_once(spec, captions, vocab_size or 49408, data_dir)
-            self.vocab_size = self.bpe.get_vocab_size()
-            if self.vocab_size > (vocab_size or self.vocab_size):
-                raise ValueError(f"its {self.vocab_size} tokens are more than --vocab-size {vocab_size}")
+            self.vocab_size = size = self.bpe.get_vocab_size()
+            if size > (vocab_size or size):
+                raise ValueError(f"its {size} tokens are more than --vocab-size {vocab_size}")
             ends = [[self.bpe.token_to_id(token) for token in pair] for pair in SOT_EOT]
             self.sot, self.eot = next((pair for pair in ends if None not in pair), (None, None))
             if self.eot is None:
                 raise ValueError("it has no start and end token")
         except Exception as error:  # tokenizers raises nothing narrower
             name = spec if len(spec) < 200 else "of the checkpoint"
-            raise UserError(f"tokenizer {name}: {error}; use train or a tokenizer.json's path") from error
+            raise UserError(f"tokenizer {name}: {error}; use train or a tokenizer.json") from error
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.clip_form = getattr(self.bpe.model, "end_of_word_suffix", None) == "</w>"
@@ -428,7 +435,7 @@ class Tokenizer:
             self.bpe.normalizer = None  # clean() does that, exactly as CLIP's own
 
     def open_once(self, *where):
-        """The first process opens it for all: one asks the hub, one learns, and all have the same tokens."""
+        """The first process asks the hub or learns for all, so that all have the same tokens."""
         made = ["", ""]  # the text of a tokenizer.json, or an error
         if rank() == 0:
             try:
@@ -448,17 +455,17 @@ class Tokenizer:
             open_clip = importlib.util.find_spec("open_clip")  # located, not imported
             folders = [data_dir or os.environ.get("DATA_DIR", "data")]
             folders += open_clip.submodule_search_locations if open_clip else []
-            files = [Path(folder, "bpe_simple_vocab_16e6.txt.gz") for folder in folders]
-            spec = next((str(file) for file in files if file.is_file()), "openai/clip-vit-base-patch32")
+            files = [os.path.join(folder, "bpe_simple_vocab_16e6.txt.gz") for folder in folders]
+            spec = next(filter(os.path.isfile, files), "openai/clip-vit-base-patch32")
         if spec.endswith(".gz"):  # a title, then merges, of which CLIP has the first 48,894
-            lines = gzip.decompress(Path(spec).read_bytes()).decode().splitlines()[1 : 49408 - 514 + 1]
+            lines = gzip.decompress(Path(spec).read_bytes()).decode().splitlines()[1:48895]
             return clip_bpe([line.split() for line in lines])
         if spec.startswith("{"):
             return tokenizers.Tokenizer.from_str(spec)
         if spec.endswith(".json") or Path(spec).is_file():
             return tokenizers.Tokenizer.from_str(Path(spec).read_text(encoding="utf-8"))
         url = f"https://huggingface.co/{spec}/resolve/main/tokenizer.json"
-        with urllib.request.urlopen(url, timeout=10) as reply:  # the hub's own client tries for 20 s
+        with urllib.request.urlopen(url, timeout=10) as reply:  # the hub's client tries for 20 s
             return tokenizers.Tokenizer.from_str(reply.read().decode())
 
     @staticmethod

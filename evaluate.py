@@ -2,11 +2,11 @@
 [--flag VALUE]
 
 PROTOCOL is zeroshot, robustness, retrieval, knn, logreg, linear, finetune or semi, which give
-scores, or attention, pca, matches, neighbors, explain or search, which draw a picture. `export` writes the
-weights for another project. CHECKPOINT is a checkpoint.pt, the run directory that holds it, or a
-file of published weights; several of them give one table. Under torchrun the result is the same for
-any number of processes. Every result is appended to results.jsonl beside its checkpoint, and every
-picture is a PNG there.
+scores, or attention, pca, matches, neighbors, explain or search, which draw a picture. `export`
+writes the weights for another project. CHECKPOINT is a checkpoint.pt, the run directory that holds
+it, or a file of published weights; several of them give one table. Under torchrun the result is the
+same for any number of processes. Every result is appended to results.jsonl beside its checkpoint,
+and every picture is a PNG there.
 
     python evaluate.py knn runs/simclr_cifar10_* --data cifar10 --random
     python evaluate.py linear runs/simclr_cifar10_* --data cifar10 --cached
@@ -60,7 +60,7 @@ class Args:
     classnames: str = ""  # zeroshot: file, a class a line, synonyms separated by |; or open_clip
     prefix: str = ""  # retrieval: text before each caption, as "a photo of " (CLIP's)
     cache: bool = True  # knn, logreg, search, linear --cached: keep features beside the checkpoint
-    k: str = "20"  # how many neighbours (knn: also several, 10,20), hits of search, lines of matches
+    k: str = "20"  # how many neighbours (knn: several too, 10,20), hits of search, lines of matches
     temperature: str = "0.07"  # knn: a neighbour votes with exp(cosine / temperature); also several
     head_layer: int = 0  # keep this many layers of the projection head (SimCLR v2's semi: 1)
     cached: bool = False  # linear: extract features once, without augmentation; choose base_lr
@@ -92,7 +92,7 @@ class Args:
     C: float = 0.0  # logreg: inverse regularisation strength (0: search)
     heads: int = 0  # attention heads of an external ViT (0: infer)
     text_heads: int = 0  # attention heads of an external text encoder (0: infer)
-    gelu: Literal["", "quick", "exact"] = ""  # of an external CLIP: OpenAI's is quick, LAION's exact
+    gelu: Literal["", "quick", "exact"] = ""  # an external CLIP's: OpenAI's is quick, LAION's exact
     text: tuple[str, ...] = ()  # explain, search: a text; may be given several times
     plus: tuple[str, ...] = ()  # search: text or image file to add to the query, also several times
     minus: tuple[str, ...] = ()  # search: text or image file to subtract, also several times
@@ -213,7 +213,8 @@ def main(argv: list[str]):
     train, test = open_splits(protocol, args)
     with_text = protocol in ("zeroshot", "robustness", "retrieval", *WITH_TEXT)
     tuning = protocol in ("finetune", "semi")
-    keeps_features = protocol in ("knn", "logreg", "search") or (protocol == "linear" and args.cached)
+    cached_linear = protocol == "linear" and args.cached
+    keeps_features = protocol in ("knn", "logreg", "search") or cached_linear
     kinds = ["metrics", "random weights"] if args.random else ["metrics"]
     rows = {}
     for path in map(Path, paths):

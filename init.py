@@ -140,7 +140,7 @@ def official(state):
 
 
 def both_networks(path, saved):
-    """A full checkpoint of the official DINO or iBOT -> Source with student, teacher and centers."""
+    """A full checkpoint of the official DINO or iBOT -> Source with student, teacher, centers."""
     state = {}
     for network in ("student", "teacher"):
         for key, value in official(unwrapped(saved[network])).items():
@@ -179,9 +179,9 @@ def resized(positions, tokens):
 
 
 def with_layer_scale(theirs, own, notes):
-    """DINOv2 multiplies the output of each branch by gamma, other ViTs do not. Where only the source
-    has it, gamma becomes a part of the last layer of its branch; where only the model has it, gamma
-    is 1. Neither changes what the encoder computes."""
+    """DINOv2 multiplies the output of each branch by gamma, other ViTs do not. Where only the
+    source has it, gamma becomes a part of the last layer of its branch; where only the model has
+    it, gamma is 1. Neither changes what the encoder computes."""
     theirs = dict(theirs)
     for name in [name for name in theirs if name.endswith(".gamma") and name not in own]:
         block, _, which = name.removesuffix(".gamma").rpartition(".")
@@ -338,7 +338,8 @@ def fit(source, model, args, tokenizer):
         theirs, mine = inside(state, start), inside(own, place)
         part, names = fit_image(source, theirs, mine, (kind, here), whole)
         if kind in (VIT, CLIP_VIT):
-            heads, needed = heads_of(source, theirs, kind), own_heads(model.get_submodule(place[:-1]))
+            heads = heads_of(source, theirs, kind)
+            needed = own_heads(model.get_submodule(place[:-1]))
             if heads is None:
                 source.notes.append(f"{needed} attention heads assumed")
             elif heads != needed:
@@ -372,8 +373,8 @@ def fit(source, model, args, tokenizer):
 
 
 def load(model, args, tokenizer):
-    """Copies the weights of --init into a model, in place. -> names of its tensors that stay random.
-    Raises UserError."""
+    """Copies the weights of --init into a model, in place. -> names of its tensors that stay
+    random. Raises UserError."""
     source = open_source(args.init, model)
     fitted, used = fit(source, model, args, tokenizer)
     own = model.state_dict()

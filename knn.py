@@ -90,7 +90,7 @@ def ridge(features, labels, num_classes, penalty=PENALTY):
 @torch.no_grad()
 def linear(bank, bank_labels, queries, query_labels, num_classes):
     """`ridge` of the bank, (N, D) and (N,), tried on queries, (M, D) and (M,) -> (top1, top5) in
-    percent. Like knn, top5 counts the first 5 classes; equal scores rank in the order of classes."""
+    percent. Like knn, top5 counts the first 5 classes; equal scores rank in the classes' order."""
     mean, weight, bias = ridge(bank, bank_labels, num_classes)
     scores = (F.normalize(queries.cpu().double(), dim=1) - mean) @ weight + bias
     # rounded to float32: equal scores stay equal in any order of addition
@@ -140,8 +140,8 @@ def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, ma
 
 
 def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, **options):
-    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"} and rank_scores of the validation images,
-    or {} without classes. options: those of `probe_features`."""
+    """Collective. -> {"knn_top1", "knn_top5", "knn_chance"} and rank_scores of the validation
+    images, or {} without classes. options: those of `probe_features`."""
     inputs = probe_features(encoder, train_set, val_set, view, device, **options)
     if not inputs:
         return {}

@@ -1,7 +1,7 @@
-"""How the files of a layout become samples: reads them through once for an index, then one at a time.
+"""How the files of a layout become samples: reads them all once for an index, then one at a time.
 
-sources.py uses it when a run reads files at all, and align.py for what its filters read and leave. What it
-leaves out it counts, in `left_out`."""
+sources.py uses it when a run reads files at all, and align.py for what its filters read and leave.
+What it leaves out it counts, in `left_out`."""
 
 import contextlib
 import csv
@@ -36,12 +36,12 @@ except ImportError:  # Windows: processes do not wait for each other there
     fcntl = None
 
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
-IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of a row
+IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
 INDEX_VERSION = 2  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif",
-            ".heic", ".heif", ".jxl")  # fmt: skip
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+            ".avif", ".heic", ".heif", ".jxl")  # fmt: skip
 
 
 # ---------------------------------------- pictures ----------------------------------------
@@ -106,7 +106,8 @@ def class_names(path):
             return lines
         return {pair[1]: pair[2].split(",")[0] for pair in pairs}
     names = {}
-    for key, value in json.loads(text).items():  # {"0": ["n01440764", "tench"]} or {"n01440764": "tench"}
+    # {"0": ["n01440764", "tench"]} or {"n01440764": "tench"}
+    for key, value in json.loads(text).items():
         words = [key, *([value] if isinstance(value, str) else value)]
         number = next(i for i, word in enumerate(words) if re.fullmatch(r"n\d{8}", word))
         names[words[number]] = words[number + 1].replace("_", " ")
@@ -125,8 +126,8 @@ MULTI30K_PARTS = {"train": "train", "val": "val", "test": "test_2016_flickr"}
 
 
 def multi30k_rows(root, split, language):
-    """Multi30k (arXiv 1605.00459), task 1, as its repository has it: image_splits/PART.txt names the
-    pictures, raw/PART.LANGUAGE or .gz has a caption on each line. Pictures lie in images/."""
+    """Multi30k (arXiv 1605.00459), task 1, as its repository has it: image_splits/PART.txt names
+    the pictures, raw/PART.LANGUAGE or .gz has a caption on each line. Pictures lie in images/."""
     part = MULTI30K_PARTS[split]
     names, captions = (root / "image_splits" / f"{part}.txt", root / "raw" / f"{part}.{language}")
     if not captions.is_file():
@@ -139,7 +140,8 @@ def multi30k_rows(root, split, language):
     text = (gzip.decompress(data) if captions.suffix == ".gz" else data).decode("utf-8-sig")
     lines = text.removesuffix("\n").split("\n")
     if len(names) != len(lines):
-        raise UserError(f"{captions} has {len(lines)} lines for {len(names)} pictures: get both anew")
+        found = f"{captions} has {len(lines)} lines for {len(names)} pictures"
+        raise UserError(f"{found}: get both anew")
     for name, line in zip(names, lines):
         yield {"image": f"images/{name.split('#')[0]}", "captions": [line.strip()]}
 
@@ -171,7 +173,7 @@ def read_file(path):
 
 # ---------------------------------------- fields ----------------------------------------
 def label_number(value, classes):
-    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of these."""
+    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of them."""
     text = "" if value is None else str(value).strip()
     try:
         return int(float(text))
@@ -246,7 +248,7 @@ def array_rows(path):
 
 
 def karpathy_rows(path, split):
-    """dataset_{coco,flickr8k,flickr30k}.json; the pictures are beside it or in a folder beside it."""
+    """dataset_{coco,flickr8k,flickr30k}.json; the pictures are beside it or in a folder there."""
     images = json.loads(path.read_bytes())["images"]
     images = [image for image in images if image["split"].replace("restval", "train") == split]
     names = [os.path.join(x.get("filepath", ""), x["filename"]) for x in images]
@@ -277,7 +279,8 @@ def slip_rows(path):
 
 
 def text_rows(path):
-    """[(line, key, text)] of a .tsv with lines of key and text, without images; None of another file."""
+    """[(line, key, text)] of a .tsv with lines of key and text, without images; None of another
+    file."""
     if not path.endswith(".tsv"):
         return None
     rows = []
@@ -298,8 +301,10 @@ def text_rows(path):
 
 class _Plain(pickle.Unpickler):
     def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in ("dtype", "scalar"):
-            return np.dtype if name == "dtype" else lambda dtype, data: np.frombuffer(data, dtype)[0]
+        if module.split(".")[0] == "numpy" and name == "dtype":
+            return np.dtype
+        if module.split(".")[0] == "numpy" and name == "scalar":
+            return lambda dtype, data: np.frombuffer(data, dtype)[0]
         raise pickle.UnpicklingError(f"it holds {module}.{name}, not only numbers and texts")
 
 
@@ -354,7 +359,8 @@ def read_zip(path, name):
 # ---------------------------------------- indices ----------------------------------------
 @contextlib.contextmanager
 def locked(path):
-    """Waits until no other process is here with this path, if files can be locked (not on some NFS)."""
+    """Waits until no other process is here with this path, if files can be locked (some NFS cannot
+    do that)."""
     if fcntl is None:
         yield
         return
@@ -368,17 +374,19 @@ def locked(path):
 
 
 def index(path, ending, write):
-    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in ~/.cache
-    if that may not be written. The stamp in it has size and time of `path`; when these change it is
-    made again."""
-    path, stamp = os.path.abspath(path), [INDEX_VERSION, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in
+    ~/.cache if that may not be written. The stamp in it has size and time of `path`; when these
+    change it is made again."""
+    path, facts = os.path.abspath(path), os.stat(path)
+    stamp = [INDEX_VERSION, facts.st_size, facts.st_mtime_ns]
     cache = os.path.expanduser("~/.cache/contrastive/")
     places = [path + ending, cache + re.sub(r"\W", "_", path)[-200:] + ending]
     with locked(path):
         for place in places:
             with contextlib.suppress(Exception), open(place, "rb") as file:
                 npz = ending == ".idx.npz"
-                if stamp == (np.load(file)["stamp"].tolist() if npz else json.loads(file.readline())):
+                there = np.load(file)["stamp"].tolist() if npz else json.loads(file.readline())
+                if stamp == there:
                     return Path(place)
         for place in places:
             draft = Path(f"{place}.{os.urandom(6).hex()}")
@@ -400,7 +408,8 @@ def index(path, ending, write):
                 raise UserError(f"{path} cannot be read: {error}") from error
             finally:
                 draft.unlink(missing_ok=True)
-    raise UserError(f"the index of {path} can be written neither beside it nor in ~/.cache: allow one")
+    raise UserError(f"the index of {path} can be written neither beside it nor in ~/.cache: allow "
+                    "one")  # fmt: skip
 
 
 def index_rows(path, make, *args):
@@ -414,8 +423,9 @@ def index_rows(path, make, *args):
 
 
 def index_tar(path):
-    """Index with "members" (samples, 4, 2): where, in blocks of 512 bytes, and how long the picture,
-    .txt, .json and .cls of a sample are, 0 where there is none; and "left_out", a JSON object."""
+    """Index with "members" (samples, 4, 2): where, in blocks of 512 bytes, and how long the
+    picture, .txt, .json and .cls of a sample are, 0 where there is none; and "left_out", a JSON
+    object."""
 
     def write(file, stamp):
         samples, left_out, start = {}, Counter(), 0
@@ -436,7 +446,8 @@ class Tars:
 
     def __init__(self, shards, classes, left_out, Sample):
         self.Sample = Sample  # (image, captions, label, key), see sources.py
-        turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())  # others elsewhere
+        # every process begins with another shard
+        turns = sorted(range(len(shards)), key=lambda s: (s - rank()) % world_size())
         quiet = rank() > 0 or None
         bar = tqdm(turns, f"index of {shards[0].parent}", leave=False, delay=2, disable=quiet)
         indices = {s: dict(np.load(index_tar(shards[s]))) for s in bar}
@@ -456,7 +467,8 @@ class Tars:
         picture, *others = rows[i - self.ends[shard]].tolist()
         start = 512 * picture[0]
         data = read_part(path, start - 512, 512 + picture[1])  # the block before holds its name
-        text, meta, label = (read_part(path, 512 * block, size) for block, size in others)  # b"": missing
+        parts = [read_part(path, 512 * block, size) for block, size in others]
+        text, meta, label = parts  # b"" for a missing one
         name = data[:100].partition(b"\0")[0].decode(errors="replace")
         captions = captions_of(json_object(meta)) if meta else []
         if text and not captions:
@@ -472,15 +484,17 @@ class Npz:
         self.Sample = Sample  # (image, captions, label, key), see sources.py
         try:
             with np.load(path) as arrays:
-                self.jpeg, self.offsets, self.labels = (arrays[key] for key in ("jpeg", "offsets", "labels"))
+                self.jpeg, self.offsets = arrays["jpeg"], arrays["offsets"]
+                self.labels = arrays["labels"]
             good = len(self.offsets) == len(self.labels) + 1 and (np.diff(self.offsets) >= 0).all()
             good = good and self.jpeg.dtype == np.uint8 and self.offsets[-1] <= len(self.jpeg)
         except Exception:  # numpy raises anything on a damaged file
             good = False
         if not good:
-            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1, rising) and labels (n)")
-        if classes and self.labels.max(initial=0) >= len(classes):
-            raise UserError(f"{path} has label {self.labels.max()}, but classnames.txt {len(classes)} lines")
+            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1, rising), labels (n)")
+        if classes and (largest := self.labels.max(initial=0)) >= len(classes):
+            lines = f"classnames.txt {len(classes)} lines"
+            raise UserError(f"{path} has label {largest}, but {lines}")
         self.path, self.classes = path, classes
 
     def __len__(self):
@@ -523,8 +537,8 @@ class Torchvision:
 # ---------------------------------------- folders ----------------------------------------
 def open_root(root, split, words, kind, whole, Sample):
     """Tells which layout a folder (or a single file) has, and which of its files are the split.
-    words: names of the split, the first that is there counts; kind: torchvision's class of this set;
-    whole: the split may be all that is there."""
+    words: names of the split, the first that is there counts; kind: torchvision's class of this
+    set; whole: the split may be all that is there."""
     handle.cache_clear()  # files may have been replaced since they were opened
     if not root.is_dir() and root.exists():
         if not root.is_file() or ending_of(root.name) not in (".tar", *TABLES):
@@ -558,18 +572,21 @@ def open_root(root, split, words, kind, whole, Sample):
         return open_files(root, names, root, Sample)
     part = next((parts[word] for word in words if word in parts), None)
     if part is None:
-        raise UserError(f"{root} has no {split} split, no folder {split}/, {split}*.tar, {split}.csv ...")
+        places = f"{split}/, {split}*.tar, {split}.csv ..."
+        raise UserError(f"{root} has no {split} split, no folder {places}")
     if files := [n for n in part if "." in n]:
         return open_files(root, files, root, Sample)
     return open_files(root / part[0], visible(root / part[0]), root, Sample)
 
 
 def visible(folder):
-    return sorted(n for n in os.listdir(folder) if n[0] != "." and not n.endswith((".idx", ".idx.npz")))
+    indices = (".idx", ".idx.npz")
+    return sorted(n for n in os.listdir(folder) if n[0] != "." and not n.endswith(indices))
 
 
 def open_files(folder, names, root, Sample):
-    """The dataset of these files of a folder, or of all pictures below it; class lists may be in root."""
+    """The dataset of these files of a folder, or of all pictures below it; class lists may be in
+    root."""
     lists = [path / name for path in (folder, root) for name in CLASS_LISTS]
     lists = [path for path in lists if path.exists()]
     named = class_names(lists[0]) if lists else None  # a list or {WordNet id: name}

@@ -1,4 +1,4 @@
-"""Accuracy while training: features of a dataset, zero-shot classification, retrieval (knn.py: kNN).
+"""Accuracy while training: features of a dataset, zero-shot classification, retrieval. kNN: knn.py.
 
 The training loops and evaluate.py share these functions, so that both report the same number for
 the same network. Scores are in percent. Every function that is marked "Collective" is called by all
@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, mixed_precision, rank, world_size
-from data import CLIP_MEAN, CLIP_STD, decode, ignore_signals, normalize, open_dataset, share, to_float
+from data import CLIP_MEAN, CLIP_STD, decode, normalize, to_float
+from data import ignore_signals, open_dataset, share
 
 # Prompts for zero-shot classification, {} stands for the class; other datasets take "default"
 TEMPLATES = {
@@ -40,8 +41,7 @@ CHUNK = 2**23  # the largest number of elements of a similarity matrix that is h
 
 # -------------------------------------------- features --------------------------------------------
 class EvalView:
-    """Resizes the shorter side, crops the centre and normalises, bit for bit as CLIP does with PIL
-    images."""
+    """Resizes the shorter side, crops the centre, normalises, bit for bit as CLIP does with PIL."""
 
     def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
         self.size, self.resize, self.mean, self.std = size, resize or size, mean, std
@@ -121,8 +121,8 @@ class Features(NamedTuple):
 
 
 def add_up(x):
-    """Collective. In place the sum over processes of x, whose numbers are 0 on all of them but one: no
-    rounding, as the bits are added."""
+    """Collective. In place the sum over processes of x, whose numbers are 0 on all of them but one:
+    no rounding, as the bits are added."""
     if dist.is_initialized() and x.numel():
         dist.all_reduce(x.view(torch.int32))
 
@@ -132,9 +132,8 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
                      batch_size=256, workers=0, indices=None) -> Features:  # fmt: skip
     """Collective. encode(images) and, with a tokenizer, module.encode_text(captions) of a dataset.
 
-    Processes share out whole batches. Each batch, and with it every rounding error, is thereby the
-    same for any number of processes, and no sample is repeated to fill up. `module` is put into
-    eval mode meanwhile."""
+    Processes share out whole batches. Each batch, and so every rounding error, is thereby the same
+    for any number of processes, and no sample is repeated to fill up. `module` is in eval mode."""
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
@@ -173,10 +172,10 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     if dist.is_initialized():
         dist.all_gather_object(every, own)
     errors, owners, image_dims, text_dims = zip(*every)
-    errors, counts, owners = sum(errors, []), [len(o) for o in owners], torch.tensor(sum(owners, []))
+    errors, counts = sum(errors, []), [len(o) for o in owners]
     if not len(images):
         images = torch.zeros(len(index), max(image_dims))
-    owners, order = owners.long().sort(stable=True)
+    owners, order = torch.tensor(sum(owners, []), dtype=torch.int64).sort(stable=True)
     texts = torch.zeros(len(owners), max(text_dims))
     rows = order.argsort().split(counts)[rank()]  # of this process's texts
     for features in texts_seen:
@@ -202,9 +201,8 @@ def extract(encoder, dataset, view, device, **options):
     """Collective. -> features (n, D) float32 and labels (n,), on the CPU, in order of the index.
 
     encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay
-    as they were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). Samples that
-    cannot be read are left out and counted on stderr. Raises UserError when none can be read or a
-    feature is not finite."""
+    as they were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). Unreadable
+    samples are left out and counted on stderr. UserError if all are, or a feature is not finite."""
     return extract_features(encoder, encoder, dataset, view, device, **options)[:2]
 
 
@@ -216,7 +214,7 @@ def subset_indices(dataset, most):
 
 
 def refuse_labels_beyond(dataset, label):
-    """Raises UserError for a label that is not below the number of classes, if there are classes."""
+    """Raises UserError for a label that is not below the number of classes, if the set has any."""
     if dataset.classes and label >= len(dataset.classes):
         which = f"{dataset.name} has the label {label}, but only {len(dataset.classes)} classes"
         raise UserError(f"{which}, from 0 on: mend its labels or its list of classes")
@@ -354,14 +352,14 @@ MOST = 1000  # validation images that an evaluation takes
 
 
 def say_evaluation(text):
-    """The line at the start of a run that says what is evaluated while it trains, or why nothing."""
+    """The line at a run's start that says what is evaluated while it trains, or why nothing is."""
     if rank() == 0:
         print(f"evaluation: {text}", flush=True)
 
 
 def evaluation_set(args, split="val"):
-    """Collective. A split of --eval-data, or else of --data. None, with a line that says why, if there
-    is none. Raises UserError if processes find different ones, as they would wait for each other."""
+    """Collective. A split of --eval-data, or else of --data. None, with a line that says why, if it
+    is missing. UserError if processes find different ones, as they would wait for each other."""
     dataset, found = None, ""
     try:
         dataset = open_dataset(args.eval_data or args.data, args.data_dir, split)
@@ -374,8 +372,8 @@ def evaluation_set(args, split="val"):
     if dist.is_initialized():
         dist.all_gather_object(every, found)
     if other := next((text for text in every if text != every[0]), ""):
-        raise UserError(f"processes differ in the {split} data of the evaluation, one finds {every[0]}, "
-                        f"another {other}: give all nodes the same --eval-data")  # fmt: skip
+        differ = f"processes differ in the {split} data of the evaluation, one finds {every[0]}"
+        raise UserError(f"{differ}, another {other}: give all nodes the same --eval-data")
     return dataset
 
 
@@ -397,7 +395,7 @@ def language_set(args):
 
 
 def what_classes_lack(dataset, words=False):
-    """Why a dataset cannot be classified, with `words` by prompts, or "". A few samples are read."""
+    """Why a dataset cannot be classified, with `words` by prompts, or "". Reads a few samples."""
     few, labels = range(0, len(dataset), 1 + len(dataset) // 20), []
     for i in few:
         with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
@@ -445,10 +443,10 @@ def language_eval(model, tokenizer, dataset, view, device, max_images=MOST, **op
     names = None if what_classes_lack(dataset, words=True) else dataset.classes
     options |= {"classnames": names, "captions": dataset.captioned}
     options["indices"] = subset_indices(dataset, max_images)
-    zeroshot, retrieval, images = language_scores(model, tokenizer, dataset, view, device, **options)
+    metrics, retrieval, images = language_scores(model, tokenizer, dataset, view, device, **options)
     out = {}
-    if zeroshot:
-        out = {"zeroshot_top1": zeroshot["top1"], "zeroshot_chance": 100 / len(dataset.classes)}
+    if metrics:
+        out = {"zeroshot_top1": metrics["top1"], "zeroshot_chance": 100 / len(dataset.classes)}
     if retrieval:
         both = retrieval["image_to_text_recall@1"] + retrieval["text_to_image_recall@1"]
         out |= {"recall@1": both / 2, "recall_chance": 100 / len(images)}

@@ -152,8 +152,8 @@ CLIP_NAMES = {  # OpenAI's: those of transformers' CLIPModel
 
 
 def vit_to_clip(state):
-    """timm's names -> those of CLIP's image encoder, whose patch embedding has no bias: it becomes a
-    part of the positions, to which it is added. CLIP's norm before the blocks is not there."""
+    """timm's names -> those of CLIP's image encoder, whose patch embedding has no bias: it becomes
+    a part of the positions, to which it is added. CLIP's norm before the blocks is not there."""
     state = dict(state)
     bias = state.pop("patch_embed.proj.bias", 0)
     positions = state.pop("pos_embed")[0]

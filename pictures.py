@@ -1,5 +1,5 @@
-"""The pictures of a training run, views.png and curves.png, and what its last lines say. run.py imports
-this when it needs it."""
+"""The pictures of a training run, views.png and curves.png, and what its last lines say. run.py
+imports this when it needs it."""
 
 import json
 import math
@@ -48,11 +48,11 @@ def read_log(directory):
 
 
 def accuracies(directory):
-    """-> what a run came to, a line for each accuracy of its last evaluation and one for the effective
-    rank of its features, beside the same network at the start, with random weights or those of
-    --init (a row of the log at step 0), and chance."""
-    rows, lines = read_log(directory), []
-    evaluations = [row for row in rows if any(name.endswith("_chance") for name in row) and "loss" not in row]
+    """-> what a run came to, a line for each accuracy of its last evaluation and one for the
+    effective rank of its features, beside the same network at the start, with random weights or
+    those of --init (a row of the log at step 0), and chance."""
+    rows, lines = [row for row in read_log(directory) if "loss" not in row], []
+    evaluations = [row for row in rows if any(name.endswith("_chance") for name in row)]
     last = evaluations[-1] if evaluations else {}
     args = json.loads((Path(directory) / "args.json").read_text(encoding="utf-8"))
     start = "weights of --init" if args.get("init") else "random weights"
@@ -60,7 +60,7 @@ def accuracies(directory):
         chance = re.split("_top1|@", name)[0] + "_chance"
         if chance in last:
             first = evaluations[0]
-            known = first["step"] == 0 and name in first  # byol.py's random target is evaluated later
+            known = first["step"] == 0 and name in first  # byol.py's random target comes later
             random = f"{start} {first[name]:.1f}, " if known else ""
             title = name.removesuffix("_top1").replace("knn", "kNN")
             lines.append(f"{title} {value:.1f} ({random}chance {last[chance]:.3g})")
@@ -102,7 +102,7 @@ def next_command(run, protocol, dataset) -> str:
     if not dataset and len(run.loader.dataset) > 100_000:  # too many to compare all with each other
         return run.command("python", "evaluate.py", protocol, run.dir, "--data", "cifar10")
     tested, words = dataset or run.loader.dataset, ["--data", run.args.data]
-    named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no WordNet ids
+    named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no bare ids
     if protocol == "zeroshot" and not named:
         protocol = "retrieval"
     if dataset:

@@ -1,6 +1,6 @@
-"""Whose weights are these? Reads a file of weights, takes the tensors out of what was saved, without
-wrappers and prefixes, and recognises the project that they come from by their names. What the names
-and sizes do not tell, such as the number of attention heads, is looked up or asked for here.
+"""Whose weights are these? Reads a file of weights, takes the tensors out of what was saved,
+without wrappers and prefixes, and recognises the project that they come from by their names. What
+the names and sizes do not tell, such as the number of attention heads, is looked up or asked for.
 
 Only tensors, numbers and argparse's Namespace are ever unpickled, so that a file cannot run code.
 init.py starts training from what is read here, evaluation/ measures it."""

@@ -1,10 +1,8 @@
 """The paper trail of a training run: its command line, directory, log, checkpoint and pictures.
 
-Nothing here changes a number, but for --init, and nothing here knows a method. Method files show how
-it is used."""
+Nothing here changes a number, but for --init, or knows a method. Method files show its use."""
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import difflib
@@ -21,11 +19,10 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -34,17 +31,17 @@ from tqdm import tqdm
 from common import UserError, all_reduce_mean, rank, world_size
 
 
-# -------------------------------------------- arguments --------------------------------------------
+# -------------------------------------------- arguments -----------------------------------------
 @dataclasses.dataclass
 class RunArgs:
     """Flags that change no number. Every method file's Args inherits them and adds its own."""
     data_dir: str = ""  # folder of the named datasets (default: $DATA_DIR, then ./data)
-    output_dir: str = ""  # run directory, continued if it holds a checkpoint (default: new, in runs/)
+    output_dir: str = ""  # run directory, continued if it has a checkpoint (default: new, in runs/)
     workers: int = 8  # loader processes per training process
     device: str = ""  # cuda, mps or cpu (default: the first of them that this machine has)
     compile: bool = False  # compile the model with torch.compile
-    eval_every: int | None = None  # steps between evaluations (default: one epoch; 0: only at the end)
-    save_every: int | None = None  # steps between checkpoints (default: one epoch; 0: only at the end)
+    eval_every: int | None = None  # steps between evaluations (default: one epoch; 0: at the end)
+    save_every: int | None = None  # steps between checkpoints (default: one epoch; 0: at the end)
     keep_every: int = 0  # steps between checkpoints that stay, checkpoint_STEP.pt (0: none)
     probe: Literal["knn", "linear"] = "knn"  # accuracy while training, of methods without captions
     log_every: int = 10  # steps between rows of the log (0: the first and the last step only)
@@ -54,53 +51,49 @@ class RunArgs:
 
 
 # Least and most of flags whose other values nobody means: they abort, or train nonsense
-RANGES = {
-    **dict.fromkeys(["image_size", "local_size", "bottleneck_dim"], (8, 4096)),
-    **dict.fromkeys(["embed_dim", "text_width", "hidden_dim", "out_dim", "head_dim", "mlp_dim"], (0, 2**20)),
-    **dict.fromkeys(["ssl_dim", "ssl_mlp_dim", "ssl_emb_dim", "predictor_dim", "vocab_size"], (0, 2**20)),
-    **dict.fromkeys(["text_layers", "head_layers", "projector_layers", "local_crops"], (0, 1000)),
-    **dict.fromkeys(["momentum", "key_momentum", "tau", "tau_end", "teacher_momentum"], (0, 1)),
-    **dict.fromkeys(["teacher_momentum_end", "center_momentum", "bn_momentum", "ema", "mass"], (0, 1)),
-    **dict.fromkeys(["mask_prob", "mask_ratio", "crop_split", "label_smoothing"], (0, 1)),
-    **dict.fromkeys(["drop_path", "drop_connect", "erase", "beta2"], (0, 0.9999)),
-    **dict.fromkeys(["temperature", "teacher_temp", "warmup_teacher_temp"], (0.001, 1000)),
-    "context_length": (3, 4096),
-    "crop_min": (0, 1),
-}
+RANGES = {name: (least, most) for names, least, most in [
+    ("image_size local_size bottleneck_dim", 8, 4096),
+    ("embed_dim text_width hidden_dim out_dim head_dim mlp_dim vocab_size", 0, 2**20),
+    ("ssl_dim ssl_mlp_dim ssl_emb_dim predictor_dim", 0, 2**20),
+    ("text_layers head_layers projector_layers local_crops", 0, 1000),
+    ("momentum key_momentum center_momentum bn_momentum teacher_momentum tau tau_end ema", 0, 1),
+    ("teacher_momentum_end mass mask_prob mask_ratio crop_min crop_split label_smoothing", 0, 1),
+    ("drop_path drop_connect erase beta2", 0, 0.9999),
+    ("temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
+    ("context_length", 3, 4096),
+] for name in names.split()}
 
 
 def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.ArgumentParser:
-    """A parser of the fields of Args, in two groups. Beside each default its --help shows what the
-    recipe puts in its place."""
+    """A parser of the fields of Args. Its --help shows what a recipe puts in a default's place."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
     groups = [parser, parser]
     if issubclass(Args, RunArgs):
         titles = "flags of the method, which may change numbers", "flags of the run, which do not"
         groups = [parser.add_argument_group(title) for title in titles]
-    for name, kind in typing.get_type_hints(Args).items():
-        default, notes = getattr(Args, name), []
-        if default:
-            notes.append(f"default: {default}")
+    for name, kind in get_type_hints(Args).items():
+        default = getattr(Args, name)
+        notes = [f"default: {default}"] if default else []
         if values.get(name, default) != default:
             notes.append(f"{recipe}: {values[name]}")
         text = comments.get(name, "") + (f" ({'; '.join(notes)})" if notes else "")
         options = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"), dest=name)
         if kind is bool:
             options.update(action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(kind) is typing.Literal:
-            options.update(choices=typing.get_args(kind))
+        elif get_origin(kind) is Literal:
+            options.update(choices=get_args(kind))
         else:
-            if typing.get_origin(kind) is tuple:  # a flag that may be given several times
+            if get_origin(kind) is tuple:  # a flag that may be given several times
                 options.update(action="append")
-            kind = (*typing.get_args(kind), kind)[0]  # `int | None` is read as int
+            kind = (*get_args(kind), kind)[0]  # `int | None` is read as int
             options.update(type=kind, metavar=kind.__name__.upper())
         groups[hasattr(RunArgs, name)].add_argument("--" + name.replace("_", "-"), **options)
     return parser
 
 
 def parse_args(Args, recipes: dict, argv: list[str] | None = None):
-    """Command line -> Args. A field's trailing comment is its --help text; `--batch_size` works too.
-    A flag wins over recipes[--recipe or --data], which wins over the field's default. Raises
+    """Command line -> Args. A field's trailing comment is its --help text; `--batch_size` works
+    too. A flag wins over recipes[--recipe or --data], which wins over the field's default. Raises
     UserError for an unknown flag (naming the nearest) or recipe and a value of the wrong kind."""
 
     def refuse(message):
@@ -108,7 +101,7 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
 
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help depends on the recipe
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help needs the recipe
     first.error = refuse
     first.add_argument("--data", default=Args.data)
     first.add_argument("--recipe", default="")
@@ -148,8 +141,8 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
 
 # -------------------------------------------- a run --------------------------------------------
 def load_checkpoint(path: str | Path) -> dict:
-    """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling any objects. torch.save
-    stores a checksum of every tensor, which torch.load does not look at: here those of a run must fit."""
+    """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling objects. Files of
+    torch.save hold checksums, which torch.load ignores: here those of a run must fit."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
@@ -159,11 +152,12 @@ def load_checkpoint(path: str | Path) -> dict:
             raise ValueError("a checksum does not fit")
         return saved
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint, is damaged or holds code, which is never run") from error
+        text = f"{path} is no checkpoint, is damaged or holds code, which is never run"
+        raise UserError(text) from error
 
 
 def fingerprint(dataset) -> str:
-    """A checksum of 32 samples, evenly spread: cheap, and other data under an old name are noticed."""
+    """A cheap checksum, of 32 evenly spread samples, which notices other data under an old name."""
     total = 0
     for i in range(0, len(dataset), math.ceil(len(dataset) / 32)):
         try:
@@ -200,52 +194,52 @@ def init_weights(model, args, tokenizer=None):
     """--init and --freeze (docs/init.md), by init.py, which only runs with these flags load."""
     if args.init or getattr(args, "freeze", ""):
         if not Path(__file__).with_name("init.py").exists():
-            raise UserError("--init needs init.py, recognise.py and names.py beside run.py: copy them")
+            raise UserError("--init needs init.py, recognise.py and names.py beside run.py")
         importlib.import_module("init").start(model, args, tokenizer)
 
 
 class Run:
     """The directory of one run: args.json, env.json, metrics.jsonl, checkpoint.pt, pictures.
 
-    `state` is what a checkpoint restores: name -> object with state_dict and load_state_dict; `extra`
-    is text that it carries along. A directory that holds a checkpoint is continued from `self.step`,
-    and its log is cut back to that step, so that a killed run leaves the log of one that was not.
-    Raises UserError if the directory belongs to other arguments, a running process or no run."""
+    `state` is what a checkpoint restores: name -> object with state_dict and load_state_dict;
+    `extra` is text that it carries along. A directory with a checkpoint is continued from
+    `self.step`, and its log is cut back to that step, so that a killed run leaves the log of one
+    that was not. UserError if the directory belongs to other arguments or no run, or is in use."""
 
-    MAY_CHANGE = {"max_steps", *(field.name for field in dataclasses.fields(RunArgs))}  # in a restart
-    MAY_CHANGE.add("grad_checkpointing")
+    MAY_CHANGE = {"max_steps", "grad_checkpointing", *vars(RunArgs())}  # in a restart
 
     def __init__(self, method: str, args, loader, state: dict, extra: dict | None = None):
-        self.method, self.args, self.loader, self.state, self.extra = method, args, loader, state, extra or {}
+        self.method, self.args, self.loader = method, args, loader
+        self.state, self.extra = state, extra or {}
         self.epoch_steps = loader.steps_per_epoch
         self.total = args.epochs * self.epoch_steps  # steps of the schedule
         self.last = min(self.total, args.max_steps or self.total)  # steps of this run
         self.step, self.signal, self.stop, self.profiler = 0, 0, 0, None
         self.data = [len(loader.dataset), fingerprint(loader.dataset)]
         self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.time()
-        self.recent = collections.deque(maxlen=10)  # (seconds, steps) between the last rows of the log
+        self.recent = []  # (seconds, steps) between the last ten rows of the log
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
-            importlib.import_module(name)  # a missing one ends all processes, before anything is written
+            importlib.import_module(name)  # a missing one ends all, before anything is written
         self._load(self._first_does(self._open))
-        quiet = rank() > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True, disable=quiet)
+        self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True,
+                        disable=rank() > 0 or None)  # None: unless stderr is a terminal
         self.writers = []
         if self.step < self.last:
             self._first_does(self._start_log)
-        size, n, at = args.batch_size, len(loader.dataset), f", continued at {self.step}" if self.step else ""
+        size, at = args.batch_size, f", continued at {self.step}" if self.step else ""
         at += ", which leaves nothing to do" if self.step >= self.last else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-        self.say(f"{loader.dataset.name}: {n:,} samples")
+        self.say(f"{loader.dataset.name}: {len(loader.dataset):,} samples")
         self.say(f"{method}: batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
-        if loader.device.type == "cpu" and torch.get_num_threads() > 1 and hasattr(os, "getloadavg"):
-            if (load := os.getloadavg()[0]) > 2 * (os.cpu_count() or 1):
-                self.say(f"warning: {load:.0f} processes want {os.cpu_count()} cores, and threads will wait "
-                         "for each other: OMP_NUM_THREADS=1 avoids that")
+        load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
+        if loader.device.type == "cpu" and torch.get_num_threads() > 1 and load > 2 * cores:
+            self.say(f"warning: {load:.0f} processes want {cores} cores, and threads will wait for "
+                     "each other: OMP_NUM_THREADS=1 avoids that")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
-                on_trace_ready=lambda profile: profile.export_chrome_trace(str(self.dir / "trace.json")))
+                on_trace_ready=lambda p: p.export_chrome_trace(str(self.dir / "trace.json")))
             self.profiler.start()
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -263,7 +257,7 @@ class Run:
             except UserError as error:
                 done[1] = str(error)
             except (OSError, ValueError) as error:
-                done[1] = f"{self.args.output_dir or 'runs/'} can hold no run ({error}), use another"
+                done[1] = f"{self.args.output_dir or 'runs'} can hold no run ({error}), use another"
         if dist.is_initialized():
             dist.broadcast_object_list(done)
         if done[1]:
@@ -273,7 +267,8 @@ class Run:
     def _load(self, directory):
         """Continues from the checkpoint of this directory if it has one."""
         self.dir = Path(directory)
-        if not self._first_does((self.dir / "checkpoint.pt").exists):
+        path = self.dir / "checkpoint.pt"
+        if not self._first_does(path.exists):
             return
         saved = load_checkpoint(self.dir)
         try:
@@ -286,11 +281,11 @@ class Run:
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.dir}/checkpoint.pt does not fit, use another --output-dir") from error
+            raise UserError(f"{path} does not fit, use another --output-dir") from error
         if (before := saved.get("data", self.data)) != self.data:
-            was, now = (f"{n:,} samples with checksum {checksum}" for n, checksum in (before, self.data))
-            raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds {now}: "
-                            "bring the data back or use another --output-dir")
+            was, now = (f"{n:,} samples with checksum {crc}" for n, crc in (before, self.data))
+            raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds "
+                            f"{now}: bring the data back or use another --output-dir")
 
     def _open(self) -> str:
         if self.args.batch_size < 2:
@@ -310,23 +305,24 @@ class Run:
             changed = [k for k in args if k not in self.MAY_CHANGE and before.get(k) != args[k]]
             if changed:
                 was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)
-                raise UserError(f"{path} holds a run with {was}: use those values or another --output-dir")
+                raise UserError(f"{path} holds a run with {was}: use those or another --output-dir")
         elif {file.name for file in path.iterdir()} - {".lock"}:
             raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
         self.lock = open(path / ".lock", "w", encoding="utf-8")
         try:
             hold(self.lock)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{path} is in use by a running process: choose another --output-dir") from None
+            raise UserError(f"{path} is in use by another run: use another --output-dir") from None
         except OSError:  # a file system without locks
             pass
         return str(path)
 
     def _start_log(self):
-        """Writes args.json and env.json, cuts the log back; fills self.writers, which write a row."""
+        """Writes args.json, env.json; cuts the log back; fills self.writers, which write a row."""
         env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-               "torch": torch.__version__, "python": platform.python_version(), "host": platform.platform()}
+               "torch": torch.__version__, "python": platform.python_version(),
+               "host": platform.platform()}
         with contextlib.suppress(OSError):  # git is not installed
             git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -342,27 +338,29 @@ class Run:
             rows = [json.loads(line) for line in lines if line.endswith("}")]
             rows = [row for row in rows if row["step"] <= self.step]
         except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}): mend it or use another --output-dir") from error
-        if self.step < self.last:  # what was written only because the run ended there goes too
-            rows = [row for row in rows if "end" not in row and self.step]  # at step 0: all
+            text = f"{path} is damaged ({error!r}): mend it or use another --output-dir"
+            raise UserError(text) from error
+        rows = [row for row in rows if "end" not in row and self.step]  # none of them at step 0
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
         if self.args.tensorboard:
             board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir)
-            self.writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
+            self.writers.append(
+                lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
         if self.args.wandb:
             wandb = importlib.import_module("wandb")
-            wandb.init(project=self.method, config=vars(self.args), id=self.dir.name, resume="allow")
+            wandb.init(project=self.method, config=args, id=self.dir.name, resume="allow")
             self.writers.append(lambda row: wandb.log(row, step=row["step"]))
 
     def batches(self):
-        """Yields (step, batch) from the step at which the run stands to its last. Wrong augmentations
-        are found by looking at them, so it writes views.png before the first step of all."""
+        """Yields (step, batch) from where the run stands to its last step. Wrong augmentations are
+        found by looking at them, so it writes views.png before the first step of all."""
         try:
             for step, batch in self.loader.batches(self.step, self.last):
                 if step == 0 and rank() == 0:
-                    importlib.import_module("pictures").save_batch(self.dir, batch, self.loader.views)
+                    pictures = importlib.import_module("pictures")
+                    pictures.save_batch(self.dir, batch, self.loader.views)
                 yield step, batch
         except UserError as error:  # of the loader; the weights are those of the step before
             if world_size() > 1 or self.step == 0:  # saving takes all processes
@@ -371,16 +369,17 @@ class Run:
             raise UserError(f"{error}; step {self.step} is saved in {self.dir}") from error
 
     def end_step(self, terms: dict, **numbers):
-        """Counts one optimizer step; every --log-every steps it writes terms and numbers to the log.
-        terms: name -> (0-dim tensor, chance level or None), averaged over the processes, must be finite.
-        A function in place of a tensor or number is called only in steps that are written."""
+        """Counts an optimizer step; every --log-every steps it writes terms and numbers to the log.
+        terms: name -> (0-dim tensor, chance level or None), averaged over processes, must be
+        finite. A function in place of a tensor or number is called only in written steps."""
         self.step += 1
         scheduled = self.step == 1 or self.due(self.args.log_every, at_end=False)
         written = scheduled or self.step == self.last
         values = [term for term, _ in terms.values()]
         if not written:
             values = [values[0].new_zeros(()) if callable(v) else v for v in values]
-        self.pending.append((list(terms), torch.stack([evaluated(v).detach().float() for v in values])))
+        values = torch.stack([evaluated(v).detach().float() for v in values])
+        self.pending.append((list(terms), values))
         self.bar.update()
         if self.profiler:
             self.profiler.step()
@@ -391,12 +390,14 @@ class Run:
         warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.1 * self.total)
         for (name, (_, chance)), value in zip(terms.items(), self._means()):
             row[name] = value
-            texts.append(f"{name} {value:.3f}" + (f" (chance {chance:.3f})" if chance is not None else ""))
+            texts.append(f"{name} {value:.3f}")
             if chance is not None:
+                texts[-1] += f" (chance {chance:.3f})"
                 row["chance" if name == "loss" else name.replace("loss", "chance")] = chance
                 if warm and abs(value - chance) < 0.01 * abs(chance) and name not in self.warned:
                     self.warned.add(name)
-                    self.say(f"warning: after {self.step} steps {name} is still at chance level {chance:.3f}")
+                    self.say(f"warning: after {self.step} steps {name} is still at chance level "
+                             f"{chance:.3f}")
         seconds, steps = time.time() - self.clock, self.step - self.clock_step
         speed, wait = self.args.batch_size * steps / seconds, self.loader.wait / seconds
         row |= {name: torch.as_tensor(evaluated(number)).item() for name, number in numbers.items()}
@@ -409,22 +410,21 @@ class Run:
         self._restart_clock()
 
     def _left(self, seconds, steps) -> str:
-        """Hours, minutes and seconds to the last step, at the rate of the last ten rows: that of a single
-        one jumps on a machine that others use too."""
-        self.recent.append((seconds, steps))
+        """H:M:S to the last step at the rate of ten rows: that of one jumps on busy machines."""
+        self.recent = [*self.recent[-9:], (seconds, steps)]
         spent, done = map(sum, zip(*self.recent))
         left = round((self.last - self.step) * spent / done)
         return f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def _means(self) -> list[float]:
-        """The latest terms, averaged over the processes. UserError if one was not finite at any step."""
+        """The latest terms, averaged over processes. UserError if one was not finite at a step."""
         names, rows = zip(*self.pending)
         values = all_reduce_mean(torch.stack(rows)).cpu()  # (steps since the last call, terms)
         bad = (~torch.isfinite(values)).any(1)
         if bad.any():
             first = int(bad.nonzero()[0])
             step, terms = self.step - len(values) + 1 + first, zip(names[0], values[first].tolist())
-            found = " and ".join(f"{name} is {value}" for name, value in terms if not math.isfinite(value))
+            found = " and ".join(f"{k} is {v}" for k, v in terms if not math.isfinite(v))
             path = self.dir / "checkpoint.pt"
             kept = f"{path} holds the last good state" if path.exists() else "nothing was saved yet"
             raise UserError(f"{found} at step {step}, try a lower lr; {kept}")
@@ -432,7 +432,7 @@ class Run:
         return values[-1].tolist()
 
     def _write(self, row: dict, scheduled: bool):
-        end = {} if scheduled else {"end": True}  # only the end asked for it: dropped when continued
+        end = {} if scheduled else {"end": True}  # only the end asked for it: dropped if continued
         for writer in self.writers:
             writer({"step": self.step, **row, **end})
 
@@ -445,8 +445,7 @@ class Run:
             sys.stdout.flush()
 
     def due(self, *periods: int | None, at_end=True) -> bool:
-        """True at the last step, and at every step that is a multiple of one of the periods (None: of
-        an epoch; 0: never)."""
+        """True at the last step and at multiples of a period (None: one epoch; 0: never)."""
         if at_end and self.step == self.last:
             return True
         periods = [self.epoch_steps if every is None else every for every in periods]
@@ -457,9 +456,9 @@ class Run:
             return
         self._write(metrics, self.due(self.args.eval_every, at_end=False))
         self.evaluation = {"step": self.step, **metrics}
-        ranks = [f"{name} {value:.4g}" for name, value in metrics.items() if "rank" in name]
-        scores = [f"{name} {value:.4g}" for name, value in metrics.items() if "rank" not in name]
-        self.say(f"step {self.step}, percent: {'; '.join(map(', '.join, filter(len, (scores, ranks))))}")
+        ranks = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "rank" in k)
+        scores = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "rank" not in k)
+        self.say(f"step {self.step}, percent: {'; '.join(filter(None, (scores, ranks)))}")
         self._restart_clock()  # evaluation is not training time
 
     def _on_signal(self, number, frame):
@@ -469,7 +468,7 @@ class Run:
         self.signal = number
         with contextlib.suppress(OSError):  # of a terminal that was closed
             os.write(2, b"\nsaving after this step; a second Ctrl-C ends without saving\n")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it; launchers repeat SIGTERM
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM stays: launchers repeat it
 
     def agree_to_stop(self) -> bool:
         """True if any process got SIGINT or SIGTERM. All agree, over a CPU tensor: no GPU waits."""
@@ -480,22 +479,23 @@ class Run:
         return self.stop > 0
 
     def save(self):
-        """Writes checkpoint.pt under another name and then renames it, so that a crash or a full disk
-        leaves the old one. Every --keep-every steps it stays as checkpoint_STEP.pt too. UserError if
-        weights are not finite. After a signal, ends the process."""
+        """Writes checkpoint.pt under another name and then renames it, so that a crash or a full
+        disk leaves the old one. Every --keep-every steps it stays as checkpoint_STEP.pt too.
+        UserError if weights are not finite. After a signal, ends the process."""
         if self.pending:
             self._means()
         path, temporary = self.dir / "checkpoint.pt", self.dir / "checkpoint.tmp"
-        content = {name: item.state_dict() for name, item in self.state.items()}  # sharded ones: all together
+        content = {k: v.state_dict() for k, v in self.state.items()}  # sharded ones: all together
         if not all(torch.isfinite(t).all() for t in content["model"].values()):
-            raise UserError(f"weights are not finite at step {self.step}, lower the lr; {path} is as before")
-        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-        rngs = [rng] * world_size()
+            text = f"weights are not finite at step {self.step}, lower the lr"
+            raise UserError(f"{text}; {path} is as before")
+        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+        rngs = [[torch.get_rng_state(), *cuda]] * world_size()
         if dist.is_initialized():
-            dist.all_gather_object(rngs, rng)
+            dist.all_gather_object(rngs, rngs[0])
         if rank() == 0:
-            content |= {"method": self.method, "args": vars(self.args), "step": self.step, "rng": rngs}
-            content |= {"data": self.data, **self.extra}
+            content |= {"method": self.method, "args": vars(self.args), "step": self.step}
+            content |= {"rng": rngs, "data": self.data, **self.extra}
             try:
                 with open(temporary, "wb") as file:
                     torch.save(content, file)
@@ -503,15 +503,16 @@ class Run:
                 os.replace(temporary, path)
             except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
                 temporary.unlink(missing_ok=True)
-                raise UserError(f"cannot write {path} ({error}), free some space; it is as before") from error
+                text = f"cannot write {path} ({error}), free some space; it is as before"
+                raise UserError(text) from error
             if self.due(self.args.keep_every, at_end=False):
                 self._keep(path, temporary)
         if self.stop:
-            all_reduce_mean(torch.zeros(1))  # all end together: torchrun ends the others when one leaves
+            all_reduce_mean(torch.zeros(1))  # end together: torchrun ends others when one leaves
             n = os.environ.get("LOCAL_WORLD_SIZE")
-            where = "" if self.args.output_dir else f" --output-dir {shlex.quote(str(self.dir))}"
             python = f"torchrun --nproc_per_node={n}" if n else "python"
-            self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(sys.argv)}{where}")
+            words = sys.argv + ([] if self.args.output_dir else ["--output-dir", str(self.dir)])
+            self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(words)}")
             sys.exit(128 + self.stop)
 
     def _keep(self, path, temporary):
@@ -526,12 +527,11 @@ class Run:
             os.replace(temporary, kept)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {kept} ({error}), free some space; {path} is good") from error
+            raise UserError(f"cannot write {kept} ({error}), free space; {path} is good") from error
 
     def finish(self, protocol: str = "", dataset=None, hint: str = "") -> dict:
-        """Writes curves.png, says where everything is and what comes next; -> the last evaluation.
-        protocol: what evaluate.py is to measure; dataset: on what, if there is anything for it. hint: a
-        better command than that."""
+        """Writes curves.png, says where all is and what comes next; -> the last evaluation.
+        protocol: what evaluate.py measures; dataset: on what, if given; hint: a better command."""
         self.bar.close()
         pictures = importlib.import_module("pictures")
         if rank() == 0:

@@ -10,15 +10,17 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (214, 40, 40), "orange": (247, 140, 30), "yellow": (250, 220, 60), "green": (50, 160, 70),
-           "cyan": (70, 205, 215), "blue": (40, 80, 210), "purple": (125, 60, 175), "pink": (245, 135, 185),
-           "brown": (120, 75, 40), "white": (245, 245, 245)}  # fmt: skip
+COLOURS = {"red": (214, 40, 40), "orange": (247, 140, 30), "yellow": (250, 220, 60),
+           "green": (50, 160, 70), "cyan": (70, 205, 215), "blue": (40, 80, 210),
+           "purple": (125, 60, 175), "pink": (245, 135, 185), "brown": (120, 75, 40),
+           "white": (245, 245, 245)}  # fmt: skip
 SHAPES = "circle square triangle star heart cross ring diamond hexagon crescent".split()
 
 
 @functools.cache
 def _outlines():
-    """Corners of SHAPES, each about as large as the unit circle; complex: real = right, imaginary = down."""
+    """Corners of SHAPES, each about as large as the unit circle. They are complex numbers: the real
+    part goes to the right, the imaginary part down."""
     t = np.linspace(0, 2 * math.pi, 48)
     polygon = lambda n: -1j * np.exp(2j * math.pi * np.arange(n) / n)  # noqa: E731
     arc = lambda a: np.exp(1j * math.pi * np.linspace(a, 2 - a, 36))  # noqa: E731
@@ -39,7 +41,8 @@ def _outlines():
 
 
 class Shapes:
-    """Captioned scenes, 64 x 64, functions of the index: an object, up to two small ones, a background."""
+    """Captioned scenes, 64 x 64, functions of the index: an object, up to two small ones and a
+    background."""
 
     classes, captioned = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES], True
 
@@ -59,17 +62,21 @@ class Shapes:
         radius = rng.uniform(17, 27)  # pixels
         x, y = rng.uniform(radius + 1, 63 - radius), rng.uniform(radius + 1, 63 - radius)
         objects = [(colour, shape, radius, x, y)]
-        for _ in range(rng.choice([0, 1, 1, 2, 2])):  # small objects, where one of eight places is free
+        for _ in range(rng.choice([0, 1, 1, 2, 2])):  # small ones, if one of eight places is free
             small = rng.uniform(0.28, 0.42) * radius
-            places = [(rng.uniform(small, 64 - small), rng.uniform(small, 64 - small)) for _ in range(8)]
-            free = [p for p in places if all(math.dist(p, o[3:]) > 1.1 * o[2] + small for o in objects)]
+            free = []
+            for _ in range(8):
+                place = rng.uniform(small, 64 - small), rng.uniform(small, 64 - small)
+                if all(math.dist(place, o[3:]) > 1.1 * o[2] + small for o in objects):
+                    free.append(place)
             other_colour = rng.choice([c for c in COLOURS if c != ground])
             other_shape = rng.choice([s for s in SHAPES if s != shape])
             objects += [(other_colour, other_shape, small, *place) for place in free[:1]]
         image = self.background(rng, ground, texture)
         for name, kind, size, *place in objects:
             fill = tuple(min(255, v + rng.randint(-16, 16)) for v in COLOURS[name])
-            corners = 4 * (_outlines()[kind] * size * np.exp(1j * rng.uniform(-0.3, 0.3)) + complex(*place))
+            turn = np.exp(1j * rng.uniform(-0.3, 0.3))
+            corners = 4 * (_outlines()[kind] * size * turn + complex(*place))
             ImageDraw.Draw(image).polygon(corners.view(float).tolist(), fill=fill)
         captions = self.describe(rng, objects, ground, texture)
         return self.Sample(np.array(image.reduce(4)), captions, index % 100, f"shapes {index}")
@@ -111,13 +118,13 @@ class Shapes:
 class Flocks:
     """Scenes of four objects of one form, 64 x 64, functions of the index; the class is the form.
 
-    Every crop shows the class. What else tells pictures apart is kept small, because a network would
-    learn that instead, from what two crops of a picture share: the ground is the same grey
+    Every crop shows the class. What else tells pictures apart is kept small, because a network
+    would learn that instead, from what two crops of a picture share: the ground is the same grey
     everywhere, and the same four colours stand in the same four quarters. Size, turn and place are
     each object's own. All forms cover about the same area, or counting pixels would tell them."""
 
     classes, captioned = SHAPES, False
-    colours = {"red": 16 + 16j, "blue": 48 + 16j, "yellow": 16 + 48j, "white": 48 + 48j}  # right, down
+    colours = {"red": 16 + 16j, "blue": 48 + 16j, "yellow": 16 + 48j, "white": 48 + 48j}  # centers
 
     def __init__(self, split, Sample):
         self.Sample = Sample  # (image, captions, label, key), see sources.py
@@ -129,7 +136,8 @@ class Flocks:
     @staticmethod
     @functools.cache
     def outline(shape):
-        """Corners of a form of area 2.2 in the units of _outlines(), or less: a crescent gets no larger."""
+        """Corners of a form of area 2.2 in the units of _outlines(), or less: a crescent gets no
+        larger."""
         corners = _outlines()[shape]
         left = np.roll(corners, 1)
         area = abs((left.conj() * corners).imag.sum()) / 2  # shoelace formula

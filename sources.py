@@ -1,4 +1,4 @@
-"""Where samples come from: finds out how a dataset is stored, and indexes it. data.py does the rest.
+"""Where samples come from: finds out how a dataset is stored and indexes it. data.py does the rest.
 
 Only the index is held in memory; pictures and captions are read when a sample is asked for.
 Layouts, told apart by looking at the files (docs/data.md: how to make each):
@@ -33,11 +33,12 @@ from common import UserError, rank
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101"}
 DRAWN = ["shapes", "flocks"]  # by scenes.py
-SHIFTED = "imagenet-v2 imagenet-r imagenet-a imagenet-sketch objectnet".split()  # of ImageNet's classes
+FOLDERS = "imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()
+SHIFTED = "imagenet-v2 imagenet-r imagenet-a imagenet-sketch objectnet".split()  # ImageNet classes
 MULTI30K = [f"multi30k-{language}" for language in ("en", "de", "fr", "cs")]
-NAMES = [*DRAWN, *TORCHVISION, *"imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split(),
-         *SHIFTED, *MULTI30K]  # fmt: skip
-SPLITS = {"train": ["train"], "val": ["val", "validation", "test"], "test": ["test", "val", "validation"]}
+NAMES = [*DRAWN, *TORCHVISION, *FOLDERS, *SHIFTED, *MULTI30K]
+SPLITS = {"train": ["train"], "val": ["val", "validation", "test"],
+          "test": ["test", "val", "validation"]}  # fmt: skip
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip
@@ -53,7 +54,7 @@ class Sample(NamedTuple):
 def open_dataset(name, data_dir=None, split="train"):
     """name: one of NAMES, looked for in data_dir (else $DATA_DIR, else ./data), or a path.
     -> dataset with len, [i] -> Sample (ValueError or OSError if it cannot be read), .name, .classes
-    (list of str or None) and .captioned. What is left out is counted on stderr. Raises UserError."""
+    (list of str or None), .captioned. What is left out is counted on stderr. Raises UserError."""
     if split not in SPLITS:
         raise UserError(f"unknown split {split}, choose one of {', '.join(SPLITS)}")
     base = Path(data_dir or os.environ.get("DATA_DIR") or "data").expanduser()
@@ -70,8 +71,8 @@ def open_dataset(name, data_dir=None, split="train"):
             import scenes
             dataset = scenes.SETS[name](split, Sample)
         elif name in MULTI30K:
-            import layouts
-            dataset = layouts.Rows(root, layouts.multi30k_rows(root, split, name[-2:]), None, Sample)
+            from layouts import Rows, multi30k_rows
+            dataset = Rows(root, multi30k_rows(root, split, name[-2:]), None, Sample)
         else:
             import layouts
             kind = TORCHVISION.get(root.name)

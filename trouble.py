@@ -17,7 +17,7 @@ MEMORY += "|numel: integer multiplication overflow|Unable to allocate|buffer siz
 
 def sentence(error):
     """One line that says what to do, or "" for an error that should show its traceback."""
-    if type(error).__name__ == "UserError":  # one that a loader worker raised comes with a traceback
+    if type(error).__name__ == "UserError":  # one that a loader worker raised has a traceback in it
         return str(error).split("UserError: ")[-1].strip()
     first = (str(error).strip().splitlines() or [""])[0]
     cut_off = isinstance(error, EOFError | ConnectionError)  # it died while it handed on a batch
@@ -57,8 +57,9 @@ def launched(environ):
             return f"{name} is set without MASTER_ADDR: {how}"
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if environ.get(name, "1") != "1":
-            each = f"{name} is {environ[name]}, and each of these processes would train the whole run alone"
-            return f"{each}: start one torchrun on each machine (docs/running.md), or unset it"
+            each = f"{name} is {environ[name]}, and each of these processes"
+            how = "start one torchrun on each machine (docs/running.md), or unset it"
+            return f"{each} would train the whole run alone: {how}"
     return ""
 
 

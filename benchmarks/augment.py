@@ -1,14 +1,15 @@
 """What the views of a photo cost on one CPU core.
 
-pil: torchvision transforms on PIL images, the way the official codes make views. Against it this project's
-two parts: worker, what a loader worker does (decode, crop), and device, the batched operations that do the
-rest on the training device. Here that is the same core; with a GPU only the worker's part is left to it.
+pil: torchvision transforms on PIL images, the way the official codes make views. Against it this
+project's two parts: worker, what a loader worker does (decode, crop), and device, the batched
+operations that do the rest on the training device. Here that is the same core; with a GPU only the
+worker's part is left to it.
 
     python benchmarks/augment.py                                     # about a minute
     python benchmarks/augment.py --out results/augment.json
 
-Needs scikit-learn for its two photos. pil and the project take turns, round by round. The clock counts work
-of this process alone, not what others on the machine take.
+Needs scikit-learn for its two photos. pil and the project take turns, round by round. The clock
+counts work of this process alone, not what others on the machine take.
 """
 
 import argparse
@@ -57,13 +58,14 @@ def photos():
     return files
 
 
-# -------------------------------------------- on PIL images --------------------------------------------
+# -------------------------------------------- on PIL images -------------------------------------
 class PILBlur:
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-def pil_policy(jitter, interpolation, size=SIZE, scale=(0.08, 1.0), blur=0.5, solarize=0.0, normalised=True):
+def pil_policy(jitter, interpolation, size=SIZE, scale=(0.08, 1.0), blur=0.5, solarize=0.0,
+               normalised=True):  # fmt: skip
     """Crop, flip, colours, blur; with jitter None crop alone."""
     steps = [T.RandomResizedCrop(size, scale, interpolation=interpolation)]
     if jitter:
@@ -71,7 +73,10 @@ def pil_policy(jitter, interpolation, size=SIZE, scale=(0.08, 1.0), blur=0.5, so
                   T.RandomGrayscale(0.2), T.RandomApply([PILBlur()], p=blur)]  # fmt: skip
     if solarize:
         steps.append(T.RandomSolarize(128, p=solarize))
-    return T.Compose([*steps, T.ToTensor(), *[T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] * normalised])
+    steps.append(T.ToTensor())
+    if normalised:
+        steps.append(T.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    return T.Compose(steps)
 
 
 def on_pil(policies, files):
@@ -113,7 +118,8 @@ def cases():
     dino = [pil_policy(colours, BICUBIC, SIZE, large, blur=1.0)]
     dino += [pil_policy(colours, BICUBIC, SIZE, large, blur=0.1, solarize=0.2)]
     dino += [pil_policy(colours, BICUBIC, 96, small)] * 8
-    views = [DINOView(SIZE, large, 1.0), DINOView(SIZE, large, 0.1, 0.2)] + [DINOView(96, small, 0.5)] * 8
+    views = [DINOView(SIZE, large, 1.0), DINOView(SIZE, large, 0.1, 0.2)]
+    views += [DINOView(96, small, 0.5)] * 8
     crop = pil_policy(None, BICUBIC, scale=(0.9, 1.0))
     return {
         "slip": (f"two {SIZE} px views of slip", [SSLView(SIZE)] * 2, [weak] * 2),
@@ -123,7 +129,7 @@ def cases():
     }
 
 
-# -------------------------------------------- measuring --------------------------------------------
+# -------------------------------------------- measuring -----------------------------------------
 def measure(views, policies, files, rounds):
     """-> {way: (fastest, median)} in ms per sample, of all its views together."""
     times = {"pil": [], "worker": [], "device": [], "worker+device": []}
@@ -136,7 +142,8 @@ def measure(views, policies, files, rounds):
         on_device(views, batches)
         device = time.process_time()
         if i:  # the first round warms up
-            for way, seconds in zip(times, (pil - start, worker - pil, device - worker, device - pil)):
+            spent = pil - start, worker - pil, device - worker, device - pil
+            for way, seconds in zip(times, spent):
                 times[way].append(seconds / len(files) * 1e3)
     return {way: (min(ms), statistics.median(ms)) for way, ms in times.items()}
 
@@ -177,16 +184,25 @@ def main():
     print(f"CPU ms per sample, fastest round (median) of {args.rounds}, one thread")
     for name, (what, views, policies) in cases().items():
         ms = measure(views, policies, files, args.rounds)
-        ratios = {way: [ms["pil"][i] / ms[way][i] for i in (0, 1)] for way in ("worker", "worker+device")}
+        ratios = {}
+        for way in ("worker", "worker+device"):
+            ratios[way] = [ms["pil"][i] / ms[way][i] for i in (0, 1)]
         results[name] = {"what": what, "ms": ms, "times_faster_than_pil": ratios}
         cells = [f"{way} {fastest:.2f} ({median:.2f})" for way, (fastest, median) in ms.items()]
-        cells += [f"pil / {way} {fastest:.1f} ({median:.1f})" for way, (fastest, median) in ratios.items()]
+        for way, (fastest, median) in ratios.items():
+            cells.append(f"pil / {way} {fastest:.1f} ({median:.1f})")
         print(f"{name:7}", ", ".join(cells), flush=True)
     if args.out:
-        settings = {"photo": "500x375 JPEG quality 90", "photo_bytes": [len(file) for file in photos()], "threads": 1, "rounds": args.rounds}
-        settings["batch_size"] = args.batch_size
+        settings = {
+            "photo": "500x375 JPEG quality 90",
+            "photo_bytes": [len(file) for file in photos()],
+            "threads": 1,
+            "rounds": args.rounds,
+            "batch_size": args.batch_size,
+        }
+        written = {**environment(), **settings, "results": results}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**environment(), **settings, "results": results}, indent=1) + "\n")
+        args.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

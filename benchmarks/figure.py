@@ -1,13 +1,15 @@
-"""Draws docs/figures/NAME.png: the learning curves of all methods on one dataset, from results/METHOD_NAME.json.
+"""Draws docs/figures/NAME.png: the learning curves of all methods on one dataset, from
+results/METHOD_NAME.json.
 
     python benchmarks/figure.py shapes      # zero-shot accuracy of the language-image files
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
-    python benchmarks/figure.py simsiam_ablation    # a run on flocks beside those without a part of the method
-    python benchmarks/figure.py speed       # training steps beside other libraries, from results/side_by_side.json
+    python benchmarks/figure.py simsiam_ablation    # a run on flocks beside those without a part
+    python benchmarks/figure.py speed       # steps beside other libraries, of side_by_side.json
 
-A line is the accuracy in the training loop; a dashed line in its colour is the same network with random weights,
-which the loop measured before the first step. Older runs did not: there a ring at the left end is what evaluate.py
-gave random weights on the whole split. The dotted line is chance. Needs matplotlib.
+A line is the accuracy in the training loop; a dashed line in its colour is the same network with
+random weights, which the loop measured before the first step. Older runs did not: there a ring at
+the left end is what evaluate.py gave random weights on the whole split. The dotted line is chance.
+Needs matplotlib.
 """
 
 import argparse
@@ -17,18 +19,23 @@ import re
 from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
 
 SIZE = (8.0, 3.6)  # inches
-INDICATORS = {"feature_std": "feature_std (dotted: 1 / sqrt(E))", "teacher_entropy": "teacher_entropy, nats (dotted: ln K)"}
+INDICATORS = {
+    "feature_std": "feature_std (dotted: 1 / sqrt(E))",
+    "teacher_entropy": "teacher_entropy, nats (dotted: ln K)",
+}
 
 
 def accuracy(record):
-    """-> name of the first accuracy that was measured in the loop, and its points (images seen, percent)."""
+    """-> name of the first accuracy that was measured in the loop, and its points (images seen,
+    percent)."""
     name = next(k for k in IN_LOOP if any(k in values for _, values in record["curve"]))
     batch = record["args"]["batch_size"]
-    return name, [(step * batch, values[name]) for step, values in record["curve"] if name in values]
+    curve = [(step * batch, values[name]) for step, values in record["curve"] if name in values]
+    return name, curve
 
 
 def random_weights(record):
-    """Score of the same network with random weights, None where evaluate.py was not asked for it."""
+    """Score of the same network with random weights, None if evaluate.py was not asked for it."""
     for label, metrics in record["metrics"].items():
         if label.endswith(START) and label.split()[0] in PROTOCOLS:
             return next(iter(metrics.values()))
@@ -59,7 +66,8 @@ def draw_curves(data, path):
     axis.axhline(chance, color="grey", linestyle=":", label=f"chance, {chance:.3g}")
     if any(accuracy(record)[1][0][0] == 0 for record in runs):
         axis.plot([], [], "--", color="grey", linewidth=0.8, label="random weights")
-    axis.set(xlabel="images seen", ylabel=f"{IN_LOOP[kind]}, %", xlim=(0, None), ylim=(0, None), title=data)
+    axis.set(xlabel="images seen", ylabel=f"{IN_LOOP[kind]}, %", title=data)
+    axis.set(xlim=(0, None), ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,24 +75,30 @@ def draw_curves(data, path):
 
 
 def draw_ablation(method, path):
-    """kNN and the collapse indicator of METHOD_flocks and of every METHOD_flocks_NAME, with the flags of each."""
+    """kNN and the collapse indicator of METHOD_flocks and of every METHOD_flocks_NAME, with the
+    flags of each."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    runs = [record for name, record in results().items() if re.fullmatch(rf"{method}_flocks(_[a-z]+)?", name)]
+    mark = re.compile(rf"{method}_flocks(_[a-z]+)?")
+    runs = [record for name, record in results().items() if mark.fullmatch(name)]
     if len(runs) < 2:
-        raise SystemExit(f"figure.py: results/ needs {method}_flocks and a run beside it, {method}_flocks_NAME")
+        raise SystemExit(
+            f"figure.py: results/ needs {method}_flocks and a run beside it, {method}_flocks_NAME"
+        )
     figure, axes = plt.subplots(1, 2, figsize=SIZE, layout="constrained")
     indicator = next(name for name in INDICATORS if name in runs[0]["curve"][1][1])
     for record in runs:
         name, points = accuracy(record)
         label = record["command"].removeprefix("python ")
-        axes[0].plot(*zip(*((images / 1000, value) for images, value in points)), marker=".", label=label)
+        seen, values = zip(*points)
+        axes[0].plot([images / 1000 for images in seen], values, marker=".", label=label)
         thousands = record["args"]["batch_size"] / 1000  # images of a step
-        shown = [(step * thousands, values[indicator]) for step, values in record["curve"] if indicator in values]
-        axes[1].plot(*zip(*shown), label=label)
+        curve = [(step, row[indicator]) for step, row in record["curve"] if indicator in row]
+        steps, values = zip(*curve)
+        axes[1].plot([step * thousands for step in steps], values, label=label)
     last = runs[0]["metrics"]["training"]
     for axis, value, title in (
         (axes[0], chance_of(name, last), f"{IN_LOOP[name]}, %"),
@@ -99,7 +113,8 @@ def draw_ablation(method, path):
 
 
 def draw_speed(path):
-    """A bar for each library and method: seconds of its step / seconds of the step here, the medians of rounds."""
+    """A bar for each library and method: seconds of its step / seconds of the step here, the
+    medians of rounds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -107,7 +122,10 @@ def draw_speed(path):
 
     file = ROOT / "results/side_by_side.json"
     if not file.exists():
-        raise SystemExit(f"figure.py: {file.name} is not recorded, run python benchmarks/side_by_side.py --out results/{file.name}")
+        raise SystemExit(
+            f"figure.py: {file.name} is not recorded, run "
+            f"python benchmarks/side_by_side.py --out results/{file.name}"
+        )
     record, bars = json.loads(file.read_text()), []
     for method, found in record["results"].items():
         for name, row in found["rows"].items():
@@ -115,10 +133,12 @@ def draw_speed(path):
                 bars.append((f"{methods()[method][0]} beside {name}", row["over_here_median"]))
     names, ratios = zip(*reversed(bars))
     figure, axis = plt.subplots(figsize=(SIZE[0], 0.6 + 0.28 * len(bars)), layout="constrained")
-    drawn = axis.barh(names, ratios, color=["tab:blue" if ratio >= 1 else "tab:orange" for ratio in ratios])
+    colours = ["tab:blue" if ratio >= 1 else "tab:orange" for ratio in ratios]
+    drawn = axis.barh(names, ratios, color=colours)
     axis.bar_label(drawn, fmt="%.2f", padding=3)
     axis.axvline(1, color="grey", linestyle=":")
-    axis.set(xlabel=f"time of a step there / here ({record['gpu'] or record['cpu']}, {record['dtype']})", xlim=(0, 1.1 * max(ratios)))
+    machine = f"{record['gpu'] or record['cpu']}, {record['dtype']}"
+    axis.set(xlabel=f"time of a step there / here ({machine})", xlim=(0, 1.1 * max(ratios)))
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -635,8 +635,9 @@ def part_peers(job):
     """benchmarks/side_by_side.py, method after method, whose output is its own."""
     file, code = Path(job["temp"], "peers.json"), 0
     for method in ("clip", "dino", "simclr", "byol", "moco", "simsiam"):
-        command = [sys.executable, str(ROOT / "benchmarks/side_by_side.py"), "--methods", method, "--rounds", "10",
-                   "--clip-batch", "256", "--batch", "512", "--dino-batch", "64", "--out", str(file)]  # fmt: skip
+        command = [sys.executable, str(ROOT / "benchmarks/side_by_side.py"), "--methods", method,
+                   "--rounds", "10", "--clip-batch", "256", "--batch", "512", "--dino-batch", "64",
+                   "--out", str(file)]  # fmt: skip
         code |= subprocess.run(command).returncode
         if file.exists():
             found = json.loads(file.read_text())["results"]
@@ -872,8 +873,9 @@ class Session:
     def missing_peers(self):
         needed = "open_clip", "lightly", "transformers"
         missing = [name for name in needed if not importlib.util.find_spec(name)]
-        return f"{' and '.join(missing)} not installed" if missing else \
-            "not in the miniature" if self.args.miniature else ""
+        if missing:
+            return f"{' and '.join(missing)} not installed"
+        return "not in the miniature" if self.args.miniature else ""
 
     def peers(self):
         if reason := self.missing_peers():
@@ -970,7 +972,8 @@ def main():
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     args.only = [part for part in PARTS if part in args.only]
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+        filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")))
+    )
     os.environ["PYTHONUNBUFFERED"] = "1"
     if args.miniature:
         os.environ.update(GPU_TESTS_ON="cpu", CUDA_VISIBLE_DEVICES="")

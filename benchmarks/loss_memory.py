@@ -1,8 +1,9 @@
-"""What the contrastive losses keep in memory for their backward pass: it grows with b x B, never with B x B.
+"""What contrastive losses keep in memory for their backward pass: it grows with b x B, not B x B.
 
-b embeddings of this process meet B = W b of all W processes. One process is enough to see it: all_gather is
-replaced by a concatenation with W - 1 constant blocks, which is what the real one returns. Counted is every
-distinct storage that autograd saves: features, (b, E) and (B, E), and matrices, everything else.
+b embeddings of this process meet B = W b of all W processes. One process is enough to see it:
+all_gather is replaced by a concatenation with W - 1 constant blocks, which is what the real one
+returns. Counted is every distinct storage that autograd saves: features, (b, E) and (B, E), and
+matrices, everything else.
 
     python benchmarks/loss_memory.py --out results/loss_memory.json    # seconds, on any machine
 """
@@ -58,8 +59,9 @@ def main():
     torch.manual_seed(0)
     results = {}
     for name, loss in LOSSES.items():
-        print(f"{name}, kept for backward by one process, MB\n{'b':>6}{'W':>4}{'B':>6}{'features':>10}"
-              f"{'matrices':>10}{'bytes / (b B)':>15}{'if they were B x B':>20}")  # fmt: skip
+        print(f"{name}, kept for backward by one process, MB")
+        print(f"{'b':>6}{'W':>4}{'B':>6}{'features':>10}{'matrices':>10}{'bytes / (b B)':>15}"
+              f"{'if they were B x B':>20}")  # fmt: skip
         results[name] = []
         for b, w in [*FIXED_LOCAL, *FIXED_GLOBAL]:
             features, matrices = kept_bytes(loss, b, w)

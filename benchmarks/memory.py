@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py slip --data yfcc15m --gpus 8             # predicted, in seconds
     python benchmarks/memory.py dinov2 --recipe imagenet --gpus 8 --grad-checkpointing selective
-    python benchmarks/memory.py slip --recipe yfcc15m --gpus 8 --measure # on a GPU, beside the prediction
+    python benchmarks/memory.py slip --recipe yfcc15m --gpus 8 --measure # on a GPU, beside that
 
 train() of the method file runs two steps as it is, with the flags of the command, on tensors that
 have a shape and no content (torch's FakeTensorMode), under bf16 autocast, at the batch of one
@@ -84,8 +84,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def on_average(args):
-    """{operation: what it returns}, for those whose result depends on values, which tensors without content do not have.
-    A mask chooses as many rows as it does on average."""
+    """{operation: what it returns}, for those whose result depends on values, which tensors without
+    content do not have. A mask chooses as many rows as it does on average."""
     aten = torch.ops.aten
     stays = 1 - getattr(args, "drop_path", 0.0)  # stochastic depth leaves out the rest (dinov2.py)
     masked = 0.15  # tokens of a caption (declip.py)
@@ -107,8 +107,12 @@ def on_average(args):
     def in_place(*_, **__):
         return None
 
-    return {aten._local_scalar_dense.default: item, aten.nonzero.default: nonzero, aten.index.Tensor: index,
-            aten._fused_adamw_.default: in_place}  # fmt: skip
+    return {
+        aten._local_scalar_dense.default: item,
+        aten.nonzero.default: nonzero,
+        aten.index.Tensor: index,
+        aten._fused_adamw_.default: in_place,
+    }
 
 
 # ---------------------------------------- rehearsal ----------------------------------------
@@ -169,7 +173,10 @@ def make_batch(loader, b, device):
     """What the loader of a process yields, with random or no pixels."""
     few = min(b, 64)
     repeated = torch.arange(b) % few
-    batch = {"index": torch.arange(b, device=device), "label": torch.zeros(b, dtype=torch.int64, device=device)}
+    batch = {
+        "index": torch.arange(b, device=device),
+        "label": torch.zeros(b, dtype=torch.int64, device=device),
+    }
     for name, view in loader.views.items():
         draws = [view.sample(random.Random(f"{name} {i}")) for i in range(few)]
         params = {}
@@ -202,13 +209,25 @@ def alone_among(module, gpus, device, marks):
         return model
 
     replaced = {
-        "Run": Silent, "Loader": Repeated, "Tokenizer": FullCaptions, "open_dataset": lambda name, *_: Unread(name),
-        "language_set": lambda *_: None, "knn_sets": lambda *_: (None, None), "evaluation_set": lambda *_: None,
-        "captions": lambda *_: (), "open_synonyms": lambda *_: None, "add_mask_token": lambda tokenizer: tokenizer,
-        "init_distributed": lambda *_: device, "sync_batchnorm": lambda model, *_: model, "all_gather": gather,
-        "all_reduce_mean": lambda x: x.detach() / gpus, "world_size": lambda: gpus, "rank": lambda: 0,
-        "DistributedDataParallel": distributed, "fully_shard": lambda module, *_, **__: module,
-    }  # fmt: skip
+        "Run": Silent,
+        "Loader": Repeated,
+        "Tokenizer": FullCaptions,
+        "open_dataset": lambda name, *_: Unread(name),
+        "language_set": lambda *_: None,
+        "knn_sets": lambda *_: (None, None),
+        "evaluation_set": lambda *_: None,
+        "captions": lambda *_: (),
+        "open_synonyms": lambda *_: None,
+        "add_mask_token": lambda tokenizer: tokenizer,
+        "init_distributed": lambda *_: device,
+        "sync_batchnorm": lambda model, *_: model,
+        "all_gather": gather,
+        "all_reduce_mean": lambda x: x.detach() / gpus,
+        "world_size": lambda: gpus,
+        "rank": lambda: 0,
+        "DistributedDataParallel": distributed,
+        "fully_shard": lambda module, *_, **__: module,
+    }
     backward = torch.Tensor.backward
 
     def watched(tensor, *args, **kwargs):
@@ -239,13 +258,17 @@ def parts(state, gpus):
         others += list(state["queue"].buffers())
     moments = [t for t in tree_leaves([optimizer.state[p] for p in trained]) if torch.is_tensor(t)]
     return {
-        "parameters": nbytes(trained), "copies and buffers": nbytes(others), "gradients": nbytes(trained),
-        "buckets of DDP": nbytes(trained) * (gpus > 1), "optimizer": nbytes(moments),
-    }  # fmt: skip
+        "parameters": nbytes(trained),
+        "copies and buffers": nbytes(others),
+        "gradients": nbytes(trained),
+        "buckets of DDP": nbytes(trained) * (gpus > 1),
+        "optimizer": nbytes(moments),
+    }
 
 
 def predict(module, args, gpus):
-    """-> {part: bytes}: the peak of one process, what lives all the time, what the backward pass starts with."""
+    """-> {part: bytes}: the peak of one process, what lives all the time, what the backward pass
+    starts with."""
     fsdp = getattr(args, "fsdp", False)
     live = LiveBytes(on_average(args))
     device = torch.device("cpu")
@@ -257,7 +280,8 @@ def predict(module, args, gpus):
 
         return call
 
-    views = [c for c in vars(module).values() if isinstance(c, type) and hasattr(c, "crop") and "__call__" in vars(c)]
+    views = [c for c in vars(module).values() if isinstance(c, type) and hasattr(c, "crop")]
+    views = [c for c in views if "__call__" in vars(c)]
     with contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(mock.patch.object(view, "__call__", view_on_gpu(view.__call__)))
@@ -282,7 +306,8 @@ def predict(module, args, gpus):
 
 
 def measure(module, args, gpus):
-    """-> bytes at the peak of two steps on real tensors: torch.cuda.max_memory_allocated() or, without a GPU, counted."""
+    """-> bytes at the peak of two steps on real tensors: torch.cuda.max_memory_allocated() or,
+    without a GPU, counted."""
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -315,13 +340,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
     parser.add_argument("method", help="name of a method file")
     parser.add_argument("--gpus", type=int, default=8, help="processes of the command")
-    parser.add_argument("--measure", action="store_true", help="also run two steps on this machine's GPU, if it has one")
+    more = "also run two steps on this machine's GPU, if it has one"
+    parser.add_argument("--measure", action="store_true", help=more)
     options, words = parser.parse_known_args()
     began = time.time()
     module, args = resolve(options.method, words)
     args.device, args.dtype = "cpu", "bf16"
     found = predict(module, args, options.gpus)
-    print(f"{options.method}.py {' '.join(words)}: batch {args.batch_size // options.gpus} on each of {options.gpus}")
+    each = f"batch {args.batch_size // options.gpus} on each of {options.gpus}"
+    print(f"{options.method}.py {' '.join(words)}: {each}")
     say(found)
     print(f"  predicted in {time.time() - began:.0f} s", flush=True)
     if options.measure:
@@ -332,7 +359,8 @@ def main():
                "predicted_gib": round(found["peak"] / GIB, 3)}  # fmt: skip
         try:
             row["measured_gib"] = round(measure(module, args, options.gpus) / GIB, 3)
-            text = f"{row['measured_gib']:.2f} GiB, predicted / measured {row['predicted_gib'] / row['measured_gib']:.3f}"
+            ratio = row["predicted_gib"] / row["measured_gib"]
+            text = f"{row['measured_gib']:.2f} GiB, predicted / measured {ratio:.3f}"
         except torch.cuda.OutOfMemoryError as error:
             row["error"] = text = f"out of memory: {str(error)[:150]}"
         print(f"  measured on {name} in {time.time() - began:.0f} s: {text}")

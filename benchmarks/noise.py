@@ -1,15 +1,18 @@
-"""Makes a captioned dataset as noisy as the web: a share of its images lose their captions to wrong ones.
+"""Makes a captioned dataset as noisy as the web: a share of its images get wrong captions.
 
     python benchmarks/noise.py --data flickr8k --kind swap --share 0.4 --output data/flickr8k_swap40
-    python benchmarks/noise.py --data shapes --images 6400 --kind junk --share 0.4 --texts alttexts.tsv --output data/junk40
+    python benchmarks/noise.py --data shapes --images 6400 --kind junk --share 0.4 \\
+        --texts alttexts.tsv --output data/junk40
 
---kind swap: the chosen images get the captions of each other. Each text is a good one, at the wrong image.
---kind junk: a third of them each get file names and single words (short), phrases that stand at many
-             images (boilerplate, both from the lists below), and alt-texts of other images (foreign), drawn
-             from --texts, a .tsv of key and text.
+--kind swap: the chosen images get the captions of each other. Each text is a good one, at the
+             wrong image.
+--kind junk: a third of them each get file names and single words (short), phrases that stand at
+             many images (boilerplate, both from the lists below), and alt-texts of other images
+             (foreign), drawn from --texts, a .tsv of key and text.
 
-An image has all its captions right or all wrong, as on the web, where it has one. The output is a train.tar as
-data.py reads it; the kind is a part of each name in it, which stands in the key of kept.jsonl too:
+An image has all its captions right or all wrong, as on the web, where it has one. The output is a
+train.tar as data.py reads it; the kind is a part of each name in it, which stands in the key of
+kept.jsonl too:
 
     python align.py --data data/junk40 --filter-only --min-side 0 --output-dir filtered
     grep -c boilerplate.png filtered/kept.jsonl
@@ -42,11 +45,13 @@ view full size image in a new window
 stock photo all rights reserved
 opens in a new tab
 related image for this article""".split("\n")
-SHORT = ("image", "photo", "untitled", "IMG {}", "DSC{}", "img_{}.jpg", "picture {}", "thumbnail", "logo", "figure {}")
+SHORT = ("image", "photo", "untitled", "IMG {}", "DSC{}", "img_{}.jpg", "picture {}", "thumbnail",
+         "logo", "figure {}")  # fmt: skip
 
 
 def wrong_captions(dataset, images, kind, share, seed=0, texts=()):
-    """-> {index: (kind, captions)} of a share of the first samples, as many captions for each as it had."""
+    """-> {index: (kind, captions)} of a share of the first samples, as many captions for each as it
+    had."""
     rng = random.Random(f"noise {seed}")
     chosen = rng.sample(range(images), round(share * images))
     if kind == "swap":  # a circle, so that none keeps its own
@@ -55,7 +60,8 @@ def wrong_captions(dataset, images, kind, share, seed=0, texts=()):
     for place, i in enumerate(chosen):
         n = len(dataset[i].captions)
         if place < third:
-            wrong[i] = "short", [text.format(rng.randrange(1000, 9999)) for text in rng.choices(SHORT, k=n)]
+            short = [text.format(rng.randrange(1000, 9999)) for text in rng.choices(SHORT, k=n)]
+            wrong[i] = "short", short
         elif place < 2 * third:
             wrong[i] = "boilerplate", rng.choices(BOILERPLATE, k=n)
         else:
@@ -66,7 +72,7 @@ def wrong_captions(dataset, images, kind, share, seed=0, texts=()):
 
 
 def write(dataset, images, wrong, path):
-    """Writes samples with their captions, or the wrong ones, to a .tar. -> number of images of each kind."""
+    """Writes samples with their captions, or the wrong ones, to a .tar. -> images of each kind."""
     counts = collections.Counter()
     with tarfile.open(path, "w") as tar:
         for i in range(images):
@@ -86,10 +92,11 @@ def write(dataset, images, wrong, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--data", required=True, help="named dataset or path, see docs/data.md")
     parser.add_argument("--data-dir", default="", help="where named datasets are")
-    parser.add_argument("--images", type=int, default=0, help="the first of the train split (0: all)")
+    parser.add_argument("--images", type=int, default=0, help="first of the train split (0: all)")
     parser.add_argument("--kind", choices=["swap", "junk"], required=True)
     parser.add_argument("--share", type=float, required=True, help="of the images, 0 to 1")
     parser.add_argument("--texts", default="", help=".tsv of key and text, for junk")
@@ -101,10 +108,11 @@ def main():
     texts = []
     if flags.kind == "junk":
         try:
-            lines = Path(flags.texts).read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            text = Path(flags.texts).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            raise UserError(f"--kind junk needs --texts, a .tsv of key and text ({error})") from error
-        texts = [line.partition("\t")[2] for line in lines]
+            needed = f"--kind junk needs --texts, a .tsv of key and text ({error})"
+            raise UserError(needed) from error
+        texts = [line.partition("\t")[2] for line in text.strip().split("\n")]
     dataset = open_dataset(flags.data, flags.data_dir)
     images = min(flags.images or len(dataset), len(dataset))
     wrong = wrong_captions(dataset, images, flags.kind, flags.share, flags.seed, texts)

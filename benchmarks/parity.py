@@ -1,17 +1,19 @@
-"""The same training through lightly's modules, transforms and losses: does it end where this project's file ends?
+"""The same training through lightly's modules, transforms and losses: does it end where ours ends?
 
     python simclr.py --data cifar10 --recipe cifar10-cpu --output-dir runs/simclr_cpu
     python benchmarks/parity.py runs/simclr_cpu --out results/parity.json
 
-For runs of simclr, moco, byol, simsiam and dino. args.json of the run says what is repeated: backbone and its first
-weights, pictures, their order and batches, number of steps, learning rates, decay and running averages. From lightly
-come views, head, loss, queue and the loop, as in its CIFAR-10 benchmark; their head has weights of its own, drawn
-after the same seed. Views are those of the method's own transform there, with the run's size, smallest crop and
-strength of jitter, without blur. Both encoders are then compared by kNN on the whole validation split among the whole
-training split, and so are the weights both started from, and pixels averaged to 8 x 8, which every method should beat.
+For runs of simclr, moco, byol, simsiam and dino. args.json of the run says what is repeated:
+backbone and its first weights, pictures, their order and batches, number of steps, learning rates,
+decay and running averages. From lightly come views, head, loss, queue and the loop, as in its
+CIFAR-10 benchmark; their head has weights of its own, drawn after the same seed. Views are those of
+the method's own transform there, with the run's size, smallest crop and strength of jitter, without
+blur. Both encoders are then compared by kNN on the whole validation split among the whole training
+split, and so are the weights both started from, and pixels averaged to 8 x 8, which every method
+should beat.
 
-Seconds are those of the training loop with its data, with the threads and workers this process has: for a comparison
-give OMP_NUM_THREADS=1, and --workers 0 to the run.
+Seconds are those of the training loop with its data, with the threads and workers this process has:
+for a comparison give OMP_NUM_THREADS=1, and --workers 0 to the run.
 
 Needs lightly (pip install -r requirements-test.txt).
 """
@@ -48,19 +50,28 @@ except ImportError:
     sys.exit("install lightly first: pip install -r requirements-test.txt")
 
 
-# -------------------------------------------- lightly's methods --------------------------------------------
+# -------------------------------------------- lightly's methods ---------------------------------
 # Each takes the arguments of the run and a backbone with features of width `dim`, and returns
 #   encoder    what is evaluated
 #   trained    {"name": modules} of the optimizer's groups
 #   views      lightly's transform
-#   step       function(views, progress of the schedule from 0 to 1) -> loss, called before the optimizer's step
+#   step       function(views, progress of the schedule from 0 to 1) -> loss, called before the
+#              optimizer's step
 #   after      function(the same progress), called after it
+def look(args):
+    """What a transform takes from the run; none of them blurs."""
+    return {
+        "input_size": args.image_size,
+        "cj_strength": args.jitter_strength,
+        "min_scale": args.crop_min,
+        "gaussian_blur": 0.0,
+    }
+
+
 def simclr(args, backbone, dim):
     head = modules.SimCLRProjectionHead(dim, dim, args.head_dim, num_layers=args.head_layers)
     criterion = losses.NTXentLoss(args.temperature)
-    views = transforms.SimCLRTransform(
-        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
-    )
+    views = transforms.SimCLRTransform(**look(args))
 
     def step(x, progress):
         return criterion(head(backbone(x[0])), head(backbone(x[1])))
@@ -71,13 +82,13 @@ def simclr(args, backbone, dim):
 def moco(args, backbone, dim):
     query = nn.Sequential(backbone, modules.MoCoProjectionHead(dim, dim, args.head_dim))
     key = copy.deepcopy(query).requires_grad_(False)
-    criterion = losses.NTXentLoss(args.temperature, memory_bank_size=(args.queue_size, args.head_dim))
-    views = transforms.MoCoV2Transform(
-        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
-    )
+    bank = args.queue_size, args.head_dim
+    criterion = losses.NTXentLoss(args.temperature, memory_bank_size=bank)
+    views = transforms.MoCoV2Transform(**look(args))
 
     def one_way(x_query, x_key):
-        order = torch.randperm(len(x_key))  # groups of batch norm, which lightly's example has by GPU
+        # groups of batch norm, which lightly's example has by GPU
+        order = torch.randperm(len(x_key))
         k = torch.cat([key(part) for part in x_key[order].split(args.bn_group)])
         q = torch.cat([query(part) for part in x_query.split(args.bn_group)])
         return criterion(q, k[order.argsort()].detach())
@@ -96,10 +107,9 @@ def byol(args, backbone, dim):
     target = copy.deepcopy(online).requires_grad_(False)
     predictor = modules.BYOLPredictionHead(args.out_dim, args.hidden_dim, args.out_dim)
     criterion = losses.NegativeCosineSimilarity()
-    given = {"input_size": args.image_size, "cj_strength": args.jitter_strength, "min_scale": args.crop_min}
     views = transforms.BYOLTransform(
-        transforms.byol_transform.BYOLView1Transform(**given, gaussian_blur=0.0),
-        transforms.byol_transform.BYOLView2Transform(**given, gaussian_blur=0.0),
+        transforms.byol_transform.BYOLView1Transform(**look(args)),
+        transforms.byol_transform.BYOLView2Transform(**look(args)),
     )
 
     def step(x, progress):
@@ -112,8 +122,9 @@ def byol(args, backbone, dim):
         tau = warmup_cosine(progress, 1, 0, args.tau, end=args.tau_end)
         update_momentum(online, target, tau)
 
+    trained = [online, predictor]
     return types.SimpleNamespace(
-        encoder=backbone, trained=[online, predictor], views=views, step=step, after=after
+        encoder=backbone, trained=trained, views=views, step=step, after=after
     )
 
 
@@ -121,12 +132,11 @@ def simsiam(args, backbone, dim):
     sizes = [dim, *[args.hidden_dim or dim] * (args.projector_layers - 1)]
     blocks = [(a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in zip(sizes, sizes[1:])]
     last = sizes[-1], args.out_dim, nn.BatchNorm1d(args.out_dim, affine=False), None
-    head = modules.heads.ProjectionHead([*blocks, last])  # as many layers as the run has, for CIFAR-10 two
+    # as many layers as the run has, for CIFAR-10 two
+    head = modules.heads.ProjectionHead([*blocks, last])
     predictor = modules.SimSiamPredictionHead(args.out_dim, args.predictor_dim, args.out_dim)
     criterion = losses.NegativeCosineSimilarity()
-    views = transforms.SimSiamTransform(
-        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_min, gaussian_blur=0.0
-    )
+    views = transforms.SimSiamTransform(**look(args))
 
     def step(x, progress):
         z = [head(backbone(one)) for one in x]
@@ -135,7 +145,9 @@ def simsiam(args, backbone, dim):
 
     fixed = [predictor] if args.fix_pred_lr else []
     trained = [backbone, head] if fixed else [backbone, head, predictor]
-    return types.SimpleNamespace(encoder=backbone, trained=trained, fixed=fixed, views=views, step=step)
+    return types.SimpleNamespace(
+        encoder=backbone, trained=trained, fixed=fixed, views=views, step=step
+    )
 
 
 def dino(args, backbone, dim):
@@ -144,7 +156,7 @@ def dino(args, backbone, dim):
             dim, args.hidden_dim, 256, args.out_dim, batch_norm=args.head_bn,
             freeze_last_layer=-1, norm_last_layer=args.norm_last_layer,
         )  # fmt: skip
-        size = 3 if args.head_bn else 2  # modules of a hidden layer; lightly has two of these layers
+        size = 3 if args.head_bn else 2  # modules of a hidden layer, of which lightly has two
         made.layers = nn.Sequential(*made.layers[: size * (args.head_layers - 1)], made.layers[-1])
         return made
 
@@ -168,7 +180,9 @@ def dino(args, backbone, dim):
         start, end = args.teacher_momentum, args.teacher_momentum_end
         update_momentum(student, teacher, warmup_cosine(progress, 1, 0, start, end=end))
 
-    return types.SimpleNamespace(encoder=teacher[0], trained=[student], views=views, step=step, after=after)
+    return types.SimpleNamespace(
+        encoder=teacher[0], trained=[student], views=views, step=step, after=after
+    )
 
 
 # -------------------------------------------- training --------------------------------------------
@@ -177,8 +191,10 @@ def groups_of(peer, weight_decay):
     groups = []
     for parts, fixed in ((peer.trained, False), (getattr(peer, "fixed", []), True)):
         found = [p for part in parts for p in part.parameters() if p.requires_grad]
-        groups.append({"params": [p for p in found if p.ndim >= 2], "weight_decay": weight_decay, "fixed": fixed})
-        groups.append({"params": [p for p in found if p.ndim < 2], "weight_decay": 0.0, "fixed": fixed})
+        decay = [p for p in found if p.ndim >= 2]
+        no_decay = [p for p in found if p.ndim < 2]
+        groups.append({"params": decay, "weight_decay": weight_decay, "fixed": fixed})
+        groups.append({"params": no_decay, "weight_decay": 0.0, "fixed": fixed})
     return [group for group in groups if group["params"]]
 
 
@@ -202,7 +218,8 @@ def train(peer, args, dataset, loader, steps):
     batches = torch.utils.data.DataLoader(
         InOrder(dataset, peer.views), batch_sampler=order, num_workers=args.workers
     )
-    total, warmup = args.epochs * loader.steps_per_epoch, round(args.warmup_epochs * loader.steps_per_epoch)
+    total = args.epochs * loader.steps_per_epoch
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     began, shown = time.time(), 0.0
     for i, x in enumerate(batches):
         for group in optimizer.param_groups:
@@ -217,48 +234,65 @@ def train(peer, args, dataset, loader, steps):
             peer.after(i / total)
         shown = loss.item() if i == 0 else 0.98 * shown + 0.02 * loss.item()
         if (i + 1) % 100 == 0:
-            print(f"lightly: step {i + 1}/{steps} loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
+            took = time.time() - began
+            print(f"lightly: step {i + 1}/{steps} loss {shown:.3f}, {took:.0f} s", flush=True)
     return time.time() - began
 
 
-# -------------------------------------------- comparing --------------------------------------------
+# -------------------------------------------- comparing -----------------------------------------
 def accuracy(encoder, view, args):
     """kNN in percent of the whole val split among the whole train split."""
-    train_set, val_set = (open_dataset(args.data, args.data_dir, split) for split in ("train", "val"))
+    train_set = open_dataset(args.data, args.data_dir, "train")
+    val_set = open_dataset(args.data, args.data_dir, "val")
     device = torch.device("cpu")
     scores = knn_eval(encoder, train_set, val_set, view, device, max_train=0, max_val=0)
     if not scores:
-        raise UserError(f"{args.data} has no classes to compare by: docs/data.md says where their names belong")
+        raise UserError(
+            f"{args.data} has no classes to compare by: docs/data.md says where their names belong"
+        )
     return scores["knn_top1"]
 
 
 def read_json(path):
     """-> the object in a .json, the list of objects in a .jsonl. Raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads("\n".join(lines))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines()]
+        return json.loads(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give the folder of a finished run and an undamaged --out") from error
+        advice = "give the folder of a finished run and an undamaged --out"
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from error
 
 
 def read_run(folder):
     """-> arguments and rows of the log."""
-    return types.SimpleNamespace(**read_json(folder / "args.json")), read_json(folder / "metrics.jsonl")
+    args = types.SimpleNamespace(**read_json(folder / "args.json"))
+    return args, read_json(folder / "metrics.jsonl")
 
 
 def refuse_others(args):
     if args.method not in (make.__name__ for make in (simclr, moco, byol, simsiam, dino)):
-        raise UserError(f"lightly's loop for {args.method} is not written here: give a run of simclr, moco, byol, simsiam or dino")
-    same = getattr(args, "optimizer", "sgd") == "sgd" and getattr(args, "version", "2") == "2" and not args.blur
-    if not same or getattr(args, "local_crops", 0) or args.method == "dino" and args.head_layers > 3:
-        raise UserError("compared are runs with SGD, without local crops and without blur, as in --recipe cifar10-cpu")
+        raise UserError(
+            f"lightly's loop for {args.method} is not written here: "
+            "give a run of simclr, moco, byol, simsiam or dino"
+        )
+    given = vars(args)
+    same = given.get("optimizer", "sgd") == "sgd" and given.get("version", "2") == "2"
+    same = same and not args.blur and not given.get("local_crops", 0)
+    if not same or args.method == "dino" and args.head_layers > 3:
+        raise UserError(
+            "compared are runs with SGD, without local crops and without blur, "
+            "as in --recipe cifar10-cpu"
+        )
 
 
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--data-dir", default="", help="where the data is, if not where the run found it")
+    where = "where the data is, if not where the run found it"
+    parser.add_argument("--data-dir", default="", help=where)
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     options = parser.parse_args()
     args, rows = read_run(options.run)
@@ -267,7 +301,8 @@ def main():
     found = {}
     if options.out and options.out.exists():
         found = read_json(options.out)
-    ours, start = (open_network(options.run, torch.device("cpu"), random_weights=r) for r in (False, True))
+    ours = open_network(options.run, torch.device("cpu"))
+    start = open_network(options.run, torch.device("cpu"), random_weights=True)
 
     module = importlib.import_module(args.method)
     dataset = open_dataset(args.data, args.data_dir)

@@ -1,13 +1,15 @@
-"""Turns a run directory into results/NAME.json: what was run, on what, for how long, and what came of it.
+"""Turns a run directory into results/NAME.json: what was run, on what, how long, what came of it.
 
     python benchmarks/record.py runs/slip_shapes_... --name slip_shapes
-    python benchmarks/record.py runs/simclr_cifar10_... --name simclr_cifar10 --note "first of three seeds"
-    python benchmarks/record.py --evaluations runs/simclr_cifar10 runs/byol_cifar10 --name evaluation
+    python benchmarks/record.py runs/simclr_cifar10_... --name simclr_cifar10 --note "one of three"
+    python benchmarks/record.py --evaluations runs/simclr_cifar10 runs/byol_cifar10 \\
+        --name evaluation
 
-Every number is read, none is typed: arguments from args.json, machine and commit from env.json, curve and
-minutes from metrics.jsonl, and what evaluate.py found from results.jsonl (of several rows with the same
-protocol and options the last one counts; --result chooses rows). --evaluations takes of several directories
-nothing but the latter. `python benchmarks/table.py` then brings README.md and docs/ up to date.
+Every number is read, none is typed: arguments from args.json, machine and commit from env.json,
+curve and minutes from metrics.jsonl, and what evaluate.py found from results.jsonl (of several rows
+with the same protocol and options the last one counts; --result chooses rows). --evaluations takes
+of several directories nothing but the latter. `python benchmarks/table.py` then brings README.md
+and docs/ up to date.
 """
 
 import argparse
@@ -23,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Flags that say where or how fast something ran, and that nobody else needs to repeat it
 PLACES = ("--output-dir", "--data-dir", "--workers", "--log-every", "--device")
 CLOCK = ("step", "epoch", "lr", "images_per_sec", "data_wait", "end")
+# What is kept of a row of results.jsonl
+KEPT = ("method", "step", "metrics", "random weights", "settings", "minutes", "hardware", "commit")
 POINTS = 60  # of a curve, at most, and as many evaluations
 
 
@@ -34,11 +38,13 @@ def rounded(value):
 
 
 def read(path):
-    """-> the object in a .json, the list of objects in a .jsonl. Ends the script when that is impossible."""
+    """-> the object in a .json, the list of objects in a .jsonl. Ends the script when that is
+    impossible."""
     try:
         text = path.read_text()
-        lines = path.suffix == ".jsonl"
-        return [json.loads(line) for line in text.splitlines() if line] if lines else json.loads(text)
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line]
+        return json.loads(text)
     except (OSError, ValueError) as error:
         sys.exit(f"record.py: {path} cannot be read ({error})")
 
@@ -56,22 +62,29 @@ def without(words, flags):
     return out
 
 
+def launcher(processes):
+    return ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
+
+
+def from_first_flag(words):
+    return words[next((i for i, w in enumerate(words) if w.startswith("--")), len(words)) :]
+
+
 def training_command(env):
     script, *flags = shlex.split(env["command"])
-    launcher = f"torchrun --nproc_per_node={env['processes']}" if env["processes"] > 1 else "python"
-    return shlex.join([*launcher.split(), Path(script).name, *without(flags, PLACES)])
+    words = [*launcher(env["processes"]), Path(script).name, *without(flags, PLACES)]
+    return shlex.join(words)
 
 
 def evaluation_name(row):
     """Protocol, data, split and what else was not the default: "linear cifar10 val --cached"."""
-    _, _, *words = shlex.split(row["command"])
-    flags = words[next((i for i, w in enumerate(words) if w.startswith("--")), len(words)) :]
+    flags = from_first_flag(shlex.split(row["command"])[2:])
     flags = without(flags, (*PLACES, "--batch-size", "--data", "--split", "--json", "--random"))
     return " ".join([row["protocol"], row["data"], row["split"], *flags])
 
 
 def training_minutes(rows, batch_size):
-    """Of the optimizer steps, without evaluations: each row says how fast the steps before it were."""
+    """Of the optimizer steps, without evaluations: each row says how fast those before it were."""
     seconds, before = 0.0, 0
     for row in rows:
         if "images_per_sec" in row:
@@ -94,7 +107,8 @@ def record(directory, name, note="", chosen=None):
     log, evals = ([r for r in rows if ("loss" in r) == kind] for kind in (True, False))
     training = {k: v for row in (log[-1:] + evals[-1:]) for k, v in row.items() if k not in CLOCK}
     metrics = {"training": {"step": rows[-1]["step"], "epochs": log[-1]["epoch"], **training}}
-    metrics["training"]["images_per_sec"] = statistics.median(r["images_per_sec"] for r in log[1:] or log)
+    speeds = [r["images_per_sec"] for r in log[1:] or log]
+    metrics["training"]["images_per_sec"] = statistics.median(speeds)
     found = read(directory / "results.jsonl") if (directory / "results.jsonl").exists() else []
     for i, row in enumerate(found):
         if chosen is None or i in chosen:
@@ -108,13 +122,14 @@ def record(directory, name, note="", chosen=None):
         keep = {k: v for k, v in row.items() if k not in CLOCK and "chance" not in k}
         curve.setdefault(row["step"], {}).update(rounded(keep))
     on_gpu = env["gpu"] and args["device"] != "cpu"
+    ended = time.localtime((directory / "metrics.jsonl").stat().st_mtime)
     return {
         "name": name,
         "method": args["method"],
         "data": Path(args["data"]).name,
         "command": training_command(env),
         "commit": env.get("commit", ""),
-        "date": time.strftime("%Y-%m-%d", time.localtime((directory / "metrics.jsonl").stat().st_mtime)),
+        "date": time.strftime("%Y-%m-%d", ended),
         "hardware": f"{env['processes']} x {env['gpu']}" if on_gpu else f"{env['cpus']} CPU cores",
         "minutes": rounded(training_minutes(log, args["batch_size"])),
         "metrics": rounded(metrics),
@@ -132,14 +147,14 @@ def evaluations(directories, note=""):
     for directory in directories:
         for found in read(directory / "results.jsonl"):
             script, protocol, *words = shlex.split(found["command"])
-            flags = words[next((i for i, w in enumerate(words) if w.startswith("--")), len(words)) :]
-            flags = without(flags, (*PLACES, "--batch-size", "--json"))
-            launcher = f"torchrun --nproc_per_node={found['processes']}" if found["processes"] > 1 else "python"
+            flags = without(from_first_flag(words), (*PLACES, "--batch-size", "--json"))
+            command = [*launcher(found["processes"]), script, protocol, "RUN", *flags]
             row = {"run": directory.name, "label": evaluation_name(found)}
-            row["command"] = shlex.join([*launcher.split(), script, protocol, "RUN", *flags])
-            keep = ("method", "step", "metrics", "random weights", "settings", "minutes", "hardware", "commit")
-            rows[row["run"], row["label"]] = row | {k: rounded(found[k]) for k in keep if k in found}
-    return {"name": "evaluation", "date": time.strftime("%Y-%m-%d"), "note": note, "rows": list(rows.values())}
+            row["command"] = shlex.join(command)
+            row |= {k: rounded(found[k]) for k in KEPT if k in found}
+            rows[row["run"], row["label"]] = row
+    date = time.strftime("%Y-%m-%d")
+    return {"name": "evaluation", "date": date, "note": note, "rows": list(rows.values())}
 
 
 def write(path, content):
@@ -153,13 +168,14 @@ def write(path, content):
 def parser():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("run", type=Path, nargs="*", help="run directory; with --evaluations several")
-    parser.add_argument("--evaluations", action="store_true", help="record what evaluate.py found, nothing else")
-    parser.add_argument("--name", required=True, help="of the file below results/, such as slip_shapes")
-    parser.add_argument("--result", type=int, action="append", metavar="ROW",
-                        help="row of results.jsonl, from 0, may be repeated (default: all)")  # fmt: skip
-    parser.add_argument("--note", default="", help="one sentence that the numbers need")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="directory (default: results)")
+    add = parser.add_argument
+    add("run", type=Path, nargs="*", help="run directory; with --evaluations several")
+    add("--evaluations", action="store_true", help="record what evaluate.py found, nothing else")
+    add("--name", required=True, help="of the file below results/, such as slip_shapes")
+    add("--result", type=int, action="append", metavar="ROW",
+        help="row of results.jsonl, from 0, may be repeated (default: all)")  # fmt: skip
+    add("--note", default="", help="one sentence that the numbers need")
+    add("--out", type=Path, default=ROOT / "results", help="directory (default: results)")
     return parser
 
 
@@ -175,8 +191,8 @@ def main(argv=None):
         content = record(args.run[0], args.name, args.note, args.result)
     for commit in {row["commit"] for row in content.get("rows", [content])}:
         if "dirty" in commit or not commit:
-            commit = commit or "unknown"
-            print(f"warning: recorded from commit {commit}, which others do not have", file=sys.stderr)
+            text = f"recorded from commit {commit or 'unknown'}, which others do not have"
+            print(f"warning: {text}", file=sys.stderr)
     write(args.out / f"{args.name}.json", content)
     print(f"{args.out / args.name}.json; now run: python benchmarks/table.py")
 

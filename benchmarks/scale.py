@@ -2,10 +2,10 @@
 
     python benchmarks/scale.py          # prints them; benchmarks/table.py writes them into the page
 
-Measured: the rates and the memory per image, by benchmarks/gpu.py on one H200 (results/gpu/gpu.jsonl), the
-loader's milliseconds and the size of a photo, by benchmarks/augment.py (results/augment.json). Counted: the
-parameters and the bytes on the wire. Assumed: the two bandwidths. tests/test_scale.py compares each with the
-code or with a record.
+Measured: the rates and the memory per image, by benchmarks/gpu.py on one H200
+(results/gpu/gpu.jsonl), the loader's milliseconds and the size of a photo, by benchmarks/augment.py
+(results/augment.json). Counted: the parameters and the bytes on the wire. Assumed: the two
+bandwidths. tests/test_scale.py compares each with the code or with a record.
 """
 
 import json
@@ -17,7 +17,7 @@ GIB = 2**30
 GPUS = (1, 8, 64, 256, 1024)
 INSIDE, BETWEEN = 400e9, 50e9  # bytes/s for each GPU: NVLink, 400 Gbit/s adapters
 MEMORY = 127 * GIB  # of an H200's 141 GB, what training may fill
-PICTURE = 51e3  # bytes of a JPEG file of 500 x 375 pixels, quality 90: mean of augment.py's two photos
+PICTURE = 51e3  # bytes of a JPEG of 500 x 375 pixels, quality 90: mean of augment.py's two photos
 
 
 @dataclass
@@ -47,22 +47,23 @@ PLANS = [
 
 
 def measured():
-    """-> {model: its last eager row of results/gpu/gpu.jsonl}, ms of a loader worker for two views."""
+    """-> {model: its last eager row of results/gpu/gpu.jsonl}, ms of a worker for two views."""
     lines = (ROOT / "results/gpu/gpu.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["part"] == "steps" and row.get("mode") == "eager"]
+    rows = [row for row in map(json.loads, lines) if row["part"] == "steps"]
+    rows = [row for row in rows if row.get("mode") == "eager"]
     cases = json.loads((ROOT / "results/augment.json").read_text())["results"]
     return {row["model"]: row for row in rows}, cases["slip"]["ms"]["worker"][0]
 
 
 # -------------------------------------------- formulas --------------------------------------------
 def forward_flops(layers, width, tokens):
-    """Of a transformer, two for each multiplication and addition: four D x D and two D x 4 D products
-    for each token, and two N x N x D for all."""
+    """Of a transformer, two for each multiplication and addition: four D x D and two D x 4 D
+    products for each token, and two N x N x D for all."""
     return layers * (24 * tokens * width**2 + 4 * tokens**2 * width)
 
 
 def states(parameters, gpus):
-    """Bytes of weights, gradients and AdamW's two moments, and of DDP's copy of the gradients: float32."""
+    """Bytes of weights, gradients, AdamW's two moments and DDP's copy of the gradients: float32."""
     return (20 if gpus > 1 else 16) * parameters
 
 
@@ -93,7 +94,7 @@ def gradient_bytes(gpus, parameters):
 
 
 def costs(plan, gpus, row, worker_ms):
-    """-> dict of what the plan needs on so many GPUs, None where a GPU would have under 32 pairs."""
+    """-> dict of what the plan needs on so many GPUs, None if a GPU would have under 32 pairs."""
     local = plan.batch // gpus
     if local < 32:
         return None
@@ -109,7 +110,8 @@ def costs(plan, gpus, row, worker_ms):
     return {"b": local, "accum": steps, "gib": memory / GIB, "compute_ms": 1e3 * compute,
             "features_mb": wire[0] / 1e6, "gradients_mb": wire[1] / 1e6, "wire_ms": 1e3 * waiting,
             "pairs_per_s": rate, "storage_gb_per_s": rate * PICTURE / 1e9,
-            "cores": rate / gpus * worker_ms / 1e3, "days": days, "gpu_hours": 24 * gpus * days}  # fmt: skip
+            "cores": rate / gpus * worker_ms / 1e3, "days": days,
+            "gpu_hours": 24 * gpus * days}  # fmt: skip
 
 
 # -------------------------------------------- the page --------------------------------------------
@@ -120,8 +122,9 @@ def short(value):
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-HEADER = ["GPUs", "pairs per GPU", "`--accum-steps`", "GiB per GPU", "computing, ms", "features, MB",
-          "gradients, MB", "wire, ms", "pairs/s", "storage, GB/s", "cores per GPU", "days", "GPU-hours"]  # fmt: skip
+HEADER = ["GPUs", "pairs per GPU", "`--accum-steps`", "GiB per GPU", "computing, ms",
+          "features, MB", "gradients, MB", "wire, ms", "pairs/s", "storage, GB/s", "cores per GPU",
+          "days", "GPU-hours"]  # fmt: skip
 
 
 def tables():
@@ -130,14 +133,15 @@ def tables():
     text = ""
     for plan in PLANS:
         seen = plan.pairs * plan.epochs / 1e9
-        text += f"### {plan.title}\n\n`{plan.command}`: {plan.epochs} epochs, {seen:.2g} billion pairs seen, "
+        text += f"### {plan.title}\n\n`{plan.command}`: {plan.epochs} epochs, "
+        text += f"{seen:.2g} billion pairs seen, "
         text += f"batch {plan.batch:,}, {plan.parameters / 1e6:.0f}M parameters.\n\n"
         text += f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}\n"
         for gpus in GPUS:
             found = costs(plan, gpus, rates[plan.measured], worker_ms)
             if found:
-                cells = [str(gpus), f"{found['b']:,}", str(found["accum"])]
-                cells += [short(value) for name, value in found.items() if name not in ("b", "accum")]
+                cells = [str(gpus), f"{found.pop('b'):,}", str(found.pop("accum"))]
+                cells += map(short, found.values())
                 text += f"| {' | '.join(cells)} |\n"
         text += "\n"
     return text.rstrip() + "\n"

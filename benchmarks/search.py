@@ -1,13 +1,15 @@
-"""Looks for a recipe by successive halving: many short runs, of which the better half trains on, and so forth.
+"""Looks for a recipe by successive halving: many short runs, the better half of which goes on.
 
-    python benchmarks/search.py dino --try teacher_temp=0.02,0.04 --try base_lr=2e-3,8e-3 --steps 120 --rounds 3
+    python benchmarks/search.py dino --try teacher_temp=0.02,0.04 --try base_lr=2e-3,8e-3 \\
+        --steps 120 --rounds 3
     python benchmarks/search.py byol --try base_lr=1,2 -- --image-size 40 --eval-every 40
 
-Every combination of the values starts from the method's recipe and the flags behind `--`. A round continues
-its runs up to its number of steps, under the schedule of the whole run, and the better half by kNN accuracy
-goes into the next, which has twice as many steps. Nothing is trained twice, because a run directory continues
-where it ended. One row for each run is added to results/search_flocks.jsonl: method, flags, seed, accuracy by
-step (0: random weights) and the CPU seconds of all its parts (null: not counted).
+Every combination of the values starts from the method's recipe and the flags behind `--`. A round
+continues its runs up to its number of steps, under the schedule of the whole run, and the better
+half by kNN accuracy goes into the next, which has twice as many steps. Nothing is trained twice,
+because a run directory continues where it ended. One row for each run is added to
+results/search_flocks.jsonl: method, flags, seed, accuracy by step (0: random weights) and the CPU
+seconds of all its parts (null: not counted).
 """
 
 import argparse
@@ -25,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def train(method, flags, directory, steps):
     """Trains or continues a run up to a step. -> CPU seconds; a failed run is told by its curve."""
-    argv = [sys.executable, f"{method}.py", "--output-dir", str(directory), "--max-steps", str(steps)]
+    argv = [sys.executable, f"{method}.py"]
+    argv += ["--output-dir", str(directory), "--max-steps", str(steps)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(directory.with_suffix(".log"), "a") as log:
         subprocess.run([*argv, *flags], cwd=ROOT, stdout=log, stderr=log)
@@ -44,9 +47,10 @@ def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("method")
-    parser.add_argument("--try", dest="tried", action="append", default=[], metavar="FLAG=VALUE,VALUE")
+    listed = dict(dest="tried", action="append", default=[], metavar="FLAG=VALUE,VALUE")
+    parser.add_argument("--try", **listed)
     parser.add_argument("--steps", type=int, default=120, help="of the first round (default: 120)")
-    parser.add_argument("--rounds", type=int, default=1, help="each with half the runs (default: 1)")
+    parser.add_argument("--rounds", type=int, default=1, help="each with half the runs (default 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "results/search_flocks.jsonl")
     parser.add_argument("rest", nargs="*", metavar="-- FLAGS", help="the same for all runs")
     args = parser.parse_args()
@@ -72,8 +76,9 @@ def main():
         for trial in trials:
             settings = trial["directory"] / "args.json"
             known = json.loads(settings.read_text()) if settings.exists() else {}
-            row = {"method": args.method, "flags": trial["flags"], "rest": args.rest, "seed": known.get("seed")}
-            row |= {"knn": trial["knn"], "cpu_seconds": round(trial["cpu_seconds"])}
+            row = {"method": args.method, "flags": trial["flags"], "rest": args.rest}
+            row |= {"seed": known.get("seed"), "knn": trial["knn"]}
+            row |= {"cpu_seconds": round(trial["cpu_seconds"])}
             out.write(json.dumps(row) + "\n")
 
 

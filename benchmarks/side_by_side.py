@@ -3,15 +3,18 @@
     clip      clip.py against open_clip and transformers: the same ViT-S/16 at 112 px
     simclr    simclr.py against lightly's modules and loss, as in its example (ResNet-18, 64 px)
     moco, byol, simsiam    the same
-    dino      dino.py against lightly's loop, which encodes crop after crop (ViT-S/16, 2 x 96 + 6 x 48 px)
+    dino      dino.py against lightly's loop, which encodes crop after crop (ViT-S/16, 2 x 96 px
+              and 6 x 48 px)
 
     python benchmarks/side_by_side.py --methods byol dino --out results/side_by_side.json
-    python benchmarks/side_by_side.py --clip-batch 256 --batch 512 --dino-batch 64      # on a GPU; --compile
+    python benchmarks/side_by_side.py --clip-batch 256 --batch 512 --dino-batch 64    # on a GPU
+    python benchmarks/side_by_side.py --clip-batch 256 --batch 512 --dino-batch 64 --compile
 
-All rows of a method have the same weights, batch and precision. Nothing is timed before two steps of each gave
-the same losses, to 1e-4; the second one compares gradient, optimizer, running average and queue. On the CPU
-the clock counts work of this process only. With --out, methods that were measured before stay in the file.
-benchmarks/step.py holds the rows of clip and simclr, and says where their differences come from.
+All rows of a method have the same weights, batch and precision. Nothing is timed before two steps
+of each gave the same losses, to 1e-4; the second one compares gradient, optimizer, running average
+and queue. On the CPU the clock counts work of this process only. With --out, methods that were
+measured before stay in the file. benchmarks/step.py holds the rows of clip and simclr, and says
+where their differences come from.
 
 Needs open_clip_torch, lightly and transformers.
 """
@@ -45,10 +48,10 @@ import step  # noqa: E402
 from step import Row  # noqa: E402
 
 
-# -------------------------------------------- equal weights --------------------------------------------
+# -------------------------------------------- equal weights -------------------------------------
 def copy_weights(ours, theirs):
-    """Layer by layer, in the order in which the two networks hold them. A bias that only one side has is set
-    to 0 and kept there: before a batch norm it changes nothing."""
+    """Layer by layer, in the order in which the two networks hold them. A bias that only one side
+    has is set to 0 and kept there: before a batch norm it changes nothing."""
     kinds = nn.Linear, nn.Conv2d, nn.modules.batchnorm._BatchNorm
     a, b = ([m for m in net.modules() if isinstance(m, kinds)] for net in (ours, theirs))
     if len(a) != len(b):
@@ -65,7 +68,7 @@ def copy_weights(ours, theirs):
 
 
 def spread_norms(network):
-    """Gains of batch norms at random: some start at 0 here, which would hide what is behind them."""
+    """Gains of batch norms at random: some start at 0 here, which would hide what follows them."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -86,7 +89,7 @@ def pair(batch_size, device):
     return torch.rand(2, batch_size, 3, 64, 64, device=device)
 
 
-# -------------------------------------------- the methods --------------------------------------------
+# -------------------------------------------- the methods ---------------------------------------
 def byol_rows(batch_size, device, compiled):
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
@@ -121,9 +124,15 @@ def byol_rows(batch_size, device, compiled):
         loss = 0.5 * (criterion(p[0].float(), z[1].float()) + criterion(p[1].float(), z[0].float()))
         return 4 * loss + 4  # lightly has -cos, the paper |p - z|^2 of both ways
 
+    def their_update():
+        update_momentum(peer, slow, 0.99)
+
+    def our_update():
+        byol.update_target(mine.online, mine.target, 0.99)
+
     return {
-        "lightly": Row(peer, sgd(peer, predictor), theirs, lambda: update_momentum(peer, slow, 0.99)),
-        "here": Row(mine, sgd(mine), ours, lambda: byol.update_target(mine.online, mine.target, 0.99)),
+        "lightly": Row(peer, sgd(peer, predictor), theirs, their_update),
+        "here": Row(mine, sgd(mine), ours, our_update),
     }, f"ResNet-18, 64 px, batch {batch_size}"
 
 
@@ -131,8 +140,9 @@ def simsiam_rows(batch_size, device, compiled):
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 
-    flags = {"arch": "resnet18", "image_size": 64, "hidden_dim": 512, "out_dim": 512, "predictor_dim": 128}
-    mine = simsiam.build_model(simsiam.Args(**flags, projector_layers=3))
+    flags = {"arch": "resnet18", "image_size": 64, "hidden_dim": 512, "out_dim": 512}
+    args = simsiam.Args(**flags, predictor_dim=128, projector_layers=3)
+    mine = simsiam.build_model(args)
     spread_norms(mine)
     peer = nn.Sequential(resnet18(), SimSiamProjectionHead(512, 512, 512))
     predictor = SimSiamPredictionHead(512, 128, 512)
@@ -157,8 +167,10 @@ def simsiam_rows(batch_size, device, compiled):
         z = [one.detach().float() for one in z]
         return 0.5 * (criterion(z[0], p[1].float()) + criterion(z[1], p[0].float()))
 
-    return {"lightly": Row(peer, sgd(peer, predictor), theirs), "here": Row(mine, sgd(mine), ours)}, (
-        f"ResNet-18, 64 px, batch {batch_size}")  # fmt: skip
+    return {
+        "lightly": Row(peer, sgd(peer, predictor), theirs),
+        "here": Row(mine, sgd(mine), ours),
+    }, f"ResNet-18, 64 px, batch {batch_size}"
 
 
 def moco_rows(batch_size, device, compiled):
@@ -167,8 +179,9 @@ def moco_rows(batch_size, device, compiled):
     from lightly.models.utils import update_momentum
 
     size = 64 * batch_size
-    flags = {"arch": "resnet18", "image_size": 64, "version": "2", "head_dim": 128, "queue_size": size}
-    mine = moco.group_batchnorm(moco.build_model(moco.Args(**flags, batch_size=batch_size)), batch_size)
+    flags = {"arch": "resnet18", "image_size": 64, "version": "2", "head_dim": 128}
+    args = moco.Args(**flags, queue_size=size, batch_size=batch_size)
+    mine = moco.group_batchnorm(moco.build_model(args), batch_size)
     spread_norms(mine.encoder_q)
     mine.encoder_k.load_state_dict(mine.encoder_q.state_dict())
     mine.queue = mine.queue.float()  # its loss is in float32
@@ -203,9 +216,10 @@ def moco_rows(batch_size, device, compiled):
                 k = slow(x2)
         return criterion(q.float(), k.float())
 
-    return {"lightly": Row(peer, sgd(peer), theirs),
-            "here": Row(mine, sgd(mine.encoder_q), ours, lambda: mine.enqueue(keys.pop()))}, (
-        f"ResNet-18, 64 px, batch {batch_size}, queue {size}")  # fmt: skip
+    return {
+        "lightly": Row(peer, sgd(peer), theirs),
+        "here": Row(mine, sgd(mine.encoder_q), ours, lambda: mine.enqueue(keys.pop())),
+    }, f"ResNet-18, 64 px, batch {batch_size}, queue {size}"
 
 
 def dino_rows(batch_size, device, compiled, outputs=4096):
@@ -213,20 +227,23 @@ def dino_rows(batch_size, device, compiled, outputs=4096):
     from lightly.models.modules import DINOProjectionHead
     from lightly.models.utils import update_momentum
 
-    args = dino.Args(arch="vit_small_patch16", image_size=96, local_size=48, out_dim=outputs, drop_path=0.0)
+    args = dino.Args(arch="vit_small_patch16", image_size=96, local_size=48, drop_path=0.0)
+    args.out_dim = outputs
     mine = dino.build_model(args)
     mine.center = mine.center.float()  # its loss is in float32
-    head = DINOProjectionHead(mine.student.backbone.feature_dim, args.hidden_dim, 256, outputs)
+    dim = mine.student.backbone.feature_dim
+    head = DINOProjectionHead(dim, args.hidden_dim, 256, outputs)
     copy_weights(mine.student.head.mlp, head.layers)
     direction = mine.student.head.last_layer.parametrizations.weight.original1
     head.last_layer.weight_v.data.copy_(direction.data)
     peer = nn.Sequential(copy.deepcopy(mine.student.backbone), head).to(device).train()
-    slow = nn.Sequential(copy.deepcopy(mine.student.backbone),
-                         DINOProjectionHead(mine.student.backbone.feature_dim, args.hidden_dim, 256, outputs))
+    slow_head = DINOProjectionHead(dim, args.hidden_dim, 256, outputs)
+    slow = nn.Sequential(copy.deepcopy(mine.student.backbone), slow_head)
     slow.to(device).load_state_dict(peer.state_dict())
     slow.requires_grad_(False)
     mine = mine.to(device, memory_format=torch.channels_last).train()
-    criterion = DINOLoss(output_dim=outputs, teacher_temp=0.04, warmup_teacher_temp_epochs=1).to(device)
+    criterion = DINOLoss(output_dim=outputs, teacher_temp=0.04, warmup_teacher_temp_epochs=1)
+    criterion = criterion.to(device)
     crops = [torch.rand(batch_size, 3, 96, 96, device=device) for _ in range(2)]
     crops += [torch.rand(batch_size, 3, 48, 48, device=device) for _ in range(6)]
     teachers = []
@@ -255,16 +272,20 @@ def dino_rows(batch_size, device, compiled, outputs=4096):
         trained = [p for p in network.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=1e-4, fused=fused)  # as the two training loops have it
 
-    return {"lightly": Row(peer, adamw(peer, None), theirs, lambda: update_momentum(peer, slow, 0.99)),
-            "here": Row(mine, adamw(mine, True), ours, after)}, (
-        f"ViT-S/16, 2 x 96 + 6 x 48 px, batch {batch_size}, {outputs} prototypes")  # fmt: skip
+    def their_update():
+        update_momentum(peer, slow, 0.99)
+
+    return {
+        "lightly": Row(peer, adamw(peer, None), theirs, their_update),
+        "here": Row(mine, adamw(mine, True), ours, after),
+    }, f"ViT-S/16, 2 x 96 + 6 x 48 px, batch {batch_size}, {outputs} prototypes"
 
 
 def compile_if(network, compiled):
     return torch.compile(network) if compiled else network
 
 
-# -------------------------------------------- measuring --------------------------------------------
+# -------------------------------------------- measuring -----------------------------------------
 def methods(args):
     """name -> (function that makes the rows, its batch, pairs of rows that compute the same)."""
     plain = [("lightly", "here")]
@@ -291,11 +312,15 @@ def compare(method, args, device):
     ours = seconds["here"]
     for name, taken in seconds.items():
         ratios = [a / b for a, b in zip(taken, ours)]  # of the same round
-        found["rows"][name] = {"ms_min": 1e3 * min(taken), "ms_median": 1e3 * statistics.median(taken),
-                               "over_here": min(taken) / min(ours),
-                               "over_here_median": statistics.median(ratios)}  # fmt: skip
-        print(f"{method:8}{name:28}{1e3 * min(taken):10.1f} ms, {min(taken) / min(ours):.2f} times ours "
-              f"(median of {statistics.median(ratios):.2f})", flush=True)  # fmt: skip
+        row = {
+            "ms_min": 1e3 * min(taken),
+            "ms_median": 1e3 * statistics.median(taken),
+            "over_here": min(taken) / min(ours),
+            "over_here_median": statistics.median(ratios),
+        }
+        found["rows"][name] = row
+        print(f"{method:8}{name:28}{row['ms_min']:10.1f} ms, {row['over_here']:.2f} times ours "
+              f"(median of {row['over_here_median']:.2f})", flush=True)  # fmt: skip
     return found
 
 
@@ -308,7 +333,8 @@ def main():
     parser.add_argument("--clip-batch", type=int, default=16)
     parser.add_argument("--batch", type=int, default=64, help="of simclr, moco, byol and simsiam")
     parser.add_argument("--dino-batch", type=int, default=4)
-    parser.add_argument("--dtype", default="auto", help="auto (bf16 on a GPU, else fp32), fp32, bf16, fp16")
+    kinds = "auto (bf16 on a GPU, else fp32), fp32, bf16, fp16"
+    parser.add_argument("--dtype", default="auto", help=kinds)
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
@@ -326,7 +352,8 @@ def main():
             record = step.environment() | {"gpu": None, "dtype": str(low).removeprefix("torch.")}
             if device.type == "cuda":
                 record["gpu"] = torch.cuda.get_device_name()
-            record |= {name: importlib.metadata.version(name) for name in ("lightly", "transformers")}
+            for name in ("lightly", "transformers"):
+                record[name] = importlib.metadata.version(name)
             record["open_clip"] = importlib.metadata.version("open_clip_torch")
             args.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
 

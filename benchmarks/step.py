@@ -1,13 +1,14 @@
-"""What a training step costs beside the libraries people would use: forward, loss, backward, optimizer.
+"""What a training step costs beside other libraries' steps: forward, loss, backward, optimizer.
 
-clip.py against open_clip and, where it is installed, transformers (the same ViT-S/16 at 112 px), simclr.py
-against lightly's modules and loss, put together as in its examples/pytorch/simclr.py (ResNet-18, 64 px). Both
-sides have the same weights, batch and precision. Nothing is timed before two steps of each gave the same
-losses, to 1e-4: two, so that gradient and optimizer are compared too. On the CPU the clock counts work of this
-process only. Rows in between say where a difference comes from:
+clip.py against open_clip and, where it is installed, transformers (the same ViT-S/16 at 112 px),
+simclr.py against lightly's modules and loss, put together as in its examples/pytorch/simclr.py
+(ResNet-18, 64 px). Both sides have the same weights, batch and precision. Nothing is timed before
+two steps of each gave the same losses, to 1e-4: two, so that gradient and optimizer are compared
+too. On the CPU the clock counts work of this process only. Rows in between say where a difference
+comes from:
 
-    here, 77 tokens                open_clip pads all captions to 77, clip.py to the longest of the batch
-    lightly, views in one batch    its example encodes one view at a time: batch norm sees half as much
+    here, 77 tokens                open_clip pads all captions to 77, clip.py to a batch's longest
+    lightly, views in one batch    its example encodes one view at a time: half for batch norm
     here, one view at a time       simclr.py doing the same
 
     python benchmarks/step.py --out results/step.json                # two minutes of one core
@@ -62,8 +63,9 @@ class Row:
 
 # -------------------------------------------- CLIP --------------------------------------------
 def caption_ids(batch_size, vocab_size):
-    """-> token ids (b, 77), padded with 0, and the longest length. Lengths are log-normal with mean 15: those
-    of Flickr8k with a few longer ones. Quantiles, not draws, so that every batch size has them."""
+    """-> token ids (b, 77), padded with 0, and the longest length. Lengths are log-normal with mean
+    15: those of Flickr8k with a few longer ones. Quantiles, not draws, so that every batch size has
+    them."""
     ids = torch.zeros(batch_size, 77, dtype=torch.long)
     normal = torch.special.ndtri((torch.arange(batch_size) + 0.5) / batch_size)
     lengths = (math.log(14.1) + 0.35 * normal).exp().round().int().clamp(4, 77).tolist()
@@ -83,7 +85,8 @@ def transformers_clip(model):
     state, files, _ = exports.to_transformers_clip(SimpleNamespace(model=model, view=view))
     peer = CLIPModel(CLIPConfig.from_dict(files["config.json"]))
     missing, unexpected = peer.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.endswith("position_ids") for name in missing), (missing, unexpected)
+    wrong = [*unexpected, *(name for name in missing if not name.endswith("position_ids"))]
+    assert not wrong, wrong
     return peer
 
 
@@ -91,7 +94,8 @@ def clip_rows(batch_size, device, compiled):
     """-> {name: Row}, a description of the batch."""
     args = clip.Args(arch="vit_small_patch16", image_size=112)
     embed_dim, layers, width, text_width = clip.ARCHS["vit_small"]
-    vision = {"image_size": 112, "patch_size": 16, "layers": layers, "width": width, "head_width": 64}
+    vision = {"image_size": 112, "patch_size": 16, "layers": layers, "width": width}
+    vision["head_width"] = 64
     text = {"context_length": 77, "vocab_size": 49408, "layers": 12, "width": text_width}
     text["heads"] = text_width // 64
     mine, peer = clip.build_model(args), open_clip.CLIP(embed_dim, vision, text, quick_gelu=True)
@@ -107,8 +111,9 @@ def clip_rows(batch_size, device, compiled):
 
     def row(name, model):
         model = model.to(device).train()
-        groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.2},
-                  {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+        decay = [p for p in model.parameters() if p.ndim >= 2]
+        no_decay = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": decay, "weight_decay": 0.2}, {"params": no_decay, "weight_decay": 0.0}]
         here = name.startswith("here")
         fused = here or None  # as the two training loops have it
         optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=fused)
@@ -133,7 +138,8 @@ def clip_rows(batch_size, device, compiled):
 
     rows = {name: row(name, model) for name, model in models.items()}
     mean = ids.ne(0).sum(1).float().mean()
-    return rows, f"ViT-S/16, 112 px, batch {batch_size}, captions of {mean:.1f} tokens (longest {longest})"
+    captions = f"captions of {mean:.1f} tokens (longest {longest})"
+    return rows, f"ViT-S/16, 112 px, batch {batch_size}, {captions}"
 
 
 # -------------------------------------------- SimCLR --------------------------------------------
@@ -143,7 +149,8 @@ def simclr_rows(batch_size, device, compiled):
     for module in resnet.modules():
         if isinstance(module, nn.BatchNorm2d):  # else some start at 0 here and at 1 there
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    peer = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten(), SimCLRProjectionHead(512, 512, 128))
+    head = SimCLRProjectionHead(512, 512, 128)
+    peer = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten(), head)
     peer[-1].layers[-1].bias.requires_grad_(False)  # the last batch norm has none here
     mine = simclr.build_model(simclr.Args(arch="resnet18", image_size=64))
     theirs, names = peer.state_dict(), {"linears.0": "layers.0", "norms.0": "layers.1"}
@@ -176,15 +183,18 @@ def simclr_rows(batch_size, device, compiled):
     return {name: row(name) for name in names}, f"ResNet-18, 64 px, batch {batch_size}"
 
 
-# -------------------------------------------- measuring --------------------------------------------
+# -------------------------------------------- measuring -----------------------------------------
 def check(make, pairs, device):
-    """Exits unless each pair of rows has the same losses in its first two steps, on a small batch in float64:
-    float32 would blur the second, as a ReLU that turns over is enough. -> losses by name."""
+    """Exits unless each pair of rows has the same losses in its first two steps, on a small batch
+    in float64: float32 would blur the second, as a ReLU that turns over is enough. -> losses by
+    name."""
     precision = torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float64)
     torch.set_float32_matmul_precision("highest")  # the losses here compute in float32
     rows, (plain, scaler) = make(8, device, compiled=False)[0], mixed_precision("fp32", device)
-    losses = {name: [row.step(plain, scaler).item() for _ in range(2)] for name, row in rows.items()}
+    losses = {}
+    for name, row in rows.items():
+        losses[name] = [row.step(plain, scaler).item() for _ in range(2)]
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision(precision)
     for a, b in pairs:
@@ -194,8 +204,9 @@ def check(make, pairs, device):
 
 
 def measure(rows, rounds, dtype, device):
-    """-> seconds by name, one per round. Every other round goes backwards, so that no row always follows the
-    same. On the CPU, seconds of its work: what other processes take meanwhile does not count."""
+    """-> seconds by name, one per round. Every other round goes backwards, so that no row always
+    follows the same. On the CPU, seconds of its work: what other processes take meanwhile does not
+    count."""
     autocast, scaler = mixed_precision(dtype, device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds = {name: [] for name in rows}
@@ -215,7 +226,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--clip-batch", type=int, default=16)
     parser.add_argument("--simclr-batch", type=int, default=64)
-    parser.add_argument("--dtype", default="auto", help="auto (bf16 on a GPU, else fp32), fp32, bf16, fp16")
+    kinds = "auto (bf16 on a GPU, else fp32), fp32, bf16, fp16"
+    parser.add_argument("--dtype", default="auto", help=kinds)
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
@@ -224,11 +236,13 @@ def main():
     torch.set_num_threads(args.threads)
     low = getattr(mixed_precision(args.dtype, device)[0], "fast_dtype", torch.float32)
     dtype = str(low).removeprefix("torch.")
+    clip_pairs = [("open_clip", "here"), ("open_clip", "here, 77 tokens")]
+    simclr_pairs = [("lightly", "here, one view at a time")]
+    simclr_pairs += [("lightly, views in one batch", "here")]
     cases = {
-        "clip": (clip_rows, args.clip_batch, [("open_clip", "here"), ("open_clip", "here, 77 tokens")]),
-        "simclr": (simclr_rows, args.simclr_batch,
-                   [("lightly", "here, one view at a time"), ("lightly, views in one batch", "here")]),
-    }  # fmt: skip
+        "clip": (clip_rows, args.clip_batch, clip_pairs),
+        "simclr": (simclr_rows, args.simclr_batch, simclr_pairs),
+    }
     results = {}
     for method, (make, batch_size, pairs) in cases.items():
         torch.manual_seed(0)
@@ -238,15 +252,20 @@ def main():
         first = next(iter(rows))  # the library as it is
         fastest, median = min(seconds[first]), statistics.median(seconds[first])
         print(f"{method}: {setting}, {device.type}, {dtype}, losses agree", flush=True)
-        print(f"{'':28}{'ms: min':>10}{'median':>10}{f'{first} takes: min':>24}{'median':>10}", flush=True)
+        title = f"{first} takes: min"
+        print(f"{'':28}{'ms: min':>10}{'median':>10}{title:>24}{'median':>10}", flush=True)
         results[method] = {"setting": setting, "rows": {}}
         for name, s in seconds.items():
             a, b = min(s), statistics.median(s)
             cells = f"{1e3 * a:10.1f}{1e3 * b:10.1f}{fastest / a:22.2f} x{median / b:8.2f} x"
             print(f"{name:28}{cells}", flush=True)
             results[method]["rows"][name] = {
-                "ms_min": 1e3 * a, "ms_median": 1e3 * b, f"{first}_over_this_min": fastest / a,
-                f"{first}_over_this_median": median / b, "first_two_losses": losses[name]}  # fmt: skip
+                "ms_min": 1e3 * a,
+                "ms_median": 1e3 * b,
+                f"{first}_over_this_min": fastest / a,
+                f"{first}_over_this_median": median / b,
+                "first_two_losses": losses[name],
+            }
     if args.out:
         flags = {k: v for k, v in vars(args).items() if k != "out"}
         flags |= {"device": device.type, "dtype": dtype}

@@ -3,8 +3,8 @@
     python benchmarks/table.py              # rewrites the pages
     python benchmarks/table.py --check      # names the pages that differ, exit status 1
 
-It writes the tables that stand between a pair of comments such as <!-- methods --> and <!-- /methods -->, and the
-line numbers in links such as [`clip_loss`](../clip.py#L364). The tables are:
+It writes the tables that stand between two comments such as <!-- methods --> and <!-- /methods -->,
+and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables are:
 
     methods            every method file with its paper and its page         README.md
     diffs              how far a method file is from its parent              docs/choosing.md
@@ -34,12 +34,23 @@ from pathlib import Path
 from ablations import PAPER, ROWS, record_name
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (methods|diffs|shared|speed|scale|evaluations|ablations|parity|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?) -->\n).*?(<!-- /\2 -->)", re.S)
+# Tables: those that are named by one word, and those of data, a prefix or a method
+ALONE = "methods|diffs|shared|speed|scale|evaluations|ablations|parity"
+KINDS = rf"{ALONE}|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?"
+BLOCK = re.compile(rf"(<!-- ({KINDS}) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
-PROTOCOLS = {"zeroshot": "zero-shot", "retrieval": "mean recall", "knn": "kNN", "linear": "linear probe",
-             "logreg": "logistic regression", "finetune": "fine-tuned", "semi": "fine-tuned"}  # fmt: skip
+PROTOCOLS = {
+    "zeroshot": "zero-shot",
+    "retrieval": "mean recall",
+    "knn": "kNN",
+    "linear": "linear probe",
+    "logreg": "logistic regression",
+    "finetune": "fine-tuned",
+    "semi": "fine-tuned",
+}
 SHARED = {
-    "common.py": "what numbers depend on: processes, gathers, batch norm, precision, schedule, LARS",
+    "common.py": "what numbers depend on: processes, gathers, batch norm, precision, schedule, "
+    "LARS",
     "data.py": "what numbers depend on: loader, batched image operations, tokenizer",
     "sources.py": "where samples come from: folders, tables, shards, named layouts",
     "layouts.py": "how the files of each layout are read, once, to index them",
@@ -65,22 +76,30 @@ SHARED = {
     "evaluation/weights.py": "opens checkpoints as networks, those of other projects too",
     "evaluation/exports.py": "writes weights for other projects",
 }
-START, REAL = ", random weights", ("cifar10", "flickr8k")  # end of a label; data of the table of evaluations
-IN_LOOP = {"zeroshot_top1": "zero-shot", "recall@1": "recall@1", "knn_top1": "kNN", "linear_top1": "linear", "val_top1": "top-1"}
+START = ", random weights"  # end of a label
+REAL = ("cifar10", "flickr8k")  # data of the table of evaluations
+IN_LOOP = {
+    "zeroshot_top1": "zero-shot",
+    "recall@1": "recall@1",
+    "knn_top1": "kNN",
+    "linear_top1": "linear",
+    "val_top1": "top-1",
+}
 
 
 # -------------------------------------------- the tree --------------------------------------------
 def methods():
-    """{name: (title, arXiv id, parent's name or None)} of the method files, parents before children."""
+    """{name: (title, arXiv id, parent's name or None)} of the method files, parents first."""
     found = {}
     for path in sorted(ROOT.glob("*.py")):
         source = path.read_text()
-        experiments = path.stem.endswith("_ablations")  # of a method's paper, and on that method's page
+        experiments = path.stem.endswith("_ablations")  # of a paper, on its method's page
         if experiments or "class Args" not in source or "\ndef train(" not in source:
             continue
         text = source.split('"""')[1]  # the docstring
         parent = re.search(r"Diff against: (\w+)\.py", text)
-        found[path.stem] = text.split(":")[0], re.search(r"arXiv (\d+\.\d+)", text)[1], parent and parent[1]
+        arxiv = re.search(r"arXiv (\d+\.\d+)", text)[1]
+        found[path.stem] = text.split(":")[0], arxiv, parent and parent[1]
 
     def below(parent):
         return [x for name in found if found[name][2] == parent for x in (name, *below(name))]
@@ -94,15 +113,18 @@ def line_count(path):
 
 def diff_size(a, b):
     """Lines that `git diff --no-index a b` takes away and adds."""
-    git = ["git", "-c", "diff.algorithm=myers", "diff", "--no-ext-diff", "--no-index", "--numstat", a, b]
-    added, removed, _ = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split(maxsplit=2)
+    git = "git -c diff.algorithm=myers diff --no-ext-diff --no-index --numstat".split()
+    done = subprocess.run([*git, a, b], cwd=ROOT, capture_output=True, text=True)
+    added, removed, _ = done.stdout.split(maxsplit=2)
     return int(removed), int(added)
 
 
 def definition_line(path, name):
     """Line of a definition or assignment, None where there is none; a dot goes into a class."""
+
     def names(node):
-        return [getattr(node, "name", None), *(getattr(t, "id", None) for t in getattr(node, "targets", []))]
+        assigned = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
+        return [getattr(node, "name", None), *assigned]
 
     if not path.exists():
         return None
@@ -115,7 +137,7 @@ def definition_line(path, name):
     return node.lineno
 
 
-# -------------------------------------------- the results --------------------------------------------
+# -------------------------------------------- the results ---------------------------------------
 def results():
     """{name: record} of the runs, in the order of methods()."""
     found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))]
@@ -133,12 +155,13 @@ def said(what, value, chance=None):
 
 
 def chance_of(name, metrics):
-    """Chance level of a metric of the training loop: knn_top1 has knn_chance, recall@1 recall_chance."""
+    """Chance level of a metric of the loop: knn_top1 has knn_chance, recall@1 recall_chance."""
     return metrics.get(re.split("_top|@", name)[0] + "_chance")
 
 
 def scores(record):
-    """Texts, in percent: what evaluate.py found; without that, the last evaluation in the training loop."""
+    """Texts, in percent: what evaluate.py found; without that, the last evaluation in the training
+    loop."""
     out = []
     for label, metrics in record["metrics"].items():
         protocol, *words = label.split()
@@ -164,8 +187,8 @@ def methods_table(prefix):
     rows = []
     for name, (title, arxiv, _) in methods().items():
         file, lines = f"[{name}.py]({prefix}{name}.py)", str(line_count(ROOT / f"{name}.py"))
-        paper, page = f"[{arxiv}](https://arxiv.org/abs/{arxiv})", f"[docs/{name}.md]({prefix}docs/{name}.md)"
-        rows.append([title, file, lines, paper, page])
+        paper = f"[{arxiv}](https://arxiv.org/abs/{arxiv})"
+        rows.append([title, file, lines, paper, f"[docs/{name}.md]({prefix}docs/{name}.md)"])
     return table(["method", "file", "lines", "paper", "docs"], rows)
 
 
@@ -191,8 +214,9 @@ def results_table(prefix, method=None):
     mine = {name: r for name, r in results().items() if method in (None, r["method"])}
     for name, r in mine.items():
         args, last = r["args"], r["metrics"]["training"]
-        setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, batch {args['batch_size']}, "
-        setting += f"{last['step']} steps (epochs: {last['epochs']:.3g}), seed {args['seed']}"
+        setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, "
+        setting += f"batch {args['batch_size']}, {last['step']} steps "
+        setting += f"(epochs: {last['epochs']:.3g}), seed {args['seed']}"
         told = "; ".join(scores(r)) or f"loss {last['loss']:.3f}"
         told += f". {r['note']}" if r["note"] else ""
         link, minutes = f"[{name}]({prefix}results/{name}.json)", f"{r['minutes']:.1f}"
@@ -202,7 +226,7 @@ def results_table(prefix, method=None):
 
 
 def curves(prefix, method):
-    """Up to eight points of each run: evaluations and the loss nearest to them, or the loss alone."""
+    """Up to eight points of each run: evaluations and the loss nearest to them, or losses alone."""
     text = ""
     for name, r in results().items():
         if r["method"] != method:
@@ -214,9 +238,10 @@ def curves(prefix, method):
         if len(points) > 8:
             points = [points[round(i * (len(points) - 1) / 7)] for i in range(8)]
         training = r["metrics"]["training"]
-        header = ["step", f"loss (chance {training['chance']:.3f})" if "chance" in training else "loss"]
+        chance = f" (chance {training['chance']:.3f})" if "chance" in training else ""
+        header = ["step", f"loss{chance}"]
         header += [f"{IN_LOOP[k]} (chance {chance_of(k, training):.3g})" for k in columns]
-        spread = {step: values["feature_std"] for step, values in r["curve"] if "feature_std" in values}
+        spread = {step: row["feature_std"] for step, row in r["curve"] if "feature_std" in row}
         if spread:
             header.append(f"feature_std (spread: {training['feature_std_chance']:.4f})")
         rows = []
@@ -229,12 +254,13 @@ def curves(prefix, method):
 
 
 def knn_of_all(prefix, data):
-    """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images seen,
-    its last point with other seeds (the runs NAME_DATA_sSEED), evaluate.py's kNN, and that of the same network
-    with random weights."""
+    """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images
+    seen, its last point with other seeds (the runs NAME_DATA_sSEED), evaluate.py's kNN, and that of
+    the same network with random weights."""
     curves, again = {}, defaultdict(list)
     for r in results().values():
-        points = {step * r["args"]["batch_size"]: v["knn_top1"] for step, v in r["curve"] if "knn_top1" in v}
+        evals = [(step, row["knn_top1"]) for step, row in r["curve"] if "knn_top1" in row]
+        points = {step * r["args"]["batch_size"]: value for step, value in evals}
         name = f"{r['method']}_{data}"
         if r["name"] == name and points:
             curves[name] = points
@@ -244,22 +270,32 @@ def knn_of_all(prefix, data):
     times = Counter(images for points in curves.values() for images in points)
     seen = sorted(images for images, runs_then in times.items() if runs_then > 1 or len(runs) == 1)
     columns = [f"{images:,} images" if images else "random weights" for images in seen]
-    longer = [name for name, points in curves.items() if max(points) not in seen]  # whose end gets a column
+    # those whose end gets a column
+    longer = [name for name, points in curves.items() if max(points) not in seen]
     columns += ["end of a longer run"] if longer else []
-    header, rows = ["method", *columns, "minutes"], []
-    protocols = {"knn {} val": "evaluate.py", "knn {} val, random weights": "evaluate.py, random weights",
-                 "linear {} val --cached": "linear probe"}  # fmt: skip
-    scored = {p: title for p, title in protocols.items() if any(p.format(r["data"]) in r["metrics"] for r in runs)}
-    header[-1:] = [*(["other seeds"] if again else []), *scored.values(), "minutes"]
+    protocols = {
+        "knn {} val": "evaluate.py",
+        "knn {} val, random weights": "evaluate.py, random weights",
+        "linear {} val --cached": "linear probe",
+    }
+
+    def asked(protocol):
+        return any(protocol.format(r["data"]) in r["metrics"] for r in runs)
+
+    scored = {p: title for p, title in protocols.items() if asked(p)}
+    columns += ["other seeds"] if again else []
+    header, rows = ["method", *columns, *scored.values(), "minutes"], []
     for r in runs:
-        curve = [number(curves[r["name"]][images]) if images in curves[r["name"]] else "" for images in seen]
+        points = curves[r["name"]]
+        cells = [number(points[images]) if images in points else "" for images in seen]
         if longer:
-            last = max(curves[r["name"]])
-            curve.append(f"{number(curves[r['name']][last])} ({last:,})" if r["name"] in longer else "")
-        curve += [", ".join(again[r["name"]])] if again else []
+            last = max(points)
+            cells.append(f"{number(points[last])} ({last:,})" if r["name"] in longer else "")
+        cells += [", ".join(again[r["name"]])] if again else []
         found = [r["metrics"].get(p.format(r["data"]), {}).get("top1") for p in scored]
+        cells += ["" if x is None else number(x) for x in found]
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
-        rows.append([link, *curve, *("" if x is None else number(x) for x in found), f"{r['minutes']:.1f}"])
+        rows.append([link, *cells, f"{r['minutes']:.1f}"])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
@@ -275,15 +311,18 @@ def parity_table(prefix):
 
 
 def evaluations(prefix):
-    """A row for each checkpoint that evaluate.py scored on real data, a column for each protocol: the score
-    and, behind the stroke, that of the same network with random weights. From the runs' files and from
-    results/evaluation.json, which comes last and so wins."""
+    """A row for each checkpoint that evaluate.py scored on real data, a column for each protocol:
+    the score and, behind the stroke, that of the same network with random weights. From the runs'
+    files and from results/evaluation.json, which comes last and so wins."""
     path = ROOT / "results/evaluation.json"
     content = json.loads(path.read_text()) if path.exists() else {"rows": [], "note": ""}
     rows, note = content["rows"], content["note"]
-    found = [(name, label, metrics) for name, r in results().items() for label, metrics in r["metrics"].items()]
+    found = []
+    for name, r in results().items():
+        found += [(name, label, metrics) for label, metrics in r["metrics"].items()]
     found += [(r["run"], r["label"], r["metrics"]) for r in rows]
-    found += [(r["run"], r["label"] + START, r["random weights"]) for r in rows if "random weights" in r]
+    with_start = [r for r in rows if "random weights" in r]
+    found += [(r["run"], r["label"] + START, r["random weights"]) for r in with_start]
     first = {(name, label): next(iter(metrics.values())) for name, label, metrics in found}
     order, parts = list(PROTOCOLS), {label.removesuffix(START): m for _, label, m in found}
     labels = [x for x in parts if x.split()[0] in order and x.split()[1] in REAL]
@@ -296,30 +335,38 @@ def evaluations(prefix):
         lines.append([f"[{name}]({prefix}results/{name}.json)" if there else name, *cells])
     titles = [f"{PROTOCOLS[label.split()[0]]} {label.partition(' ')[2]}" for label in labels]
     # the mean of recall at 1, 5 and 10, by chance: (1 + 5 + 10) / 3 times that at 1
-    chance = [m["chance"] if "chance" in m else m["chance@1"] * 16 / 3 for m in (parts[label] for label in labels)]
+    measured = [parts[label] for label in labels]
+    chance = [m["chance"] if "chance" in m else m["chance@1"] * 16 / 3 for m in measured]
     header = ["checkpoint", *(f"{text} (chance {x:.3g})" for text, x in zip(titles, chance))]
-    said = dict.fromkeys(f"{r['run']}: `{r['command']}`, {r['hardware']}, {r['minutes']:.0f} minutes, commit "
-                         f"{r['commit']}" for r in rows)  # fmt: skip
-    commands = "".join(f"- {line}\n" for line in [*said, *([note] if note else [])])
+    told = []
+    for r in rows:
+        where = f"{r['hardware']}, {r['minutes']:.0f} minutes, commit {r['commit']}"
+        told.append(f"{r['run']}: `{r['command']}`, {where}")
+    commands = "".join(f"- {line}\n" for line in [*dict.fromkeys(told), *([note] if note else [])])
     return f"{table(header, lines)}\n{commands}" if lines else "Nothing is recorded yet.\n"
 
 
 def retrieval_of_all(prefix, data):
-    """A row for each method's run NAME_DATA that evaluate.py retrieval was run on, and its random start."""
-    header = ["method", "steps", "px", "mean recall", "random weights", "image to text R@1/5/10", "text to image R@1/5/10", "minutes"]
+    """A row for each run METHOD_DATA that evaluate.py retrieval was run on, and its start."""
+    header = ["method", "steps", "px", "mean recall", "random weights", "image to text R@1/5/10",
+              "text to image R@1/5/10", "minutes"]  # fmt: skip
     rows, label = [], f"retrieval {data} test"
     for r in results().values():
         if r["name"] == f"{r['method']}_{data}" and (found := r["metrics"].get(label)):
-            recalls = ["/".join(number(found[f"{way}_recall@{k}"]) for k in (1, 5, 10)) for way in ("image_to_text", "text_to_image")]
-            start = r["metrics"].get(f"{label}, random weights", {}).get("mean_recall")
+            recalls = []
+            for way in ("image_to_text", "text_to_image"):
+                recalls.append("/".join(number(found[f"{way}_recall@{k}"]) for k in (1, 5, 10)))
+            start = r["metrics"].get(label + START, {}).get("mean_recall")
             link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
-            rows.append([link, str(r["metrics"]["training"]["step"]), str(r["args"]["image_size"]), number(found["mean_recall"]),
-                         "" if start is None else number(start), *recalls, f"{r['minutes']:.1f}"])  # fmt: skip
+            cells = [str(r["metrics"]["training"]["step"]), str(r["args"]["image_size"])]
+            cells += [number(found["mean_recall"]), "" if start is None else number(start)]
+            rows.append([link, *cells, *recalls, f"{r['minutes']:.1f}"])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
 def ends(prefix, names):
-    """A row for each run whose name begins so: its note, and the last loss and evaluation in the training loop."""
+    """A row for each run whose name begins so: its note, and the last loss and evaluation in the
+    training loop."""
     runs = [r for name, r in results().items() if name.startswith(names)]
     keys = [k for k in IN_LOOP if any(k in r["metrics"]["training"] for r in runs)]
     header, rows = ["run", "what", "steps", "loss", *(IN_LOOP[k] for k in keys)], []
@@ -327,12 +374,14 @@ def ends(prefix, names):
         last = r["metrics"]["training"]
         told = [said("", last[k], chance_of(k, last)).strip() if k in last else "" for k in keys]
         link = f"[{r['name'].removeprefix(names).strip('_')}]({prefix}results/{r['name']}.json)"
-        rows.append([link, r["note"], str(last["step"]), said("", last["loss"], last.get("chance")).strip(), *told])
+        loss = said("", last["loss"], last.get("chance")).strip()
+        rows.append([link, r["note"], str(last["step"]), loss, *told])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
 def ablations(prefix):
-    """A row for each of ROWS in ablations.py: what is published, what its runs on `shapes` came to, all seeds."""
+    """A row for each of ROWS in ablations.py: what is published, what its runs on `shapes` came to,
+    all seeds."""
     rows, paper, small = [], "", ""
     for name, row in ROWS.items():
         cells = []
@@ -340,29 +389,37 @@ def ablations(prefix):
             if not re.fullmatch(rf"{record_name(name)}(_s\d+)?", path.stem):
                 continue
             r = json.loads(path.read_text())
-            last, link = r["metrics"]["training"], f"[seed {r['args']['seed']}]({prefix}results/{path.name})"
-            told = (f"{number(last[key])} (chance {chance_of(key, last):.3g})" for key in ("zeroshot_top1", "recall@1"))
-            cells.append([link, *told, f"{r['minutes']:.1f}", r["commit"]])
+            last = r["metrics"]["training"]
+            cell = [f"[seed {r['args']['seed']}]({prefix}results/{path.name})"]
+            for key in ("zeroshot_top1", "recall@1"):
+                cell.append(f"{number(last[key])} (chance {chance_of(key, last):.3g})")
+            cells.append([*cell, f"{r['minutes']:.1f}", r["commit"]])
             small += f"- {path.stem}: `{r['command']}`\n"
         for i, cell in enumerate(cells or [["not run yet", "", "", "", ""]]):
             rows.append(["" if i else row.what, "" if i else row.published, *cell])
         paper += f"- {row.what}: `{PAPER} {row.paper}`\n"
-    header = ["row", "published", "run", "zero-shot, shapes", "recall@1, shapes", "minutes", "commit"]
-    return f"{table(header, rows)}\nThe paper's runs:\n\n{paper}" + (f"\nThe measured ones:\n\n{small}" if small else "")
+    header = ["row", "published", "run", "zero-shot, shapes", "recall@1, shapes"]
+    header += ["minutes", "commit"]
+    small = f"\nThe measured ones:\n\n{small}" if small else ""
+    return f"{table(header, rows)}\nThe paper's runs:\n\n{paper}{small}"
 
 
 def speed(prefix):
-    """From what benchmarks/augment.py, step.py, side_by_side.py and loss_memory.py wrote to results/."""
+    """From what augment.py, step.py, side_by_side.py and loss_memory.py wrote to results/."""
     rows = []
     for path in sorted((ROOT / "results").glob("*.json")):
         r, kind = json.loads(path.read_text()), re.match("[a-z]+", path.stem)[0]
         link, machine = f"[{path.stem}]({prefix}results/{path.name})", r.get("gpu") or r.get("cpu")
-        for name, found in r["results"].items() if kind in ("augment", "step", "side", "loss") else ():
+        if kind not in ("augment", "step", "side", "loss"):
+            continue
+        for name, found in r["results"].items():
             if kind == "augment":
                 pil = found["ms"]["pil"][0]
-                for way, what in (("worker", "loader worker"), ("worker+device", "and the device's part")):
+                parts = {"worker": "loader worker", "worker+device": "and the device's part"}
+                for way, part in parts.items():
                     ms, ratio = found["ms"][way][0], found["times_faster_than_pil"][way][0]
-                    what = f"{found.get('what', f'two 224 px views of {name}')}, {machine}, one thread: {what}"
+                    what = found.get("what", f"two 224 px views of {name}")
+                    what = f"{what}, {machine}, one thread: {part}"
                     rows.append([link, what, f"PIL {pil:.1f} ms", f"{ms:.1f} ms", f"{ratio:.1f}x"])
             elif kind == "step":
                 peer, theirs = next(iter(found["rows"].items()))
@@ -374,12 +431,16 @@ def speed(prefix):
                 ours = f"{found['rows']['here']['ms_median']:.0f} ms"
                 for peer, theirs in found["rows"].items():
                     if not peer.startswith("here"):
+                        there = f"{peer} {theirs['ms_median']:.0f} ms"
                         ratio = f"{theirs['over_here_median']:.2f}x"
-                        rows.append([link, what, f"{peer} {theirs['ms_median']:.0f} ms", ours, ratio])
+                        rows.append([link, what, there, ours, ratio])
             else:
-                each = [f"{p['matrix_bytes_per_b_x_B']:.1f} at {p['local_batch']} x {p['global_batch']}"
-                        for p in (found[0], found[-1])]  # fmt: skip
-                rows.append([link, f"{name}: bytes kept for backward per local x global pair", *each, ""])
+                each = []
+                for p in (found[0], found[-1]):
+                    batch = f"{p['local_batch']} x {p['global_batch']}"
+                    each.append(f"{p['matrix_bytes_per_b_x_B']:.1f} at {batch}")
+                what = f"{name}: bytes kept for backward per local x global pair"
+                rows.append([link, what, *each, ""])
     header = ["record", "what", "beside", "here", "ratio"]
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
@@ -398,9 +459,9 @@ def updated(path, missing):
 
     def block(match):
         kind, _, method = match[2].partition(" ")
-        make = {"methods": methods_table, "diffs": diffs, "shared": shared, "results": results_table,
-                "curves": curves, "knn": knn_of_all, "retrieval": retrieval_of_all, "ends": ends,
-                "speed": speed, "scale": scale_tables, "evaluations": evaluations,
+        make = {"methods": methods_table, "diffs": diffs, "shared": shared, "curves": curves,
+                "results": results_table, "knn": knn_of_all, "retrieval": retrieval_of_all,
+                "ends": ends, "speed": speed, "scale": scale_tables, "evaluations": evaluations,
                 "ablations": ablations, "parity": parity_table}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
@@ -422,7 +483,8 @@ def pages():
 def parser():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("--check", action="store_true", help="write nothing, name the files that differ")
+    only = "write nothing, name the files that differ"
+    parser.add_argument("--check", action="store_true", help=only)
     return parser
 
 

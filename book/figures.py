@@ -44,10 +44,11 @@ def tree(methods, url):
     for name, (depth, y) in places.items():
         title, arxiv, parent = methods[name]
         left, top = 2 + depth * step_x, 2 + y * step_y
-        year = f"20{arxiv[:2]}"
-        out += (f'<a href="{url(name)}"><rect x="{left}" y="{top}" width="{wide}" height="{high}" rx="5"/>'
-                f'<text x="{left + wide / 2}" y="{top + 18}">{title}</text>'
-                f'<text class="year" x="{left + wide / 2}" y="{top + 33}">{year}</text></a>')  # fmt: skip
+        year, center = f"20{arxiv[:2]}", left + wide / 2
+        out += (f'<a href="{url(name)}">'
+                f'<rect x="{left}" y="{top}" width="{wide}" height="{high}" rx="5"/>'
+                f'<text x="{center}" y="{top + 18}">{title}</text>'
+                f'<text class="year" x="{center}" y="{top + 33}">{year}</text></a>')  # fmt: skip
         if parent:
             start = 2 + places[parent][0] * step_x + wide, 2 + places[parent][1] * step_y + high / 2
             end, middle = (left, top + high / 2), left - (step_x - wide) / 2
@@ -57,8 +58,10 @@ def tree(methods, url):
             said = f"what turns {methods[parent][0]} into {title}"
             edges += (f'<a href="{url(name, parent)}" aria-label="{said}"><title>{said}</title>'
                       f'<path class="wide" d="{line}"/><path d="{line}"/></a>')  # fmt: skip
-    label = "Family tree of the method files: a line leads from each file to those that are read against it"
-    return (f'<div class="scroll"><svg class="tree" viewBox="0 0 {width} {row * step_y - step_y + high + 4}" '
+    label = "Family tree of the method files: a line leads from each file to those that are read "
+    label += "against it"
+    box = f"0 0 {width} {row * step_y - step_y + high + 4}"
+    return (f'<div class="scroll"><svg class="tree" viewBox="{box}" '
             f'role="group" aria-label="{label}">{edges}{out}</svg></div>')  # fmt: skip
 
 
@@ -103,17 +106,24 @@ def chart(lines, chance, x_label, y_label, said, from_zero=True):
     )
     low, high = (0 if from_zero and min(ys) >= 0 else min(ys)), max(ys)
     low, high = low - (0.05 * (high - low) if low else 0), high + 0.05 * (high - low)
-    x_at = lambda x: left + (width - left - right) * x / max(xs)  # noqa: E731
-    y_at = lambda y: height - bottom - (height - top - bottom) * (y - low) / (high - low)  # noqa: E731
+
+    def x_at(x):
+        return left + (width - left - right) * x / max(xs)
+
+    def y_at(y):
+        return height - bottom - (height - top - bottom) * (y - low) / (high - low)
+
     out = ""
     for y in ticks(low, high):
         out += f'<path class="grid" d="M{left} {y_at(y):.1f}H{width - right}"/>'
         out += f'<text x="{left - 8}" y="{y_at(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
     for x in ticks(0, max(xs)):
-        out += f'<text x="{x_at(x):.1f}" y="{height - bottom + 17}" text-anchor="middle">{x:,.6g}</text>'
-    out += f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{x_label}</text>'
-    out += f'<text transform="translate(14 {(height - bottom + top) / 2}) rotate(-90)" text-anchor="middle">'
-    out += html.escape(y_label) + "</text>"
+        out += f'<text x="{x_at(x):.1f}" y="{height - bottom + 17}" text-anchor="middle">'
+        out += f"{x:,.6g}</text>"
+    out += f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
+    out += f"{x_label}</text>"
+    turned = f"translate(14 {(height - bottom + top) / 2}) rotate(-90)"
+    out += f'<text transform="{turned}" text-anchor="middle">{html.escape(y_label)}</text>'
     labels = [
         (line.label, line.points[-1][1], f"line{i}", line.url) for i, line in enumerate(lines)
     ]
@@ -133,7 +143,8 @@ def chart(lines, chance, x_label, y_label, said, from_zero=True):
         if line.start is not None and len(lines) > 1:
             out += f'<circle class="line{i}" cx="{left}" cy="{y_at(line.start):.1f}" r="4.5"/>'
     for (label, _, kind, url), y in zip(labels, apart([y_at(y) for _, y, *_ in labels], 16)):
-        text = f'<text class="{kind}" x="{width - right + 8}" y="{y + 4:.1f}">{html.escape(label)}</text>'
+        text = f'<text class="{kind}" x="{width - right + 8}" y="{y + 4:.1f}">'
+        text += f"{html.escape(label)}</text>"
         out += f'<a href="{url}">{text}</a>' if url else text
     said = html.escape(said)
     return (f'<svg class="chart" viewBox="0 0 {width} {height}" role="group" aria-label="{said}">'
@@ -152,7 +163,8 @@ def samples(dataset, count, columns, zoom=2):
     for i, image in enumerate(images):
         tile = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
         sheet.paste(tile, (i % columns * (side + gap), i // columns * (side + gap)))
-    sheet = sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)  # a third of the bytes
+    # a palette takes a third of the bytes
+    sheet = sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     return file.getvalue(), [sample.captions[0] if sample.captions else "" for sample in shown]

@@ -116,7 +116,8 @@ def symbols(text):
             sign, mark, small = match[0], "", ""
             if "^" in sign[1:] or "_" in sign:  # |x|^2, P(x)_k
                 sign, mark, small = re.split(r"([\^_])", sign)
-            stays = ' stretchy="false" lspace="0" rspace="0"' if sign == "|" else ""  # grows as a fence
+            # as a fence, | would grow
+            stays = ' stretchy="false" lspace="0" rspace="0"' if sign == "|" else ""
             operator = f"<mo{stays}>{html.escape(OPERATORS.get(sign, sign))}</mo>"
             tag = "msup" if mark == "^" else "msub"
             out += f"<{tag}>{operator}{symbols(small)}</{tag}>" if mark else operator
@@ -152,7 +153,8 @@ def from_text(line):
     out, run, end = "", "", 0
 
     def closed():
-        return f"<math>{symbols(run)}</math>" if re.search(r"\w", run) else html.escape(run, quote=False)
+        has_symbols = re.search(r"\w", run)
+        return f"<math>{symbols(run)}</math>" if has_symbols else html.escape(run, quote=False)
 
     def is_open():
         return sum(run.count(mark) for mark in "([{") > sum(run.count(mark) for mark in ")]}")

@@ -44,7 +44,8 @@ def link_first_uses(page, spellings, url):
     """HTML -> the same, in which the first use of each term outside of links, code and headings is
     a link."""
     longest_first = sorted(spellings, key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, longest_first))})(?![\w-]|\.\w)", re.I)
+    any_term = "|".join(map(re.escape, longest_first))
+    pattern = re.compile(rf"(?<![\w-])({any_term})(?![\w-]|\.\w)", re.I)
     seen, depth, out = set(), 0, []
 
     def linked(match):

@@ -212,7 +212,8 @@ def source_page(path, page):
     elif (ROOT / f"docs/{name}.md").exists():
         about = relative(f"{name}.md", page)
         heading = read(f"docs/{name}.md").partition("\n")[0]
-        title = f"{heading}: annotated source\n\n[What the experiments are]({about})\n{{ .switch }}\n\n"
+        title = f"{heading}: annotated source\n\n"
+        title += f"[What the experiments are]({about})\n{{ .switch }}\n\n"
     names = [definition for definition in definitions(path) if "." not in definition]
     contents = " · ".join(f"[`{definition}`](#{definition})" for definition in names)
     contents = f"{contents}\n{{ .contents }}\n\n" if names else ""
@@ -227,15 +228,17 @@ def difference_page(name, parent):
     head += f"`{parent}.py` is on the left and `{name}.py` on the right. Equal lines are folded; "
     head += "click to see them. The reasons are those of "
     head += f"[the method's page]({relative(f'{name}.md', page)}).\n\n"
-    return head + difference.page(f"{parent}.py", f"{name}.py", read(f"{parent}.py"), read(f"{name}.py"),
-                                  read(f"docs/{name}.md"), keep, to_html)  # fmt: skip
+    old, new = f"{parent}.py", f"{name}.py"
+    reasons = read(f"docs/{name}.md")
+    return head + difference.page(old, new, read(old), read(new), reasons, keep, to_html)
 
 
 def family_page():
     def url(name, parent=None):
         return f"../difference/{name}/" if parent else f"../{name}/"
 
-    text = "---\nhide: [toc]\n---\n\n# Family tree\n\nEvery file names a parent to read it against. "
+    text = "---\nhide: [toc]\n---\n\n# Family tree\n\n"
+    text += "Every file names a parent to read it against. "
     text += "Click a method for its page, or a line for what turns the one file into the other.\n"
     text += keep(figures.tree(methods(), url), True)
     text += "\n\n## What each method has\n\n"
@@ -352,14 +355,15 @@ def curves_page():
 
 # ------------------------------------ pictures ------------------------------------
 def later(picture):
-    """Attributes of a picture that is loaded when the reader comes near it, in the place it will need."""
+    """Attributes of a picture that is loaded when the reader comes near it, in the place it will
+    need."""
     width, height = Image.open(picture).size
     return f'{{loading=lazy width="{width}" height="{height}"}}'
 
 
 def pictures_page():
-    text = "# Pictures\n\n## Drawn data sets\n\nThese sets need no files: every sample is a function of its "
-    text += "number ([scenes.py](source/scenes.md)).\n"
+    text = "# Pictures\n\n## Drawn data sets\n\nThese sets need no files: "
+    text += "every sample is a function of its number ([scenes.py](source/scenes.md)).\n"
     for name, dataset in scenes.SETS.items():
         png, captions = figures.samples(dataset("train", figures.Sample), 16, 8)
         generated[f"pictures/{name}.png"] = png

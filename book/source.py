@@ -219,7 +219,8 @@ def page(text, link, keep, beside):
     for row in all_rows:
         if row.banner:
             below = "###"
-            out += f'\n\n## {row.banner} {{id="section-{re.sub("[^a-z]+", "-", row.banner.lower())}"}}\n\n'
+            anchor = re.sub("[^a-z]+", "-", row.banner.lower())
+            out += f'\n\n## {row.banner} {{id="section-{anchor}"}}\n\n'
         if not (row.name or row.prose or row.code):
             continue
         out += keep('<div class="row"><div class="prose">', True)

@@ -56,8 +56,8 @@ def imagenet_classes(name, dataset, ids, count, root):
     if all(folder.isdecimal() for folder in folders):
         groups = [[int(folder)] for folder in folders]
     elif not ids:
-        raise UserError(f"the classes of {name} are WordNet ids, whose order imagenet does not tell: "
-                        f"put {CLASS_LISTS[1]} into its folder")  # fmt: skip
+        raise UserError(f"the classes of {name} are WordNet ids, whose order imagenet does not "
+                        f"tell: put {CLASS_LISTS[1]} into its folder")  # fmt: skip
     else:
         unknown = [folder for folder in folders if folder not in ids]
         if unknown:
@@ -173,7 +173,8 @@ def robustness(net, imagenet, args, options, names, templates):
         found = compare(*logits_of(dataset, view), groups, logits, labels)
         rows[name] = dict(zip(columns, (*found, sum(map(bool, groups)))))
     if missing and rank() == 0:
-        print(f"left out {len(missing)} of {len(SHIFTED)} sets: {'; '.join(missing)}", file=sys.stderr)
+        text = f"left out {len(missing)} of {len(SHIFTED)} sets: {'; '.join(missing)}"
+        print(text, file=sys.stderr)
     return rows
 
 

@@ -1,6 +1,5 @@
 """What makes a run cheaper: that it happens, and that the values stay."""
 
-import collections
 import copy
 import json
 import os
@@ -178,7 +177,7 @@ def test_loader_workers_share_the_cores(cores, processes, workers, monkeypatch):
 def test_time_left_is_that_of_the_last_rows():
     """A row in which others took the machine does not move it far, and days are hours."""
     one = object.__new__(run.Run)
-    one.recent, one.last, one.step = collections.deque(maxlen=10), 1000, 100
+    one.recent, one.last, one.step = [], 1000, 100
     for _ in range(9):
         assert one._left(10.0, 10) == "00:15:00"
     assert one._left(30.0, 10) == "00:18:00"  # 120 s for 100 steps
