@@ -93,7 +93,7 @@ def copy_project(folder: Path):
 
 def load_packages(tests: str):
     """Imports what the named files of tests import from other projects, here and so in every fork."""
-    own = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]} | {"evaluation"}
+    own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")} | {"evaluation"}
     for file in set(re.findall(r"tests/\w+\.py", tests)):
         for node in ast.parse((ROOT / file).read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

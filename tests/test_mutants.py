@@ -46,3 +46,12 @@ def test_a_sample_is_noticed():
     assert len(others) == len(SAMPLE)
     for mutant, by, output in others:
         assert by not in ("", mutants.LATE), (mutant, output)
+
+
+def test_the_packages_of_all_tests_are_found():
+    """None of them is a file of this project, which each fork has to import from its own copy."""
+    code = "import mutants, sys; mutants.load_packages(' '.join(m.tests for m in mutants.mutants())); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = set(done.stdout.split())
+    assert {"torch", "numpy", "PIL", "tokenizers"} < loaded and not {"slip", "common", "ablations"} & loaded
