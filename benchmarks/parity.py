@@ -36,10 +36,11 @@ from torch import nn  # noqa: E402
 
 from common import UserError, user_errors, warmup_cosine  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, decode, open_dataset  # noqa: E402
+from evaluation.results import environment  # noqa: E402
 from evaluation.weights import open_network  # noqa: E402
 from knn import knn_eval  # noqa: E402
 from monitor import EvalView  # noqa: E402
-from record import training_minutes  # noqa: E402
+from record import training_command, training_minutes  # noqa: E402
 
 try:
     from lightly import loss as losses
@@ -329,8 +330,10 @@ def main():
         "seconds lightly": seconds,
         "threads": torch.get_num_threads(),
         "workers": args.workers,
-        "versions": {"lightly": importlib.metadata.version("lightly"), "torch": torch.__version__},
+        "command": training_command(read_json(options.run / "env.json")),
+        **environment(torch.device("cpu")),
     }
+    row["versions"]["lightly"] = importlib.metadata.version("lightly")
     print(json.dumps(row, indent=1))
     if options.out:
         found[args.method] = row

@@ -305,8 +305,11 @@ def parity_table(prefix):
     for method, row in json.loads(path.read_text()).items() if path.exists() else ():
         link = f"[{methods()[method][0]}]({prefix}results/{path.name})"
         kinds = "here", "lightly", "random weights", "pixels"
-        rows.append([link, f"{row['images']:,}", *(f"{row[kind]:.1f}" for kind in kinds)])
+        cells = [f"{row[kind]:.1f}" for kind in kinds]
+        cells += [f"{row['seconds ' + loop] / 60:.1f}" for loop in ("here", "lightly")]
+        rows.append([link, f"{row['images']:,}", *cells])
     header = ["method", "images", "here", "lightly", "random weights", "8 x 8 pixels"]
+    header += ["minutes here", "minutes lightly"]
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 

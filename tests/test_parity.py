@@ -67,6 +67,8 @@ def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
     assert seen[:48] == order.tolist()
     assert all(0 <= row[name] <= 100 for name in ("here", "lightly", "random weights", "pixels"))
     assert row["seconds lightly"] > 0 and row["seconds here"] > 0
+    assert row["command"].startswith("python ") and row["commit"] and row["hardware"].endswith("CPU cores")
+    assert {"torch", "lightly"} < set(row["versions"])
 
     # The first weights are the run's, the encoder has moved from them, and the heads have as many layers
     (peer, first), ours = peers[0], start[0]
