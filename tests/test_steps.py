@@ -4,11 +4,12 @@ steps start with two equal encoders, so that an average that is left out, invert
 it shows."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import references
 import run
@@ -385,11 +386,21 @@ def test_moco_s_queue_takes_the_keys_of_the_step(photos, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip", "slip", "declip"])
-def test_the_logit_scale_is_held_at_100(name, photos, tmp_path):
-    """ln 100 is the largest; a learning rate of 1 would take it beyond in the first steps."""
-    trace = traced(name, photos, tmp_path / name, None, "--lr", "1", "--clip-grad", "1e-3", "--warmup-epochs", "0")
+def test_the_logit_scale_is_held_between_1_and_100(name, photos, tmp_path):
+    """Between 0 and ln 100, and it starts at ln 1 / 0.07. Each step is made to leave a value that is too large or too small."""
+    values = itertools.cycle((9.0, -9.0))
+
+    def too_far(optimizer, *_):
+        scale = next(p for group in optimizer.param_groups for p in group["params"] if p.numel() == 1)
+        scale.data.fill_(next(values))
+
+    handle = register_optimizer_step_post_hook(too_far)
+    try:
+        trace = traced(name, photos, tmp_path / name, None)
+    finally:
+        handle.remove()
     scales = [float(state["logit_scale"]) for state in trace.states]
-    assert max(scales) <= math.log(100) + 1e-6 and scales[0] == pytest.approx(math.log(1 / 0.07), rel=1e-4)
+    assert scales == pytest.approx([math.log(1 / 0.07), *[math.log(100), 0.0] * (STEPS // 2)], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
