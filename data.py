@@ -233,7 +233,7 @@ def ignore_signals(worker):
 
 # -------------------------------------------- image operations ----------------------------------
 # The first two serve one sample in a worker. The others do to a float batch (B, 3, H, W) in [0, 1]
-# what torchvision.transforms.v2.functional does to a sample; parameters (B,), mask (B,): to do it.
+# what torchvision.transforms.v2.functional does to one, where mask (B,) is set; parameters (B,).
 def random_resized_crop(image, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
                         interpolation="bilinear"):  # fmt: skip
     """torchvision's RandomResizedCrop, antialiased: uint8 (3, H, W) -> uint8 (3, size, size). rng:
