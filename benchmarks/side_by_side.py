@@ -243,7 +243,7 @@ def dino_rows(batch_size, device, compiled, outputs=4096):
     slow.requires_grad_(False)
     mine = mine.to(device, memory_format=torch.channels_last).train()
     criterion = DINOLoss(output_dim=outputs, teacher_temp=0.04, warmup_teacher_temp_epochs=1)
-    criterion = criterion.to(device)
+    criterion = criterion.to(device).float()  # as here: its center is of torch's default dtype
     crops = [torch.rand(batch_size, 3, 96, 96, device=device) for _ in range(2)]
     crops += [torch.rand(batch_size, 3, 48, 48, device=device) for _ in range(6)]
     teachers = []
