@@ -164,17 +164,21 @@ def test_pieces_of_groups_are_exact(photos, tmp_path, monkeypatch):
         torch.testing.assert_close(value, saved[1][key], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("pieces", ["1", "2"])
-def test_groups_of_a_frozen_image_side_stay_as_they_are(photos, tmp_path, pieces):
+def test_groups_of_a_frozen_image_side_stay_as_they_are(photos, tmp_path):
+    """And the text side gets the same gradient from the whole batch and from its pieces."""
     flags = ["--bn-group", "2", "--max-steps", "2", "--eval-every", "0"]
     train_here("align", photos, tmp_path / "first", *flags)
     init = ["--init", str(tmp_path / "first"), "--tokenizer", str(tmp_path / "first/tokenizer.json")]
-    frozen = ["--freeze", "image", "--accum-steps", pieces]
-    train_here("align", photos, tmp_path / "frozen", *flags, *init, *frozen)
-    before, after = (load_checkpoint(tmp_path / run)["model"] for run in ("first", "frozen"))
+    before, grads = load_checkpoint(tmp_path / "first")["model"], []
     names = [name for name in before if "running" in name]
-    assert len(names) > 20 and all(torch.equal(before[name], after[name]) for name in names)
-    assert not torch.equal(before["text_projection.weight"], after["text_projection.weight"])
+    for pieces in ("1", "2"):
+        directory = tmp_path / f"frozen{pieces}"
+        grads.append(train_here("align", photos, directory, *flags, *init, "--freeze", "image", "--accum-steps", pieces))
+        after = load_checkpoint(directory)["model"]
+        assert len(names) > 20 and all(torch.equal(before[name], after[name]) for name in names)
+        assert not torch.equal(before["text_projection.weight"], after["text_projection.weight"])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_group_is_a_batch_of_its_own():

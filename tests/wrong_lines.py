@@ -86,7 +86,6 @@ OWN = {
         ("torch.sigmoid(1.702 * x)", "torch.sigmoid(1.6 * x)"),
         ("std_out = std * (2 * layers) ** -0.5", "std_out = std * layers**-0.5"),
         ("p.grad = all_reduce_mean(p.grad)", "p.grad = p.grad", "tests/test_world_size.py -k clip"),
-        ("for x, f in zip(outputs, features) if x.requires_grad]", "for x, f in zip(outputs[::-1], features) if x.requires_grad]", "tests/test_init.py tests/test_world_size.py -k clip"),
         ('    if args.gelu == "exact":', '    if args.gelu == "quick":', "tests/test_init.py -k 'gelu or timm_in_clip or open_clip'"),
         ("first = b * torch.distributed.get_rank()", "first = 0", "tests/test_world_size.py -k clip"),
     ],
@@ -127,6 +126,7 @@ OWN = {
         ("return total * len(counts) / counts.sum().clamp(min=1)", "return total / counts.sum().clamp(min=1)", "tests/test_world_size.py -k declip"),
     ],
     "align.py": [
+        ("for x, f in zip(outputs, features) if x.requires_grad]", "for x, f in zip(outputs[::-1], features) if x.requires_grad]", "tests/test_align.py -k frozen_image_side"),
         ("for i, part in enumerate(x.split(self.group)):", "for i, part in enumerate(x.split(len(x))):"),
         ("if torch.is_grad_enabled():", "if True:"),
         ("module.running_mean.lerp_(mean, module.momentum)", "module.running_mean.lerp_(mean, 1 - module.momentum)"),
@@ -144,7 +144,7 @@ OWN = {
         ("hue=0.2 * s", "hue=0.1 * s"),
         ("self.size // 20 * 2 + 1", "self.size // 10 * 2 + 1"),
         ("first = b * torch.distributed.get_rank()", "first = 0", "tests/test_world_size.py -k simclr"),
-        ("all_z1, all_z2 = all_gather(z1), all_gather(z2)", "all_z1, all_z2 = all_gather(z1).detach(), all_gather(z2).detach()", "tests/test_world_size.py tests/test_golden.py -k simclr"),
+        ("all_z1, all_z2 = all_gather(z1), all_gather(z2)", "all_z1, all_z2 = all_gather(z1).detach(), all_gather(z2).detach()", "tests/test_golden.py -k 'nt_xent or two_processes'"),
     ],
     "simclrv2.py": [
         ("scale = (0.08, 1.0)", "scale = (0.3, 1.0)"),
