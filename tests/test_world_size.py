@@ -77,6 +77,11 @@ def test_same_run_on_more_processes(results, variant, processes):
     assert len(set(losses[0])) > 0.75 * len(losses[0])  # it moves
     rtol, atol = (1e-9, 1e-10) if variant in PRECISE else (1e-4, 1e-5)
     torch.testing.assert_close(*(torch.tensor(curve, dtype=torch.float64) for curve in losses), rtol=rtol, atol=0)
+    # What is logged beside the loss is of the global batch too, features' spread and teachers' entropy for example
+    first, same = ([row for row in rows(directory) if "loss" in row][0] for directory in (one, many))
+    assert first.keys() == same.keys()
+    for name in first:
+        assert same[name] == pytest.approx(first[name], rel=10 * rtol, abs=1e-5), name
     largest = max(g.abs().max() for g in one_grads)
     for a, b in zip(one_grads, many_grads, strict=True):
         assert a.dtype == (torch.float64 if variant in PRECISE else torch.float32)

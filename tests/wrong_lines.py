@@ -354,9 +354,13 @@ OWN = {
 
 
 # Common lines that would be wrong elsewhere and change nothing here
-NO_MATTER = {  # LARS leaves these parameters alone by `exclude`, and AdamW decays all, as the official code does
+NO_MATTER = {
+    # LARS leaves these parameters alone by `exclude`, and AdamW decays all, as the official code does
     "mocov3.py": [('{"params": no_decay, "weight_decay": 0.0}',
                    '{"params": no_decay, "weight_decay": args.weight_decay}')],
+    # the schedule writes the decay before each step
+    "dino.py": [('{"params": decay, "weight_decay": args.weight_decay}', '{"params": decay, "weight_decay": 0.0}')],
+    "ibot.py": [('{"params": decay, "weight_decay": args.weight_decay}', '{"params": decay, "weight_decay": 0.0}')],
 }  # fmt: skip
 
 
