@@ -88,7 +88,7 @@ SMALL = dict(image_size=32, jitter_strength=0.5, blur=False, temperature=0.5)  #
 SGD = dict(optimizer="sgd", base_lr=0.12, weight_decay=5e-4, warmup_epochs=0.0)
 RECIPES = {
     "flocks": dict(SMALL, arch="resnet10", width=0.25, stem="small", crop_min=0.3, temperature=0.2,
-                   epochs=3, batch_size=128, optimizer="sgd", base_lr=0.5, weight_decay=1e-4,
+                   epochs=3, batch_size=128, optimizer="sgd", base_lr=0.25, weight_decay=1e-4,
                    warmup_epochs=0.1),
     "shapes": dict(SMALL, **SGD, arch="resnet18", stem="imagenet", epochs=2, batch_size=128),
     # lightly's CIFAR-10 benchmark (kNN 84.8%), except that here norms are not decayed, the cosine
