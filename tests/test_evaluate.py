@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 import dino
@@ -347,6 +347,18 @@ def test_ridge_by_hand():
         scores = (F.normalize(points, dim=1) - mean) @ weight + bias
         right = 0.5 + 0.5 / (1 + penalty / 2)
         torch.testing.assert_close(scores, torch.tensor([[right, 1 - right], [1 - right, right]], dtype=torch.float64))
+
+
+def test_ridge_is_scikit_learn_s():
+    """Of three classes that are not equally frequent."""
+    noise = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(40, 5, generator=noise).double(), torch.randint(0, 9, (40,), generator=noise).clamp(max=2)
+    mean, weight, bias = ridge(x, labels, 3, penalty=0.1)
+    unit = F.normalize(x, dim=1)
+    alpha = 0.1 * float((unit - unit.mean(0)).square().sum(0).mean())
+    theirs = Ridge(alpha).fit(unit.numpy(), F.one_hot(labels, 3).double().numpy())
+    torch.testing.assert_close(weight, torch.from_numpy(theirs.coef_.T.copy()))
+    torch.testing.assert_close((unit - mean) @ weight + bias, torch.from_numpy(theirs.predict(unit.numpy())))
 
 
 def test_linear_separates_what_a_line_separates():

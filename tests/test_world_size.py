@@ -1,12 +1,14 @@
 """The same run everywhere: loss, gradient and a 12-step curve do not depend on the number of processes."""
 
 import contextlib
+import copy
 import json
 import subprocess
 
 import pytest
 import torch
 
+from common import GlooSyncBatchNorm
 from runs import METHODS, RESNET, argv_of, environment, float64, make_photos, rows, train_here
 
 NAMES = [*METHODS, "clip_resnet", "declip_resnet"]
@@ -95,6 +97,24 @@ def test_accumulation_is_exact(results, variant, whole):
     assert first == pytest.approx(second, rel=1e-6)
     for a, b in zip(plain_grads, accum_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_on_cpus_is_torch_s(affine):
+    """In one process, which has the whole batch: outputs, gradients and running statistics, of images and of vectors."""
+    for plain, shape in ((torch.nn.BatchNorm2d, (5, 3, 4, 2)), (torch.nn.BatchNorm1d, (5, 3))):
+        theirs = plain(3, eps=1e-3, momentum=0.2, affine=affine)
+        ours = copy.deepcopy(theirs)
+        ours.__class__ = GlooSyncBatchNorm
+        for mode in (True, True, False):
+            x = 3 * torch.randn(shape) + 1
+            both = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+            outputs = [net.train(mode)(y) for net, y in zip((theirs, ours), both)]
+            for output in outputs:
+                output.square().mul(torch.arange(len(x)).view(-1, *[1] * (x.ndim - 1))).sum().backward()
+            torch.testing.assert_close(*outputs)
+            torch.testing.assert_close(*(y.grad for y in both), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("variant, processes", [("align_groups", 2)])

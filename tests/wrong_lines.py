@@ -20,7 +20,7 @@ TESTS = {
     "dino.py": f"{WATCHED} tests/test_dino.py -k 'dino and not dinov2'",
     "ibot.py": f"{WATCHED} tests/test_ibot.py -k ibot",
     "dinov2.py": f"{WATCHED} tests/test_dinov2.py -k dinov2",
-    "common.py": "tests/test_ops.py tests/test_golden.py tests/test_world_size.py::test_running_statistics_are_the_mean_over_all_processes"
+    "common.py": "tests/test_golden.py tests/test_world_size.py::test_batch_norm_on_cpus_is_torch_s tests/test_world_size.py::test_running_statistics_are_the_mean_over_all_processes"
     " tests/test_world_size.py::test_same_run_on_more_processes[simclr-2] tests/test_world_size.py::test_same_run_on_more_processes[slip-2]",
     "data.py": "tests/test_augment.py tests/test_tokenizer.py tests/test_ops.py",
     "knn.py": "tests/test_evaluate.py",
