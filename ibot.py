@@ -107,8 +107,8 @@ VITB = dict(
 VITL = dict(VITB, arch="vit_large_patch16", epochs=250, base_lr=5e-4, drop_path=0.2)
 RAND = dict(mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05)
 RECIPES = {
-    # our own, for the drawn scenes. At first every class token gets the same answer; a sharp teacher
-    # whose center follows quickly leads out of that
+    # our own, for the drawn scenes. At first every class token gets the same answer; a sharp
+    # teacher whose center follows quickly leads out of that
     "flocks": dict(
         arch="vit_nano_patch8", image_size=32, local_crops=0, crop_split=0.7, jitter_strength=0.0,
         blur=False, hidden_dim=512, out_dim=64, norm_last_layer=True, freeze_last_layer=0.0,
