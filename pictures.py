@@ -102,7 +102,8 @@ def next_command(run, protocol, dataset) -> str:
     if not dataset and len(run.loader.dataset) > 100_000:  # too many to compare all with each other
         return run.command("python", "evaluate.py", protocol, run.dir, "--data", "cifar10")
     tested, words = dataset or run.loader.dataset, ["--data", run.args.data]
-    named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]  # no bare ids
+    # a WordNet id is no name
+    named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]
     if protocol == "zeroshot" and not named:
         protocol = "retrieval"
     if dataset:

@@ -1,6 +1,6 @@
 """The paper trail of a training run: its command line, directory, log, checkpoint and pictures.
 
-Nothing here changes a number, but for --init, or knows a method. Method files show its use."""
+Nothing here knows a method, and nothing but --init changes a number. Method files show its use."""
 
 import argparse
 import contextlib
@@ -410,14 +410,14 @@ class Run:
         self._restart_clock()
 
     def _left(self, seconds, steps) -> str:
-        """H:M:S to the last step at the rate of ten rows: that of one jumps on busy machines."""
+        """Time left, H:M:S, at the rate of the last ten rows: one row jumps on busy machines."""
         self.recent = [*self.recent[-9:], (seconds, steps)]
         spent, done = map(sum, zip(*self.recent))
         left = round((self.last - self.step) * spent / done)
         return f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def _means(self) -> list[float]:
-        """The latest terms, averaged over processes. UserError if one was not finite at a step."""
+        """The latest terms, averaged over ranks. UserError if one was not finite at any step."""
         names, rows = zip(*self.pending)
         values = all_reduce_mean(torch.stack(rows)).cpu()  # (steps since the last call, terms)
         bad = (~torch.isfinite(values)).any(1)
@@ -527,7 +527,7 @@ class Run:
             os.replace(temporary, kept)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {kept} ({error}), free space; {path} is good") from error
+            raise UserError(f"cannot write {kept} ({error}), make room; {path} is good") from error
 
     def finish(self, protocol: str = "", dataset=None, hint: str = "") -> dict:
         """Writes curves.png, says where all is and what comes next; -> the last evaluation.
