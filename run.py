@@ -142,12 +142,15 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
 # -------------------------------------------- a run --------------------------------------------
 def load_checkpoint(path: str | Path) -> dict:
     """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling objects. Files of
-    torch.save hold checksums, which torch.load ignores: here those of a run must fit."""
+    torch.save hold checksums, which torch.load ignores: here those of a run must fit. Tensors are
+    mapped from the file, so that the processes of a computer share one copy in memory."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        # torch 1.5 and older wrote no zip files, and Windows replaces no file that is mapped
+        mapped = os.name != "nt" and zipfile.is_zipfile(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if isinstance(saved, dict) and "method" in saved and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not fit")
         return saved

@@ -1,14 +1,17 @@
 """run.py: what --help says, which flag a slip of the pen meant, which command a run names at its end."""
 
+import gc
+import re
 import shlex
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import UserError
 from pictures import next_command
-from run import Run, RunArgs, parse_args
+from run import Run, RunArgs, load_checkpoint, parse_args
 from runs import METHODS, ROOT, module_of
 from test_readme import parse
 
@@ -100,3 +103,19 @@ def test_next_command(monkeypatch, protocol, trained_on, dataset, command, data_
     parse(words[1], words[2:])  # evaluate.py takes it
     monkeypatch.chdir(ROOT / "tests")
     assert shlex.split(next_command(run, protocol, dataset))[1] == str(ROOT / "evaluate.py")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory is private")
+def test_processes_share_the_memory_of_a_checkpoint_and_its_file_stays_as_it_is(tmp_path):
+    def private():
+        return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    path, size = tmp_path / "checkpoint.pt", 200_000_000
+    torch.save({"method": "clip", "model": {"weight": torch.ones(size // 4)}}, path)
+    gc.collect()
+    before = private()
+    weight = load_checkpoint(path)["model"]["weight"]
+    assert weight.sum() == size // 4
+    assert private() - before < size / 4
+    weight[0] = 5.0  # as an optimizer does with a state that it took over
+    assert weight[0] == 5.0 and load_checkpoint(path)["model"]["weight"][0] == 1.0
