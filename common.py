@@ -2,18 +2,17 @@
 precision, activation checkpointing, schedule, LARS. run.py writes experiments down."""
 
 import contextlib
-import functools
 import math
 import os
 import re
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective_contexts
 
 
 class UserError(Exception):
@@ -153,7 +152,8 @@ def mixed_precision(dtype: str, device: torch.device):
     elif dtype == "auto":
         dtype = "fp32"
     low = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[dtype]
-    autocast = torch.autocast(device.type, dtype=low) if low else contextlib.nullcontext()
+    # cast anew in each call: gradients of several calls add up in fp32, and recomputation fits
+    autocast = torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 
@@ -168,10 +168,10 @@ def checkpoint_blocks(model: nn.Module, how: str, *classes):
     def policy(_, op, *args, **kwargs):  # mm, addmm, bmm and every kind of attention are kept
         kept = re.search("mm|attention", op.name())
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-    contexts = functools.partial(selective_contexts, policy)
+    contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy)
     options = {"context_fn": contexts} if how == "selective" else {}
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def warmup_cosine(step, total, warmup, peak, start=0.0, end=0.0, reach_peak=False) -> float:

@@ -142,14 +142,12 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
 # -------------------------------------------- a run --------------------------------------------
 def load_checkpoint(path: str | Path) -> dict:
     """A file or a run directory's checkpoint.pt, onto the CPU, without unpickling objects. Files of
-    torch.save hold checksums, which torch.load ignores: here those of a run must fit. Tensors are
-    mapped from the file, so that the processes of a computer share one copy in memory."""
+    torch.save hold checksums, which torch.load ignores: here those of a run must fit."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     try:
-        # torch 1.5 and older wrote no zip files, and Windows replaces no file that is mapped
-        mapped = os.name != "nt" and zipfile.is_zipfile(path)
+        mapped = os.name != "nt" and zipfile.is_zipfile(path)  # processes share it in memory
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if isinstance(saved, dict) and "method" in saved and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not fit")
@@ -337,14 +335,13 @@ class Run:
             replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        try:  # a kill may cut the last line off
+        try:  # a kill may cut the last line off; nothing stays of a run that is at step 0 again
             rows = [json.loads(line) for line in lines if line.endswith("}")]
-            rows = [row for row in rows if row["step"] <= self.step]
+            rows = [row for row in rows if row["step"] <= self.step and self.step > 0]
         except (ValueError, LookupError, TypeError) as error:
             text = f"{path} is damaged ({error!r}): mend it or use another --output-dir"
             raise UserError(text) from error
-        rows = [row for row in rows if "end" not in row and self.step]  # none of them at step 0
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if "end" not in row))
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
         if self.args.tensorboard:

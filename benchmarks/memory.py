@@ -90,7 +90,7 @@ def on_average(args):
     stays = 1 - getattr(args, "drop_path", 0.0)  # stochastic depth leaves out the rest (dinov2.py)
     masked = 0.15  # tokens of a caption (declip.py)
     if hasattr(args, "mask_ratio"):
-        masked = args.mask_prob * args.mask_ratio
+        masked = getattr(args, "mask_prob", 1.0) * args.mask_ratio  # slip_ablations.py masks all
 
     def item(x):
         return 1.0 if x.is_floating_point() else 0  # False for a bool

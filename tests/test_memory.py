@@ -14,7 +14,7 @@ import slip
 from common import UserError, checkpoint_blocks
 from runs import ROOT, make_photos, module_of, rows, train_here
 
-CHECKPOINTED = ["clip", "clip_resnet", "slip", "declip", "align", "mocov3", "dino", "ibot", "dinov2"]
+CHECKPOINTED = ["clip", "clip_resnet", "slip", "slip_ablations", "declip", "align", "mocov3", "dino", "ibot", "dinov2"]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,12 @@ def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
-def test_checkpointing_changes_no_number(name, photos, tmp_path):
-    """Three steps of the loop: stochastic depth, masks, EMA and batch norm in heads included."""
-    flags = ["--max-steps", "3", "--eval-every", "0", "--save-every", "0"]
+def test_checkpointing_changes_no_number(name, dtype, photos, tmp_path):
+    """Three steps of the loop: stochastic depth, masks, EMA and batch norm in heads included. In bf16 weights are cast, and
+    most methods call their blocks more than once."""
+    flags = ["--max-steps", "3", "--eval-every", "0", "--save-every", "0", "--dtype", dtype]
     grads = {}
     for how in ("none", "selective", "full"):
         grads[how] = train_here(name, photos, tmp_path / how, *flags, "--grad-checkpointing", how)
