@@ -280,11 +280,15 @@ def predict(module, args, gpus):
 
         return call
 
+    def copied(x, memo):  # copy.deepcopy() of a buffer wants a storage
+        return memo.setdefault(id(x), x.detach().clone())
+
     views = [c for c in vars(module).values() if isinstance(c, type) and hasattr(c, "crop")]
     views = [c for c in views if "__call__" in vars(c)]
     with contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(mock.patch.object(view, "__call__", view_on_gpu(view.__call__)))
+        stack.enter_context(mock.patch("torch.Tensor.__deepcopy__", copied))
         stack.enter_context(mock.patch("torch.nn.Module.to", lambda model, *_, **__: model))
         stack.enter_context(mock.patch("torch.distributed.is_initialized", lambda: fsdp))
         stack.enter_context(alone_among(module, gpus, device, live.backward_starts))
