@@ -17,7 +17,8 @@ queue, V number of tokens.
 
 Laptop        torchrun declip.py
 1 GPU         torchrun declip.py --data flickr8k
-8 GPUs        torchrun --nproc_per_node=8 declip.py --data yfcc15m      (or with --arch resnet50)
+8 GPUs        torchrun --nproc_per_node=8 declip.py --data yfcc15m
+              torchrun --nproc_per_node=8 declip.py --data cc12m      (ResNet-50)
 Own data      torchrun declip.py --data path/to/captions.csv --recipe flickr8k
 
 Official checkpoints load strictly (evaluation.weights.load_released). The default follows the text
@@ -102,6 +103,7 @@ PHOTOS |= dict(epochs=30, batch_size=1024, lr=1e-3, warmup_epochs=2.0, queue_siz
 # Beside CC3M and CC12M: ImageNet zero-shot accuracy in the paper, whose ResNet-50, batch and epochs
 # these are. We do not know the other hyperparameters of its runs: the warm-up is our choice.
 RESNET = dict(arch="resnet50", eval_data="imagenet", warmup_epochs=1.0)
+RESNET |= dict(grad_checkpointing="full")  # of the text encoder, to fit 8 GPUs of 80 GB
 RECIPES = {
     "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2,
                    epochs=2),

@@ -214,7 +214,7 @@ def alone_among(module, gpus, device, marks):
         "Tokenizer": FullCaptions,
         "open_dataset": lambda name, *_: Unread(name),
         "language_set": lambda *_: None,
-        "knn_sets": lambda *_: (None, None),
+        "probe_sets": lambda *_: (None, None, None),
         "evaluation_set": lambda *_: None,
         "captions": lambda *_: (),
         "open_synonyms": lambda *_: None,
@@ -239,6 +239,7 @@ def alone_among(module, gpus, device, marks):
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(mock.patch("torch.distributed.get_rank", lambda *_: 0))
+        stack.enter_context(mock.patch("torch.distributed.get_world_size", lambda *_: gpus))
         stack.enter_context(mock.patch("torch.Tensor.backward", watched))
         yield
     buckets.clear()
@@ -295,6 +296,8 @@ def predict(module, args, gpus):
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(live)
         state = module.train(args)
+        if fsdp:
+            state["model"], state["optimizer"] = state["optimizer"].items
         found = parts(state, gpus)
         static = sum(found.values())
         found["kept for backward"] = live.kept - static + found["gradients"]
