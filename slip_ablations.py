@@ -100,8 +100,10 @@ RECIPES = {
         SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2
     ),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
-    # moving averages and the views of three encoders take more room than slip.py's
-    "yfcc15m": dict(LARGE, grad_checkpointing="full"),  # 42.8%
+    "yfcc15m": dict(
+        LARGE,
+        grad_checkpointing="full",  # moving averages take more room than slip.py has
+    ),  # 42.8%
     "yfcc15m-clip": dict(LARGE, ssl="none", lr=5e-4, weight_decay=0.5),  # 37.6%
     "yfcc15m-simclr": dict(LARGE, clip_scale=0.0, lr=3.2e-3),  # linear 64.0%
 }

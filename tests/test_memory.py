@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import weakref
 
 import pytest
@@ -120,4 +121,27 @@ def test_the_table_of_gib_is_what_was_recorded():
     recorded = json.loads((ROOT / "results/memory.json").read_text())["rows"]
     lines = [f"| `{row['command']}` | {row['batch']} | {row['gib']['kept for backward']:.1f} | {row['gib']['peak']:.1f} |"
              for row in recorded]  # fmt: skip
-    assert len(lines) >= 6 and [line for line in text.splitlines() if line.startswith("| `") and ".py --data" in line] == lines
+    assert len(lines) >= 40 and [line for line in text.splitlines() if line.startswith("| `") and ".py --data" in line] == lines
+
+
+NEUTRAL = {"--data-dir", "--output-dir", "--epochs", "--warmup-epochs", "--lr", "--weight-decay", "--init", "--clip-views", "--images"}
+
+
+def test_every_documented_command_for_eight_gpus_has_its_gib():
+    """But for flags that take no memory. --images decoupled shows a step as many images as --images all."""
+    recorded = {row["command"]: row["gib"]["peak"] for row in json.loads((ROOT / "results/memory.json").read_text())["rows"]}
+    documented = set()
+    for page in (ROOT / "docs").glob("*.md"):
+        for words in re.findall(r"^torchrun --nproc_per_node=8 ((?:\w+)\.py [^#\n]*)", page.read_text(), re.M):
+            words, kept = words.split(), []
+            while words:
+                word = words.pop(0)
+                if word in NEUTRAL:
+                    words.pop(0)
+                else:
+                    kept.append(word)
+            if kept[0] not in ("simclrv2.py", "evaluate.py"):
+                documented.add(" ".join(kept))
+    assert len(documented) >= 35 and documented <= set(recorded), documented - set(recorded)
+    shown = [command for command, peak in recorded.items() if peak + 4 > 79.6]  # of an H100 or A100 of 80 GB
+    assert shown == ["slip.py --data yfcc15m --grad-checkpointing none"]
