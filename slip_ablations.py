@@ -101,8 +101,7 @@ RECIPES = {
     ),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
     "yfcc15m": dict(
-        LARGE,
-        grad_checkpointing="full",  # moving averages take more room than slip.py has
+        LARGE, grad_checkpointing="full"  # moving averages take more room than slip.py has
     ),  # 42.8%
     "yfcc15m-clip": dict(LARGE, ssl="none", lr=5e-4, weight_decay=0.5),  # 37.6%
     "yfcc15m-simclr": dict(LARGE, clip_scale=0.0, lr=3.2e-3),  # linear 64.0%
