@@ -107,7 +107,8 @@ def draw_ablation(method, path):
         axis.axhline(value, color="grey", linestyle=":", label=f"chance, {value:.3g}")
         axis.set(xlabel="images seen, thousands", title=title, xlim=(0, None), ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(loc="lower right", frameon=False, fontsize=8)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
