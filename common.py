@@ -152,7 +152,7 @@ def mixed_precision(dtype: str, device: torch.device):
     elif dtype == "auto":
         dtype = "fp32"
     low = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[dtype]
-    # cast anew in each call: gradients of several calls add up in fp32, and recomputation fits
+    # cast anew in each call: gradients of calls add up in fp32, and recomputation casts as often
     autocast = torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
