@@ -93,7 +93,10 @@ def test_automatic_precision():
             autocast.fast_dtype == (torch.bfloat16 if bf16 else torch.float16) and scaler.is_enabled() != bf16
         )
     else:
-        assert not isinstance(autocast, torch.autocast) and not scaler.is_enabled()
+        x = torch.ones(2, 2, device=device)
+        with autocast:
+            assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+        assert not scaler.is_enabled()
 
 
 # A step as small as that of a large batch: where losses jump about, rounding soon makes another run.
