@@ -140,7 +140,7 @@ class QuickGELU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -152,16 +152,16 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, queries=None):
         y = self.ln_1(x)
-        causal = mask is not None
-        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
-        x = x + y
+        q = y if queries is None else y[:, :queries]
+        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)
+        x = x[:, :queries] + y
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """`layers` blocks; causal: a token sees itself and those before it. (B, N, D) -> (B, N, D)."""
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -169,19 +169,19 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
         self.causal = causal
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         mask = None
         if self.causal:
-            tokens = x.shape[1]
-            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
-        for block in self.resblocks:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x, mask)
-        return x
+        return last(x, mask, queries)
 
 
 class VisionTransformer(nn.Module):
     """OpenAI's ViT (Sec. 2.4): no bias in the patch embedding, a norm before the first block.
-    (B, 3, S, S) -> (B, E)."""
+    (B, 3, S, S) -> (B, E). In training the last block computes nothing but the class token."""
 
     def __init__(self, image_size, patch_size, width, layers, heads, embed_dim):
         super().__init__()
@@ -200,7 +200,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
+        x = self.transformer(self.ln_pre(x), queries=1 if self.training else None)
         return self.ln_post(x[:, 0])
 
     def forward(self, x):

@@ -226,7 +226,7 @@ def eval_view(args) -> EvalView:
 # ---------------------------------------- backbone ----------------------------------------
 # Adapted from clip.py: ResidualAttentionBlock, QuickGELU in forward, initialised here
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm block; causal: a token sees itself and those before it. (B, N, D) -> (B, N, D)."""
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
 
     def __init__(self, width, layers, causal=False):
         super().__init__()
@@ -243,14 +243,14 @@ class ResidualAttentionBlock(nn.Module):
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.mlp.c_proj.weight, std=std_out)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         y = self.ln_1(x)
+        q = y if queries is None else y[:, :queries]
         mask = None
         if self.causal:
-            tokens = x.shape[1]
-            mask = x.new_full((tokens, tokens), float("-inf")).triu(1)
-        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)
-        x = x + y
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)
+        x = x[:, :queries] + y
         y = self.mlp.c_fc(self.ln_2(x))
         y = y * torch.sigmoid(1.702 * y)  # QuickGELU
         return x + self.mlp.c_proj(y)
@@ -260,18 +260,18 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width, layers, causal=False):
         super().__init__()
-        self.resblocks = nn.Sequential()
-        for _ in range(layers):
-            self.resblocks.append(ResidualAttentionBlock(width, layers, causal))
+        blocks = [ResidualAttentionBlock(width, layers, causal) for _ in range(layers)]
+        self.resblocks = nn.Sequential(*blocks)
 
-    def forward(self, x):
-        return self.resblocks(x)
+    def forward(self, x, queries=None):
+        x = self.resblocks[:-1](x)
+        return self.resblocks[-1](x, queries)
 
 
 # Adapted from clip.py: VisionTransformer, initialised as the text encoder is (official code)
 class VisionTransformer(nn.Module):
     """OpenAI's ViT (CLIP Sec. 2.4): no bias in the patch embedding, a norm before the first block.
-    (B, 3, S, S) -> (B, E)."""
+    (B, 3, S, S) -> (B, E). In training the last block computes nothing but the class token."""
 
     def __init__(self, image_size, patch_size, width, layers, embed_dim):
         super().__init__()
@@ -290,7 +290,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
+        x = self.transformer(self.ln_pre(x), queries=1 if self.training else None)
         return self.ln_post(x[:, 0])
 
     def forward(self, x):

@@ -230,7 +230,7 @@ def eval_view(args) -> EvalView:
 # ---------------------------------------- backbone ----------------------------------------
 # Copied from slip.py: Attention
 class Attention(nn.Module):
-    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -238,18 +238,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 # Adapted from slip.py: Block, with stochastic depth
 class Block(nn.Module):
-    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382)
-    leaves either branch out for a share `drop_path` of the samples: those whose number in
-    u, (B, 2), is below it."""
+    """Pre-norm block, timm's names. (B, N, D) -> (B, N, D), or the first `queries` tokens of it.
+    Stochastic depth (arXiv 1603.09382) leaves either branch out for a share `drop_path` of the
+    samples: those whose number in u, (B, 2), is below it."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -268,18 +268,18 @@ class Block(nn.Module):
         kept = (u >= self.drop_path) / (1 - self.drop_path)  # (B,): the mean of y does not change
         return y * kept.to(y.dtype)[:, None, None]
 
-    def forward(self, x, u=None):
+    def forward(self, x, u=None, queries=None):
         u1, u2 = None, None
         if u is not None:
             u1, u2 = u.unbind(1)
-        x = x + self.drop(self.attn(self.norm1(x)), u1)
+        x = x[:, :queries] + self.drop(self.attn(self.norm1(x), queries), u1)
         return x + self.drop(self.mlp(self.norm2(x)), u2)
 
 
 # Adapted from slip.py: VisionTransformer, with stochastic depth, for images of any size
 class VisionTransformer(nn.Module):
     """timm's ViT, without a norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
-    the last norm."""
+    the last norm. In training the last block computes nothing else."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
         super().__init__()
@@ -324,7 +324,8 @@ class VisionTransformer(nn.Module):
         x = self.prepare_tokens(x)
         for i, block in enumerate(self.blocks):
             u = None if drop_path is None else drop_path[:, i]
-            x = block(x, u)
+            last = i + 1 == len(self.blocks)
+            x = block(x, u, queries=1 if last and self.training else None)
         return self.norm(x[:, 0])
 
 

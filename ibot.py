@@ -240,7 +240,7 @@ def eval_view(args) -> EvalView:
 # ---------------------------------------- backbone ----------------------------------------
 # Copied from dino.py: Attention
 class Attention(nn.Module):
-    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -248,18 +248,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 # Copied from dino.py: Block
 class Block(nn.Module):
-    """Pre-norm block with timm's names. (B, N, D) -> (B, N, D). Stochastic depth (arXiv 1603.09382)
-    leaves either branch out for a share `drop_path` of the samples: those whose number in
-    u, (B, 2), is below it."""
+    """Pre-norm block, timm's names. (B, N, D) -> (B, N, D), or the first `queries` tokens of it.
+    Stochastic depth (arXiv 1603.09382) leaves either branch out for a share `drop_path` of the
+    samples: those whose number in u, (B, 2), is below it."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -278,11 +278,11 @@ class Block(nn.Module):
         kept = (u >= self.drop_path) / (1 - self.drop_path)  # (B,): the mean of y does not change
         return y * kept.to(y.dtype)[:, None, None]
 
-    def forward(self, x, u=None):
+    def forward(self, x, u=None, queries=None):
         u1, u2 = None, None
         if u is not None:
             u1, u2 = u.unbind(1)
-        x = x + self.drop(self.attn(self.norm1(x)), u1)
+        x = x[:, :queries] + self.drop(self.attn(self.norm1(x), queries), u1)
         return x + self.drop(self.mlp(self.norm2(x)), u2)
 
 

@@ -190,7 +190,7 @@ ARCHS = {"vit_nano": (96, 3, 3), "vit_micro": (192, 4, 3), "vit_small": (384, 12
 
 # Copied from slip.py: Attention
 class Attention(nn.Module):
-    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -198,16 +198,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 # Copied from slip.py: Block
 class Block(nn.Module):
-    """Pre-norm block of the image encoder, with timm's names. (B, N, D) -> (B, N, D)."""
+    """Pre-norm block, timm's names. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -219,8 +219,8 @@ class Block(nn.Module):
         self.mlp.add_module("act", nn.GELU())
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, queries=None):
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -240,7 +240,7 @@ def sincos_position_embedding(side, dim):
 # Adapted from slip.py: VisionTransformer, fixed positions, other initial weights, a head
 class VisionTransformer(nn.Module):
     """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after the last
-    norm, and through `head`."""
+    norm, and through `head`. In training the last block computes nothing else."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, freeze_patch_embed=True):
         super().__init__()
@@ -267,8 +267,9 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
         cls_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x)[:, 0]))
+        x = self.blocks[:-1](torch.cat([cls_token, x], dim=1) + self.pos_embed)
+        x = self.blocks[-1](x, queries=1 if self.training else None)
+        return self.head(self.norm(x[:, 0]))
 
 
 # Copied from moco.py: ResNet

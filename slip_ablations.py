@@ -213,7 +213,7 @@ def half_of(dataset, which):
 # ---------------------------------------- backbone ----------------------------------------
 # Copied from slip.py: Attention
 class Attention(nn.Module):
-    """Multi-head self-attention. (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -221,16 +221,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 # Copied from slip.py: Block
 class Block(nn.Module):
-    """Pre-norm block of the image encoder, with timm's names. (B, N, D) -> (B, N, D)."""
+    """Pre-norm block, timm's names. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -242,8 +242,8 @@ class Block(nn.Module):
         self.mlp.add_module("act", nn.GELU())
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, queries=None):
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -290,7 +290,7 @@ class QuickGELU(nn.Module):
 
 # Copied from clip.py: ResidualAttentionBlock
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -302,17 +302,17 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, queries=None):
         y = self.ln_1(x)
-        causal = mask is not None
-        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
-        x = x + y
+        q = y if queries is None else y[:, :queries]
+        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)
+        x = x[:, :queries] + y
         return x + self.mlp(self.ln_2(x))
 
 
 # Copied from clip.py: Transformer
 class Transformer(nn.Module):
-    """`layers` blocks; causal: a token sees itself and those before it. (B, N, D) -> (B, N, D)."""
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -320,14 +320,14 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
         self.causal = causal
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         mask = None
         if self.causal:
-            tokens = x.shape[1]
-            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
-        for block in self.resblocks:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x, mask)
-        return x
+        return last(x, mask, queries)
 
 
 # ---------------------------------------- model ----------------------------------------

@@ -38,7 +38,7 @@ import byol  # noqa: E402
 import dino  # noqa: E402
 import moco  # noqa: E402
 import simsiam  # noqa: E402
-from common import init_distributed, mixed_precision  # noqa: E402
+from common import init_distributed  # noqa: E402
 
 NEEDED = "lightly", "open_clip", "transformers"
 if lacking := [name for name in NEEDED if not importlib.util.find_spec(name)]:
@@ -341,7 +341,6 @@ def main():
     args = parser.parse_args()
     device = init_distributed("")
     torch.set_num_threads(args.threads)
-    low = getattr(mixed_precision(args.dtype, device)[0], "fast_dtype", torch.float32)
     results = {}
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())["results"]
@@ -349,7 +348,8 @@ def main():
         results[method] = compare(method, args, device)
         results[method] |= {"rounds": args.rounds, "date": time.strftime("%Y-%m-%d")}
         if args.out:
-            record = step.environment() | {"gpu": None, "dtype": str(low).removeprefix("torch.")}
+            record = step.environment() | {"gpu": None}
+            record["dtype"] = step.computed_in(args.dtype, device)
             if device.type == "cuda":
                 record["gpu"] = torch.cuda.get_device_name()
             for name in ("lightly", "transformers"):

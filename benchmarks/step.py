@@ -203,6 +203,13 @@ def check(make, pairs, device):
     return losses
 
 
+def computed_in(dtype, device):
+    """Name of the type that matrix products have under --dtype."""
+    one = torch.ones(1, 1, device=device)
+    with mixed_precision(dtype, device)[0]:
+        return str((one @ one).dtype).removeprefix("torch.")
+
+
 def measure(rows, rounds, dtype, device):
     """-> seconds by name, one per round. Every other round goes backwards, so that no row always
     follows the same. On the CPU, seconds of its work: what other processes take meanwhile does not
@@ -234,8 +241,7 @@ def main():
     args = parser.parse_args()
     device = init_distributed("")  # the first there is; sets whatever a run sets
     torch.set_num_threads(args.threads)
-    low = getattr(mixed_precision(args.dtype, device)[0], "fast_dtype", torch.float32)
-    dtype = str(low).removeprefix("torch.")
+    dtype = computed_in(args.dtype, device)
     clip_pairs = [("open_clip", "here"), ("open_clip", "here, 77 tokens")]
     simclr_pairs = [("lightly", "here, one view at a time")]
     simclr_pairs += [("lightly, views in one batch", "here")]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import byol
+import clip
+import declip
 import dino
 import dinov2
 import ibot
@@ -37,6 +39,36 @@ def train(name, photos, directory, *flags):
     module.train(parse_args(module.Args, module.RECIPES, argv))
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
+
+
+def transformers():
+    torch.manual_seed(0)
+    yield clip.VisionTransformer(32, 8, 64, 3, 1, 16)
+    yield declip.VisionTransformer(32, 8, 64, 3, 16)
+    yield slip.VisionTransformer(32, 8, 64, 3, 2)
+    yield mocov3.VisionTransformer(32, 8, 64, 3, 2)
+    yield dino.VisionTransformer(32, 8, 64, 3, 2)
+
+
+@pytest.mark.parametrize("network", transformers(), ids=lambda network: network.__module__)
+def test_in_training_the_last_block_computes_the_class_token_alone(network):
+    """Output and gradients are those of evaluation, where all tokens are computed and can be looked at."""
+    network = network.double()
+    x, found = torch.randn(2, 3, 32, 32, dtype=torch.float64), {}
+    weights = torch.randn_like(network(x))
+    block = [module for module in network.modules() if hasattr(module, "mlp")][-1]
+    first = next(block.mlp.children())  # layer of the last MLP
+    for training in (True, False):
+        tokens = []
+        hook = first.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        network.train(training).zero_grad()
+        y = network(x)
+        (y * weights).sum().backward()
+        hook.remove()
+        assert tokens == [1 if training else 17]
+        found[training] = [y.detach()] + [p.grad.clone() for p in network.parameters() if p.requires_grad]
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 class Enough(Exception):
