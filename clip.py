@@ -155,7 +155,8 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x, mask=None, queries=None):
         y = self.ln_1(x)
         q = y if queries is None else y[:, :queries]
-        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)
+        causal = mask is not None
+        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x[:, :queries] + y
         return x + self.mlp(self.ln_2(x))
 
@@ -172,7 +173,8 @@ class Transformer(nn.Module):
     def forward(self, x, queries=None):
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            tokens = x.shape[1]
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)

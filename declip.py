@@ -12,8 +12,7 @@ text, N and N' the entries of a queue nearest to T and T', s = exp(t), alpha = b
     L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z), and no gradient
         through z (SimSiam Eq. 2)
     L_TSS = mean over the masked tokens of -log p(token),  chance ln V
-B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K length of the
-queue, V number of tokens.
+B global batch, b = B / processes, y = (0, ..., B-1), D width, E of embeddings, K queue, V tokens
 
 Laptop        torchrun declip.py
 1 GPU         torchrun declip.py --data flickr8k
@@ -248,7 +247,8 @@ class ResidualAttentionBlock(nn.Module):
         q = y if queries is None else y[:, :queries]
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            tokens = x.shape[1]
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
         y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)
         x = x[:, :queries] + y
         y = self.mlp.c_fc(self.ln_2(x))
@@ -611,11 +611,13 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
+    model = build_model(args)
+    model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     if args.released and isinstance(model.visual, VisionTransformer):
         model.visual.conv1.requires_grad_(False)
-    queue = TextQueue(args.queue_size, model.encode_text.text_projection.out_features).to(device)
+    dim = model.encode_text.text_projection.out_features
+    queue = TextQueue(args.queue_size, dim).to(device)
     checkpoint_blocks(model, args.grad_checkpointing, ResidualAttentionBlock)
     if args.compile:
         model.compile()
@@ -662,7 +664,8 @@ def train(args: Args) -> dict:
         known = text_embeds if args.released else text_embeds[:1]  # T, and T' with --released
         nearest = [queue.nearest(embed) for embed in known]
         scale = model.logit_scale.exp()
-        to_text, to_image = info_nce(image_embeds, [*text_embeds, *nearest], scale)
+        candidates = [*text_embeds, *nearest]
+        to_text, to_image = info_nce(image_embeds, candidates, scale)
         both = (to_text + to_image) / 2  # C of (I1, I2) with (T, T', N and, with --released, N')
         clip = both[0, 0]
         mvs = both[0, 1] + both[1, 0] + both[1, 1]

@@ -267,7 +267,8 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
         cls_token = self.cls_token.expand(len(x), -1, -1)
-        x = self.blocks[:-1](torch.cat([cls_token, x], dim=1) + self.pos_embed)
+        x = torch.cat([cls_token, x], dim=1) + self.pos_embed
+        x = self.blocks[:-1](x)
         x = self.blocks[-1](x, queries=1 if self.training else None)
         return self.head(self.norm(x[:, 0]))
 

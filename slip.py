@@ -9,8 +9,7 @@ image:
     L = L_clip + c L_ssl,  chance level ln B + c ln(2B - 1)
     L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)         (CLIP Fig. 3)
     L_ssl = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i} exp(v_i.v_k / tau) )
-B global batch, b = B / processes, N tokens, D width of a transformer, E of an embedding, S image
-size.
+B global batch, b = B / processes, N tokens, D width, E width of an embedding, S image side
 
 Laptop        torchrun slip.py
 1 GPU         torchrun slip.py --data flickr8k
@@ -25,12 +24,10 @@ Parameter names are the official code's, so its checkpoints load strictly
    1 and 64 GPUs train differently (official issue 31). --no-gather-grad gives that back.
  - A caption that is too long keeps its end token, which the text encoder pools at; the official
    code truncates it away.
- - The blur is a true Gaussian of sigma pixels. The official code uses Pillow's approximation of it
-   by box filters.
+ - The blur is a true Gaussian of sigma pixels; the official code has Pillow's box filters instead.
  - The three images of a pair go through the encoder in one batch, in the official code in three.
    There is no batch norm in it, so the numbers are the same.
- - Losses are computed in float32. --accum-steps is exact; the official code has fewer negatives in
-   each accumulation step.
+ - Losses are computed in float32. --accum-steps is exact; officially a piece is a batch of its own.
 
 Diff against: clip.py (and simclr.py for L_ssl).
 """
@@ -232,7 +229,8 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
         class_token = self.cls_token.expand(len(x), -1, -1)
-        x = self.blocks[:-1](torch.cat([class_token, x], dim=1) + self.pos_embed)
+        x = torch.cat([class_token, x], dim=1) + self.pos_embed
+        x = self.blocks[:-1](x)
         x = self.blocks[-1](x, queries=1 if self.training else None)
         return self.norm(x[:, 0])
 
@@ -260,7 +258,8 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x, mask=None, queries=None):
         y = self.ln_1(x)
         q = y if queries is None else y[:, :queries]
-        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)
+        causal = mask is not None
+        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x[:, :queries] + y
         return x + self.mlp(self.ln_2(x))
 
@@ -278,7 +277,8 @@ class Transformer(nn.Module):
     def forward(self, x, queries=None):
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            tokens = x.shape[1]
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)

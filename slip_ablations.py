@@ -1,5 +1,4 @@
-"""SLIP's experiments: what its paper compares it with (Mu et al. 2021, arXiv 2112.12750, Sec. 4.6
-and Sec. 5).
+"""SLIP's experiments: what its paper compares it with (Mu et al. 2021, arXiv 2112.12750).
 
 slip.py is the method; here its parts are exchanged. --ssl: must self-supervision be SimCLR's?
 --clip-scale 0: would it do to have it first, and CLIP second? --clip-views: is it only the
@@ -26,8 +25,7 @@ experiments was never published. What is known to differ:
    (ibot.py) would be a network of their own that learns, and so another experiment.
  - --images decoupled gives each loss a half of the data. In the paper L_ssl has as many images as
    L_clip, and those are all of these: compare it with --images half, both losses on one half.
- - MoCo v3 and BYOL have SLIP's learning rate and weights of the losses. The paper tuned both and
-   does not give them.
+ - MoCo v3 and BYOL have SLIP's learning rate and weights of losses. The paper's were not given.
 
 Diff against: slip.py.
 """
@@ -268,18 +266,19 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def tokens(self, x, mask=None, mask_token=None):
-        """(B, 3, S, S) -> (B, 1 + N, D), class token and patches after the last norm. Patches in
-        mask, (B, N) bool, are replaced by mask_token, (1, D)."""
+    def tokens(self, x, mask=None, mask_token=None, queries=None):
+        """(B, 3, S, S) -> (B, 1 + N, D), class token and patches after the last norm, or the first
+        `queries` of them. Patches in mask, (B, N) bool, are replaced by mask_token, (1, D)."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:  # before the position is added: a masked patch knows where it is
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
         class_token = self.cls_token.expand(len(x), -1, -1)
         x = torch.cat([class_token, x], dim=1) + self.pos_embed
-        return self.norm(self.blocks(x))
+        x = self.blocks[:-1](x)
+        return self.norm(self.blocks[-1](x, queries))
 
     def forward(self, x):
-        return self.tokens(x)[:, 0]
+        return self.tokens(x, queries=1 if self.training else None)[:, 0]
 
 
 # Copied from clip.py: QuickGELU
@@ -305,7 +304,8 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x, mask=None, queries=None):
         y = self.ln_1(x)
         q = y if queries is None else y[:, :queries]
-        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)
+        causal = mask is not None
+        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x[:, :queries] + y
         return x + self.mlp(self.ln_2(x))
 
@@ -323,7 +323,8 @@ class Transformer(nn.Module):
     def forward(self, x, queries=None):
         mask = None
         if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            tokens = x.shape[1]
+            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)
@@ -611,7 +612,8 @@ def masked_pixel_loss(predicted, pixels, mask):
     autocast. A mean over the masked patches of an image, then over this process's b images: the
     mean over processes is the loss of the global batch."""
     pixels = pixels.float()
-    mean, var = pixels.mean(-1, keepdim=True), pixels.var(-1, keepdim=True)
+    mean = pixels.mean(-1, keepdim=True)
+    var = pixels.var(-1, keepdim=True)
     target = (pixels - mean) / (var + 1e-6).sqrt()
     error = (predicted.float() - target).square().mean(-1)  # (b, N)
     masked = mask.float()
@@ -647,8 +649,10 @@ def train(args: Args) -> dict:
     # data
     model = build_model(args)
     dataset = open_dataset(args.data, args.data_dir)
-    val, tokenizer = None, None
-    pair_views, texts, extra = {}, {}, {}
+    val = tokenizer = None
+    pair_views = {}
+    texts = {}
+    extra = {}
     if language:
         val = language_set(args)
         source = captions(dataset) if args.tokenizer == "train" else None
@@ -714,7 +718,9 @@ def train(args: Args) -> dict:
             _, other_batch = next(other_batches)
             batch |= other_batch
         inputs = [views[name](*batch[name]) for name in other_views]
-        pair, terms, numbers = (), {}, {}
+        pair = ()
+        terms = {}
+        numbers = {}
         if language:
             image = views["image"](*batch["image"])
             pair = image, batch["text"]

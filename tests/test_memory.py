@@ -100,7 +100,7 @@ def test_how_much_blocks_keep():
         model = nn.Sequential(*[slip.Block(width, 4) for _ in range(8)])
         checkpoint_blocks(model, how, slip.Block)
         live, x = LiveBytes(), torch.randn(16, tokens, width)
-        live.seen = {p.untyped_storage()._cdata: p for p in model.parameters()}
+        live.seen = {t.untyped_storage()._cdata: t for t in (x, *model.parameters())}
         with live:
             y = model(x)
         kept[how] = live.bytes / (8 * 16 * tokens * width * 4)
