@@ -212,7 +212,7 @@ class InOrder(torch.utils.data.Dataset):
 
 
 def train(peer, args, dataset, loader, steps):
-    """-> seconds of the loop."""
+    """-> when the loop began and when each step ended, in seconds."""
     peak = args.lr if hasattr(args, "lr") else args.base_lr * args.batch_size / 256
     optimizer = torch.optim.SGD(groups_of(peer, args.weight_decay), lr=peak, momentum=args.momentum)
     order = ([index for _, index in batch] for batch in loader.order(0, steps))
@@ -221,7 +221,7 @@ def train(peer, args, dataset, loader, steps):
     )
     total = args.epochs * loader.steps_per_epoch
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
-    began, shown = time.time(), 0.0
+    ended, shown = [time.time()], 0.0
     for i, x in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = peak
@@ -234,10 +234,11 @@ def train(peer, args, dataset, loader, steps):
         if hasattr(peer, "after"):
             peer.after(i / total)
         shown = loss.item() if i == 0 else 0.98 * shown + 0.02 * loss.item()
+        ended.append(time.time())
         if (i + 1) % 100 == 0:
-            took = time.time() - began
+            took = ended[-1] - ended[0]
             print(f"lightly: step {i + 1}/{steps} loss {shown:.3f}, {took:.0f} s", flush=True)
-    return time.time() - began
+    return ended
 
 
 # -------------------------------------------- comparing -----------------------------------------
@@ -315,7 +316,7 @@ def main():
     dim = backbone.eval()(torch.zeros(2, 3, args.image_size, args.image_size)).shape[1]
     peer = globals()[args.method](args, backbone.train(), dim)
     steps = rows[-1]["step"]
-    seconds = train(peer, args, dataset, loader, steps)
+    ended = train(peer, args, dataset, loader, steps)
 
     small = EvalView(8, interpolation="box", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     normalised = EvalView(args.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -327,7 +328,7 @@ def main():
         "random weights": accuracy(start.encoder, start.view, args),
         "pixels": accuracy(nn.Flatten(), small, args),
         "seconds here": 60 * training_minutes([r for r in rows if "loss" in r], args.batch_size),
-        "seconds lightly": seconds,
+        "seconds lightly": ended[-1] - ended[0],
         "threads": torch.get_num_threads(),
         "workers": args.workers,
         "command": training_command(read_json(options.run / "env.json")),

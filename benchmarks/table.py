@@ -408,12 +408,12 @@ def ablations(prefix):
 
 
 def speed(prefix):
-    """From what augment.py, step.py, side_by_side.py and loss_memory.py wrote to results/."""
+    """From what augment.py, step.py, side_by_side.py, end_to_end.py and loss_memory.py wrote."""
     rows = []
     for path in sorted((ROOT / "results").glob("*.json")):
         r, kind = json.loads(path.read_text()), re.match("[a-z]+", path.stem)[0]
         link, machine = f"[{path.stem}]({prefix}results/{path.name})", r.get("gpu") or r.get("cpu")
-        if kind not in ("augment", "step", "side", "loss"):
+        if kind not in ("augment", "step", "side", "end", "loss"):
             continue
         for name, found in r["results"].items():
             if kind == "augment":
@@ -436,6 +436,14 @@ def speed(prefix):
                     if not peer.startswith("here"):
                         there = f"{peer} {theirs['ms_median']:.0f} ms"
                         ratio = f"{theirs['over_here_median']:.2f}x"
+                        rows.append([link, what, there, ours, ratio])
+            elif kind == "end":
+                what = f"training of {name} with its data, {r['data']}, two cores of {machine}"
+                ours = f"{found['rows']['here']['images_per_second']:.0f} images/s"
+                for peer, theirs in found["rows"].items():
+                    if peer != "here":
+                        there = f"{peer} {theirs['images_per_second']:.0f} images/s"
+                        ratio = f"{theirs['here_over']:.2f}x"
                         rows.append([link, what, there, ours, ratio])
             else:
                 each = []

@@ -16,6 +16,7 @@ from runs import ROOT, module_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("lightly")
+import end_to_end  # noqa: E402
 import parity  # noqa: E402
 
 FLAGS = ["--data", "cifar10", "--recipe", "cifar10-cpu", "--workers", "0", "--batch-size", "16", "--epochs", "2", "--eval-every", "0"]
@@ -95,6 +96,25 @@ def test_both_train_something(data_dir, tmp_path):
     args.warmup_epochs, args.optimizer, args.workers = 0.0, "sgd", 0
     parity.train(parity.simclr(args, backbone, 8), args, dataset, loader, 3)
     assert not torch.equal(before, backbone[1].weight)
+
+
+@pytest.mark.parametrize("method", ["simclr", "dino"])
+def test_end_to_end(method, data_dir, tmp_path, monkeypatch):
+    """Three loops are timed: each has its own rate, and ratios are those of rates of the same round."""
+    small = [*FLAGS, *SMALL, *OWN.get(method, []), "--epochs", "5", "--data-dir", str(data_dir)]
+    monkeypatch.setattr(end_to_end, "flags_of", lambda options: small)
+    argv = ["end_to_end.py", "--methods", method, "--steps", "5", "--rounds", "1", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", argv)
+    end_to_end.main()
+    record = json.loads((tmp_path / "out.json").read_text())
+    rows = record["results"][method]["rows"]
+    assert list(rows) == ["lightly", "torchvision", "here"] and record["lightly"] and record["commit"]
+    ours = rows["here"]["images_per_second"]
+    for row in rows.values():
+        assert row["here_over"] == pytest.approx(ours / row["images_per_second"])
+    monkeypatch.setattr(end_to_end, "flags_of", lambda options: ["--data", "nothing"])
+    with pytest.raises(UserError, match="simclr.py stopped: .*nothing"):
+        end_to_end.here("simclr", end_to_end.argparse.Namespace(steps=5))
 
 
 @pytest.mark.parametrize("args, text", [

@@ -348,6 +348,11 @@ def test_speed_beside_others_is_drawn_and_listed(tmp_path, monkeypatch):
     record = {"gpu": None, "cpu": "a CPU", "dtype": "float32", "results": {"byol": {"setting": "small", "rows": rows}}}
     (tmp_path / "results/side_by_side.json").write_text(json.dumps(record))
     assert "training step of byol, small, a CPU, float32 | lightly 130 ms | 100 ms | 1.30x |" in table.speed("")
+    rows = {"lightly": {"images_per_second": 200, "here_over": 2.1}, "here": {"images_per_second": 400, "here_over": 1.0}}
+    record = {"gpu": None, "cpu": "a CPU", "data": "cifar10", "results": {"byol": {"rows": rows}}}
+    (tmp_path / "results/end_to_end.json").write_text(json.dumps(record))
+    what = "training of byol with its data, cifar10, two cores of a CPU"
+    assert f"{what} | lightly 200 images/s | 400 images/s | 2.10x |" in table.speed("")
     monkeypatch.setattr(figure, "methods", lambda: {"byol": ("BYOL",)})
     figure.draw("speed", tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 3000
