@@ -347,6 +347,7 @@ def main():
     for method in args.methods:
         results[method] = compare(method, args, device)
         results[method] |= {"rounds": args.rounds, "date": time.strftime("%Y-%m-%d")}
+        results[method]["commit"] = step.environment()["commit"]
         if args.out:
             record = step.environment() | {"gpu": None}
             record["dtype"] = step.computed_in(args.dtype, device)
