@@ -11,7 +11,7 @@ comes from:
     lightly, views in one batch    its example encodes one view at a time: half for batch norm
     here, one view at a time       simclr.py doing the same
 
-    python benchmarks/step.py --out results/step.json                # two minutes of one core
+    python benchmarks/step.py --out step.json                        # two minutes of one core
     python benchmarks/step.py --clip-batch 256 --simclr-batch 512    # on a GPU: bfloat16; --compile
 
 All rows take turns, round by round. Needs open_clip_torch and lightly.

@@ -408,12 +408,12 @@ def ablations(prefix):
 
 
 def speed(prefix):
-    """From what augment.py, step.py, side_by_side.py, end_to_end.py and loss_memory.py wrote."""
+    """From what augment.py, side_by_side.py, end_to_end.py and loss_memory.py wrote to results/."""
     rows = []
     for path in sorted((ROOT / "results").glob("*.json")):
         r, kind = json.loads(path.read_text()), re.match("[a-z]+", path.stem)[0]
         link, machine = f"[{path.stem}]({prefix}results/{path.name})", r.get("gpu") or r.get("cpu")
-        if kind not in ("augment", "step", "side", "end", "loss"):
+        if kind not in ("augment", "side", "end", "loss"):
             continue
         for name, found in r["results"].items():
             if kind == "augment":
@@ -424,11 +424,6 @@ def speed(prefix):
                     what = found.get("what", f"two 224 px views of {name}")
                     what = f"{what}, {machine}, one thread: {part}"
                     rows.append([link, what, f"PIL {pil:.1f} ms", f"{ms:.1f} ms", f"{ratio:.1f}x"])
-            elif kind == "step":
-                peer, theirs = next(iter(found["rows"].items()))
-                a, b = theirs["ms_min"], found["rows"]["here"]["ms_min"]
-                what = f"training step, {found['setting']}, {machine}, {r['dtype']}"
-                rows.append([link, what, f"{peer} {a:.0f} ms", f"{b:.0f} ms", f"{a / b:.2f}x"])
             elif kind == "side":
                 what = f"training step of {name}, {found['setting']}, {machine}, {r['dtype']}"
                 ours = f"{found['rows']['here']['ms_median']:.0f} ms"
