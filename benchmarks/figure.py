@@ -115,7 +115,7 @@ def draw_ablation(method, path):
 
 def draw_speed(path):
     """A bar for each library and method: seconds of its step / seconds of the step here, the
-    medians of rounds."""
+    medians of rounds; then those of whole loops."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -127,11 +127,17 @@ def draw_speed(path):
             f"figure.py: {file.name} is not recorded, run "
             f"python benchmarks/side_by_side.py --out results/{file.name}"
         )
-    record, bars = json.loads(file.read_text()), []
+    record, bars, loops = json.loads(file.read_text()), [], []
     for method, found in record["results"].items():
         for name, row in found["rows"].items():
             if not name.startswith("here"):
                 bars.append((f"{methods()[method][0]} beside {name}", row["over_here_median"]))
+    whole = ROOT / "results/end_to_end.json"
+    if whole.exists():
+        for method, found in json.loads(whole.read_text())["results"].items():
+            label = f"{methods()[method][0]} with its data beside lightly"
+            loops.append((label, found["rows"]["lightly"]["here_over"]))
+    bars += loops
     names, ratios = zip(*reversed(bars))
     figure, axis = plt.subplots(figsize=(SIZE[0], 0.6 + 0.28 * len(bars)), layout="constrained")
     colours = ["tab:blue" if ratio >= 1 else "tab:orange" for ratio in ratios]
@@ -139,7 +145,7 @@ def draw_speed(path):
     axis.bar_label(drawn, fmt="%.2f", padding=3)
     axis.axvline(1, color="grey", linestyle=":")
     machine = f"{record['gpu'] or record['cpu']}, {record['dtype']}"
-    axis.set(xlabel=f"time of a step there / here ({machine})", xlim=(0, 1.1 * max(ratios)))
+    axis.set(xlabel=f"time there / here ({machine})", xlim=(0, 1.1 * max(ratios)))
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
