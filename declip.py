@@ -12,7 +12,8 @@ text, N and N' the entries of a queue nearest to T and T', s = exp(t), alpha = b
     L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z), and no gradient
         through z (SimSiam Eq. 2)
     L_TSS = mean over the masked tokens of -log p(token),  chance ln V
-B global batch, b = B / processes, y = (0, ..., B-1), D width, E of embeddings, K queue, V tokens
+B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K length of the
+queue, V number of tokens.
 
 Laptop        torchrun declip.py
 1 GPU         torchrun declip.py --data flickr8k

@@ -1,4 +1,5 @@
-"""SLIP's experiments: what its paper compares it with (Mu et al. 2021, arXiv 2112.12750).
+"""SLIP's experiments: what its paper compares it with (Mu et al. 2021, arXiv 2112.12750, Sec. 4.6
+and Sec. 5).
 
 slip.py is the method; here its parts are exchanged. --ssl: must self-supervision be SimCLR's?
 --clip-scale 0: would it do to have it first, and CLIP second? --clip-views: is it only the
@@ -25,7 +26,8 @@ experiments was never published. What is known to differ:
    (ibot.py) would be a network of their own that learns, and so another experiment.
  - --images decoupled gives each loss a half of the data. In the paper L_ssl has as many images as
    L_clip, and those are all of these: compare it with --images half, both losses on one half.
- - MoCo v3 and BYOL have SLIP's learning rate and weights of losses. The paper's were not given.
+ - MoCo v3 and BYOL have SLIP's learning rate and weights of the losses. The paper tuned both and
+   does not give them.
 
 Diff against: slip.py.
 """

@@ -17,6 +17,7 @@ Needs lightly (pip install -r requirements-test.txt).
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -56,14 +57,14 @@ def here(method, options):
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=threads)
         if done.returncode:
-            raise UserError(f"{method}.py stopped: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip() or f"status {done.returncode}"
+            raise UserError(f"{method}.py stopped: {said.splitlines()[-1]}")
         rows = parity.read_json(Path(folder) / "run/metrics.jsonl")
     rows = [row for row in rows if "loss" in row and row["step"] > UNTIMED]
-    seconds, before = 0.0, UNTIMED
-    for row in rows:  # each says how fast the steps before it were
-        seconds += (row["step"] - before) / row["images_per_sec"]
-        before = row["step"]
-    return options.steps / seconds
+    rates = [row["images_per_sec"] for row in rows]  # each of the steps since the row before
+    ends = [UNTIMED, *(row["step"] for row in rows)]
+    steps = [end - start for start, end in itertools.pairwise(ends)]
+    return statistics.harmonic_mean(rates, weights=steps)
 
 
 class PlainViews:

@@ -127,7 +127,7 @@ def draw_speed(path):
             f"figure.py: {file.name} is not recorded, run "
             f"python benchmarks/side_by_side.py --out results/{file.name}"
         )
-    record, bars, loops = json.loads(file.read_text()), [], []
+    record, bars = json.loads(file.read_text()), []
     for method, found in record["results"].items():
         for name, row in found["rows"].items():
             if not name.startswith("here"):
@@ -136,8 +136,7 @@ def draw_speed(path):
     if whole.exists():
         for method, found in json.loads(whole.read_text())["results"].items():
             label = f"{methods()[method][0]} with its data beside lightly"
-            loops.append((label, found["rows"]["lightly"]["here_over"]))
-    bars += loops
+            bars.append((label, found["rows"]["lightly"]["here_over"]))
     names, ratios = zip(*reversed(bars))
     figure, axis = plt.subplots(figsize=(SIZE[0], 0.6 + 0.28 * len(bars)), layout="constrained")
     colours = ["tab:blue" if ratio >= 1 else "tab:orange" for ratio in ratios]

@@ -18,6 +18,7 @@ import moco
 import mocov3
 import run
 import slip
+import slip_ablations
 from data import Loader
 from evaluation import finetune
 from run import parse_args
@@ -46,6 +47,7 @@ def transformers():
     yield clip.VisionTransformer(32, 8, 64, 3, 1, 16)
     yield declip.VisionTransformer(32, 8, 64, 3, 16)
     yield slip.VisionTransformer(32, 8, 64, 3, 2)
+    yield slip_ablations.VisionTransformer(32, 8, 64, 3, 2)
     yield mocov3.VisionTransformer(32, 8, 64, 3, 2)
     yield dino.VisionTransformer(32, 8, 64, 3, 2)
 
