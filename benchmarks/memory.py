@@ -11,7 +11,8 @@ peak holds parameters, EMA copies, buffers, gradients, the optimizer's state, ev
 keeps, what is computed again by --grad-checkpointing, and what lives for a moment. The other
 processes are played by constants: gathered features have the size of the global batch, DDP's
 buckets that of the gradients. Masks and stochastic depth choose as many rows as they do on
-average, and captions have full length.
+average, and captions have full length. Where simclrv2.py takes a run, it gets a ResNet-50, or the
+network that stands in its place: --teacher resnet152x3.
 
 Not counted: the CUDA context, NCCL's buffers, workspaces of cuDNN and cuBLAS, and what the
 allocator loses between blocks; leave 4 GiB or more for them. --compile is not predicted, but
@@ -32,6 +33,7 @@ import json
 import random
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -117,15 +119,34 @@ def on_average(args):
 
 # ---------------------------------------- rehearsal ----------------------------------------
 class Unread:
-    """Stands for a dataset of which only the number of samples matters."""
+    """Stands for a dataset of which only the numbers of samples and classes matter."""
 
-    classes, captioned = None, True
+    captioned = True
 
     def __init__(self, name):
         self.name = name
+        self.classes = [str(i) for i in range(1000 if name == "imagenet" else 10)]
 
     def __len__(self):
         return SAMPLES.get(self.name, 100_000)
+
+
+class Labelled:
+    """Stands for the mask that simclrv2.labelled_part() makes: the first images have labels."""
+
+    def __init__(self, dataset, fraction, seed):
+        self.count = round(fraction * len(dataset))
+
+    def to(self, *_):
+        return self
+
+    nonzero = flatten = to
+
+    def tolist(self):
+        return range(self.count)
+
+    def __getitem__(self, index):
+        return index < self.count
 
 
 class FullCaptions:
@@ -165,6 +186,9 @@ class Silent:
     def agree_to_stop(self):
         return False
 
+    def command(self, *words):
+        return ""
+
     def finish(self, *_, **__):
         return self.state
 
@@ -190,9 +214,26 @@ def make_batch(loader, b, device):
     return batch
 
 
+def earlier_stages(module, args):
+    """-> checkpoints that simclrv2.py starts from, of random weights, None where it takes none."""
+    found = []
+    for run in (getattr(args, "checkpoint", ""), getattr(args, "teacher", "")):
+        arch = run if run.startswith("resnet") else "resnet50"
+        before = dict(arch=arch, stem="imagenet", width=1.0, image_size=224, head_layer=1)
+        classes = Unread(args.data).classes
+        if run:
+            network = types.SimpleNamespace(**before, num_classes=len(classes))
+            weights = module.build_model(network).state_dict()
+            labels = json.dumps([classes, args.label_fraction, args.seed])
+            found.append({"args": vars(network), "model": weights, "labels": labels})
+        else:
+            found.append(None)
+    return found
+
+
 @contextlib.contextmanager
-def alone_among(module, gpus, device, marks):
-    """Replaces in a method file what needs data, a run directory or other processes."""
+def alone_among(module, gpus, device, marks, stages=()):
+    """Replaces in a method file what needs data, runs, a run directory or other processes."""
     buckets = []
 
     class Repeated(Loader):
@@ -219,6 +260,8 @@ def alone_among(module, gpus, device, marks):
         "captions": lambda *_: (),
         "open_synonyms": lambda *_: None,
         "add_mask_token": lambda tokenizer: tokenizer,
+        "earlier_stages": lambda *_: stages,
+        "labelled_part": Labelled,
         "init_distributed": lambda *_: device,
         "sync_batchnorm": lambda model, *_: model,
         "all_gather": gather,
@@ -292,13 +335,17 @@ def predict(module, args, gpus):
         stack.enter_context(mock.patch("torch.Tensor.__deepcopy__", copied))
         stack.enter_context(mock.patch("torch.nn.Module.to", lambda model, *_, **__: model))
         stack.enter_context(mock.patch("torch.distributed.is_initialized", lambda: fsdp))
-        stack.enter_context(alone_among(module, gpus, device, live.backward_starts))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        with LiveBytes(on_average(args)):  # not in `live`: a run is read into the CPU's memory
+            stages = earlier_stages(module, args)
+        stack.enter_context(alone_among(module, gpus, device, live.backward_starts, stages))
         stack.enter_context(live)
         state = module.train(args)
         if fsdp:
             state["model"], state["optimizer"] = state["optimizer"].items
         found = parts(state, gpus)
+        if stages[1]:  # the teacher
+            found["copies and buffers"] += nbytes(stages[1]["model"].values())
         static = sum(found.values())
         found["kept for backward"] = live.kept - static + found["gradients"]
         peak = live.peak
@@ -315,15 +362,15 @@ def predict(module, args, gpus):
 def measure(module, args, gpus):
     """-> bytes at the peak of two steps on real tensors: torch.cuda.max_memory_allocated() or,
     without a GPU, counted."""
-    device = torch.device(args.device)
+    device, stages = torch.device(args.device), earlier_stages(module, args)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        with alone_among(module, gpus, device, lambda: None):
+        with alone_among(module, gpus, device, lambda: None, stages):
             module.train(args)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     live = LiveBytes()
-    with alone_among(module, gpus, device, live.backward_starts), live:
+    with alone_among(module, gpus, device, live.backward_starts, stages), live:
         module.train(args)
     return live.peak
 
