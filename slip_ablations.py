@@ -732,7 +732,7 @@ def train(args: Args) -> dict:
             group["lr"] = lr = warmup_cosine(
                 step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
             )
-        if averaged:  # with the weights that give the queries (MoCo v3, Algorithm 1)
+        if averaged:  # official MoCo v3: with the weights that give the queries
             m = warmup_cosine(step, run.total, 0, args.key_momentum, end=1.0)
             model.ssl.update(model.visual, m)
             numbers["key_momentum"] = m

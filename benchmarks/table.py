@@ -11,6 +11,7 @@ and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables
     shared             the files that are no method                          docs/contributing.md
     results            every recorded run                                    docs/results.md
     knn DATA           kNN of all self-supervised methods on DATA            docs/results.md
+    seeds DATA         zero-shot of all language-image methods, all seeds    docs/results.md
     parity             runs repeated through lightly, by parity.py            docs/results.md
     retrieval DATA     retrieval of all language-image methods on DATA       docs/results.md
     evaluations        every checkpoint that was evaluated on real data      docs/results.md
@@ -26,6 +27,7 @@ import argparse
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -36,7 +38,7 @@ from ablations import PAPER, ROWS, record_name
 ROOT = Path(__file__).resolve().parent.parent
 # Tables: those that are named by one word, and those of data, a prefix or a method
 ALONE = "methods|diffs|shared|speed|scale|evaluations|ablations|parity"
-KINDS = rf"{ALONE}|(?:knn|retrieval|ends) \w+|(?:results|curves)(?: \w+)?"
+KINDS = rf"{ALONE}|(?:knn|seeds|retrieval|ends) \w+|(?:results|curves)(?: \w+)?"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {
@@ -382,28 +384,56 @@ def ends(prefix, names):
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
+def with_seeds(name):
+    """Records of the run NAME and of NAME_sSEED, by seed."""
+    paths = (ROOT / "results").glob(f"{name}*.json")
+    found = [json.loads(p.read_text()) for p in paths if re.fullmatch(rf"{name}(_s\d+)?", p.stem)]
+    return sorted(found, key=lambda r: r["args"]["seed"])
+
+
+SEEDS = ["seeds", "zero-shot", "mean and s.d.", "recall@1", "mean and s.d."]
+
+
+def cells_of_seeds(prefix, runs):
+    """Cells under SEEDS: links, then what each seed came to in the training loop, and their mean
+    and standard deviation."""
+    links = [f"[{r['args']['seed']}]({prefix}results/{r['name']}.json)" for r in runs]
+    cells = [", ".join(links)]
+    for key in ("zeroshot_top1", "recall@1"):
+        values = [r["metrics"]["training"][key] for r in runs]
+        spread = ""
+        if len(values) > 1:
+            spread = f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+        cells += [", ".join(map(number, values)), spread]
+    return cells
+
+
+def seeds(prefix, data):
+    """A row for each language-image method's run METHOD_DATA and each METHOD_DATA_epochsN."""
+    rows = []
+    for method, (title, _, _) in methods().items():
+        first = [n for n in results() if re.fullmatch(rf"{method}_{data}(_epochs\d+)?", n)]
+        for runs in map(with_seeds, first):
+            last = runs[0]["metrics"]["training"]
+            if "zeroshot_top1" in last:
+                size = [f"{last['epochs']:g}", str(last["step"])]
+                rows.append([title, *size, *cells_of_seeds(prefix, runs)])
+    return table(["method", "epochs", "steps", *SEEDS], rows)
+
+
 def ablations(prefix):
     """A row for each of ROWS in ablations.py: what is published, what its runs on `shapes` came to,
     all seeds."""
     rows, paper, small = [], "", ""
     for name, row in ROWS.items():
-        cells = []
-        for path in sorted((ROOT / "results").glob(f"{record_name(name)}*.json")):
-            if not re.fullmatch(rf"{record_name(name)}(_s\d+)?", path.stem):
-                continue
-            r = json.loads(path.read_text())
-            last = r["metrics"]["training"]
-            cell = [f"[seed {r['args']['seed']}]({prefix}results/{path.name})"]
-            for key in ("zeroshot_top1", "recall@1"):
-                cell.append(f"{number(last[key])} (chance {chance_of(key, last):.3g})")
-            cells.append([*cell, f"{r['minutes']:.1f}", r["commit"]])
-            small += f"- {path.stem}: `{r['command']}`\n"
-        for i, cell in enumerate(cells or [["not run yet", "", "", "", ""]]):
-            rows.append(["" if i else row.what, "" if i else row.published, *cell])
+        runs = with_seeds(record_name(name))
+        cells = cells_of_seeds(prefix, runs) if runs else ["not run yet", "", "", "", ""]
+        rows.append([row.what, row.published, *cells])
         paper += f"- {row.what}: `{PAPER} {row.paper}`\n"
-    header = ["row", "published", "run", "zero-shot, shapes", "recall@1, shapes"]
-    header += ["minutes", "commit"]
-    small = f"\nThe measured ones:\n\n{small}" if small else ""
+        small += f"- {row.what}: `{runs[0]['command']}`\n" if runs else ""
+    header = ["row", "published", *SEEDS]
+    if small:
+        small = f"\nThe measured ones, other seeds with `--seed` in addition:\n\n{small}"
     return f"{table(header, rows)}\nThe paper's runs:\n\n{paper}{small}"
 
 
@@ -468,7 +498,7 @@ def updated(path, missing):
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "curves": curves,
                 "results": results_table, "knn": knn_of_all, "retrieval": retrieval_of_all,
                 "ends": ends, "speed": speed, "scale": scale_tables, "evaluations": evaluations,
-                "ablations": ablations, "parity": parity_table}[kind]  # fmt: skip
+                "ablations": ablations, "parity": parity_table, "seeds": seeds}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):
