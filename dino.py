@@ -60,7 +60,7 @@ class Args(RunArgs):
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    zero_init_residual: bool = False  # a ResNet's residual branches start at 0 (official: not)
+    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
     hidden_dim: int = 2048  # hidden width of the head (App. C); the bottleneck after it has 256
@@ -507,6 +507,10 @@ def build_network(args, drop_path=0.0) -> MultiCrop:
                 raise UserError(f"{flag} {size} is not a multiple of {patch_size} ({args.arch})")
         layers, width, heads = ARCHS[name]
         backbone = VisionTransformer(args.image_size, patch_size, width, layers, heads, drop_path)
+        if args.zero_init_residual:
+            for block in backbone.blocks:
+                nn.init.zeros_(block.attn.proj.weight)
+                nn.init.zeros_(block.mlp.fc2.weight)
     else:
         names = ", ".join(ARCHS)
         raise UserError(f"--arch {args.arch} is unknown, use resnet50 or {names}, with _patchP")

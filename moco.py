@@ -57,7 +57,7 @@ class Args(RunArgs):
     arch: str = "resnet50"  # resnet{10,18,34,50,101,152}
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    zero_init_residual: bool = False  # a ResNet's residual branches start at 0 (official: not)
+    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
     head_dim: int = 128  # output width of the head (Sec. 3.3)
     queue_size: int = 65536  # K, keys in the queue, a multiple of the batch (Sec. 4.1)
     key_momentum: float = 0.999  # m, momentum of the key encoder (Eq. 2, Sec. 3.2)
