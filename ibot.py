@@ -57,6 +57,7 @@ class Args(RunArgs):
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base,large}_patchP
+    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
     drop_path: float = 0.1  # stochastic depth of the student's last block (official code)
     hidden_dim: int = 2048  # hidden width of the head (as DINO); the bottleneck after it has 256
     out_dim: int = 8192  # K, number of prototypes (Sec. 3.2)
@@ -111,11 +112,11 @@ RECIPES = {
     # our own, for the drawn scenes. At first every class token gets the same answer; a sharp
     # teacher whose center follows quickly leads out of that
     "flocks": dict(
-        arch="vit_nano_patch8", image_size=32, local_crops=0, crop_split=0.7, jitter_strength=0.0,
-        blur=False, hidden_dim=512, out_dim=64, norm_last_layer=True, freeze_last_layer=0.0,
-        drop_path=0.0, teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.95,
-        center_momentum=0.5, epochs=3, batch_size=128, base_lr=2.8e-3, warmup_epochs=0.2,
-        weight_decay_end=0.04,
+        arch="vit_nano_patch8", zero_init_residual=True, image_size=32, local_crops=0,
+        crop_split=0.7, jitter_strength=0.0, blur=False, hidden_dim=512, out_dim=64,
+        norm_last_layer=True, freeze_last_layer=0.0, drop_path=0.0, teacher_temp=0.02,
+        warmup_teacher_temp=0.02, teacher_momentum=0.95, center_momentum=0.5, epochs=3,
+        batch_size=128, base_lr=2.8e-3, warmup_epochs=0.2, weight_decay_end=0.04,
     ),
     "shapes": dict(
         arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
@@ -474,6 +475,10 @@ def build_network(args, drop_path=0.0, masked=False) -> nn.ModuleDict:
     backbone = VisionTransformer(
         args.image_size, patch_size, width, layers, heads, drop_path, masked
     )
+    if args.zero_init_residual:
+        for block in backbone.blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
     patch_out_dim = 0 if args.shared_head else args.out_dim
     head = IBOTHead(width, args.out_dim, patch_out_dim, args.hidden_dim,
                     norm_last_layer=args.norm_last_layer)

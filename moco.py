@@ -57,6 +57,7 @@ class Args(RunArgs):
     arch: str = "resnet50"  # resnet{10,18,34,50,101,152}
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
+    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
     head_dim: int = 128  # output width of the head (Sec. 3.3)
     queue_size: int = 65536  # K, keys in the queue, a multiple of the batch (Sec. 4.1)
     key_momentum: float = 0.999  # m, momentum of the key encoder (Eq. 2, Sec. 3.2)
@@ -96,9 +97,9 @@ SMALL = dict(
     weight_decay=5e-4,
 )
 RECIPES = {
-    "flocks": dict(SMALL, arch="resnet10", width=0.25, stem="small", crop_min=0.5,
-                   jitter_strength=0.25, temperature=0.2, queue_size=256, epochs=3, batch_size=128,
-                   lr=0.06, weight_decay=1e-4, warmup_epochs=0.1),
+    "flocks": dict(SMALL, arch="resnet10", width=0.25, stem="small", zero_init_residual=True,
+                   crop_min=0.5, jitter_strength=0.25, temperature=0.2, queue_size=256, epochs=3,
+                   batch_size=128, lr=0.06, weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", symmetric=False, queue_size=4096, epochs=2,
                    batch_size=128, lr=0.06),
     # There: kNN 84.7%
@@ -360,7 +361,8 @@ def shuffled_keys(encoder, x, order):
 def build_model(args) -> MoCo:
     encoders = []
     for _ in range(2):
-        encoder = resnet(args.arch, chosen_stem(args), args.width, num_classes=args.head_dim)
+        more = {"num_classes": args.head_dim, "zero_init_residual": args.zero_init_residual}
+        encoder = resnet(args.arch, chosen_stem(args), args.width, **more)
         encoders.append(encoder)  # its fc is the head (Sec. 3.3)
     encoder_q, encoder_k = encoders
     return MoCo(encoder_q, encoder_k, args.queue_size, mlp=args.version == "2")

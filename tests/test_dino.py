@@ -15,7 +15,7 @@ from common import LARS, UserError, warmup_cosine
 from data import Loader, open_dataset
 from evaluation.weights import open_network
 from run import load_checkpoint
-from runs import FLAGS, make_photos, rows, train_here
+from runs import FLAGS, make_photos, module_of, rows, train_here
 from test_golden import close, close_grad, golden
 from test_structure import backward, cut
 
@@ -30,6 +30,20 @@ def tiny_network(**options):
 
 def arguments(*flags):
     return dino.parse_args(dino.Args, dino.RECIPES, ["--recipe", "imagenet", *FLAGS["dino"], *flags])
+
+
+@pytest.mark.parametrize("name, arch", [("dino", "resnet18"), ("moco", "resnet18"), ("dino", "vit_nano_patch8"), ("ibot", "vit_nano_patch8")])
+def test_zero_init_residual(name, arch):
+    """Then every block returns what enters it (a ResNet's after ReLU); without the flag, as in the official code, it does not."""
+    module = module_of(name)
+    for zero in (True, False):
+        args = module.Args(arch=arch, image_size=32, zero_init_residual=zero)
+        args.local_size, args.out_dim = 16, 64  # of no use to moco.py
+        model = module.build_model(args)
+        network = model.encoder_q if name == "moco" else model.student.backbone
+        block, shape = (network.layer1[1], (2, 64, 8, 8)) if arch == "resnet18" else (network.blocks[1], (2, 5, 96))
+        x = torch.randn(shape).relu()
+        assert torch.equal(block(x), x) == zero
 
 
 # ------------------------------------------------ golden ------------------------------------------------
