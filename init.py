@@ -20,8 +20,8 @@ from torch import nn
 
 from common import UserError, rank
 from names import align_state, vit_to_clip
-from recognise import FAMILIES, HEADS, beside, family, file_of, other, read, read_json, some
-from recognise import state_of, unwrapped
+from recognise import FAMILIES, HEADS, MISFITS, beside, family, file_of, other, read, reason_of
+from recognise import run_of, some, state_of, tensors_in, unwrapped, wrong_numbers
 
 # A tensor that only this kind of image encoder has, and how to call it
 KINDS = {
@@ -65,7 +65,8 @@ WHOLE = {
 class Source:
     """Weights to start from: their file, what they are, the methods whose whole model they are, the
     tensors, the tokenizer of a run, what a file beside the weights says of attention heads and the
-    activation of CLIP's transformers. `notes` collects what was converted and assumed."""
+    activation of CLIP's transformers, and what a run says of the stem of its ResNet. `notes`
+    collects what was converted and assumed."""
 
     path: str
     kind: str
@@ -74,6 +75,7 @@ class Source:
     tokenizer: str = ""
     heads: int = 0
     gelu: str = ""  # quick or exact where something says so
+    stride: int = 0  # of the stem for small images where something says so: 1 (cifar) or 2 (small)
     notes: list = field(default_factory=list)
 
     def refuse(self, why):
@@ -84,19 +86,17 @@ def open_source(path, model):
     """A run directory, a checkpoint or another project's weights -> Source. Raises UserError."""
     file = file_of(Path(path).expanduser())
     saved = read(file)
-    said = read_json(file.parent / "export.json")  # of an export of ours
-    if file.suffix == ".safetensors" and said.get("whole") and "method" in said:
-        saved = {"method": said["method"], "args": said["args"], "model": saved}
-        own = file.parent / "tokenizer.json"
-        if own.is_file():
-            saved["tokenizer"] = own.read_text(encoding="utf-8")
-    if saved.keys() >= {"method", "args", "model"}:
-        method = str(saved["method"])
+    run = run_of(file, saved)
+    if run and run.get("whole", True):  # of an export of the encoder the tensors alone are taken
+        method, args = run["method"], run["args"]
         methods = {"simclr", "simclrv2"} if method == "simclr" else {method}  # which keeps its head
-        source = Source(path, f"a run of {method}.py", methods, dict(saved["model"]))
-        source.tokenizer = saved.get("tokenizer", "")
+        source = Source(path, f"a run of {method}.py", methods, run["model"])
+        source.tokenizer = run.get("tokenizer", "")
         if method in ("clip", "slip", "slip_ablations", "declip"):
-            source.gelu = saved["args"].get("gelu", "quick")
+            source.gelu = args.get("gelu", "quick")
+        stem = args.get("stem")
+        cifar = stem == "auto" and args.get("image_size") in range(33)  # as chosen_stem() has it
+        source.stride = 2 if stem == "small" else int(cifar or stem == "cifar")
         return source
     if isinstance(saved.get("student"), dict) and isinstance(saved.get("teacher"), dict):
         return both_networks(path, saved)
@@ -107,13 +107,17 @@ def open_source(path, model):
     if name is None:
         first = some(state) if state else "no tensors"
         raise UserError(f"{path} looks like nothing known here: it holds {first}")
-    if FAMILIES[name].rename:
-        state = FAMILIES[name].rename(state)
-    if name == "Hugging Face's ALIGN" and hasattr(model, "text"):
-        state = whole_align(path, state, model)
-    source = Source(path, f"weights of {name}", WHOLE.get(name, set()), official(state))
-    files = beside(file, name)
+    source = Source(path, f"weights of {name}", WHOLE.get(name, set()), state)
+    try:
+        if FAMILIES[name].rename:
+            state = FAMILIES[name].rename(state)
+        if name == "Hugging Face's ALIGN" and hasattr(model, "text"):
+            state = whole_align(path, state, model)
+    except MISFITS as error:
+        source.refuse(reason_of(error))
+    source.state, files = official(state), beside(file, name)
     source.heads, source.gelu = files.get("heads") or 0, files.get("gelu") or ""
+    source.stride = files.get("stride") or 0
     return source
 
 
@@ -143,10 +147,10 @@ def both_networks(path, saved):
     """A full checkpoint of the official DINO or iBOT -> Source with student, teacher, centers."""
     state = {}
     for network in ("student", "teacher"):
-        for key, value in official(unwrapped(saved[network])).items():
+        for key, value in official(unwrapped(tensors_in(path, saved, network))).items():
             state[f"{network}.{key}"] = value
     for loss in ("dino_loss", "ibot_loss"):
-        state |= saved.get(loss) or {}
+        state |= tensors_in(path, saved, loss) if saved.get(loss) else {}
     return Source(path, "a full checkpoint of DINO or iBOT", {"dino", "ibot"}, state)
 
 
@@ -232,12 +236,15 @@ def fit_image(source, theirs, own, kinds, whole):
         theirs = {k: v for k, v in theirs.items() if k.startswith("layer")}
         own = {k: v for k, v in own.items() if k.startswith("layer")}
     used = set(theirs)
-    if kind == VIT and here == CLIP_VIT:
-        theirs = vit_to_clip(with_layer_scale(theirs, {}, source.notes))
-        own = {k: v for k, v in own.items() if not k.startswith("ln_pre.")}
-    elif kind == here == VIT:
-        theirs = with_layer_scale(theirs, own, source.notes)
-    elif kind != here and (kind, here) != (RESNET, CLIP_RESNET):
+    try:
+        if kind == VIT and here == CLIP_VIT:
+            theirs = vit_to_clip(with_layer_scale(theirs, {}, source.notes))
+            own = {k: v for k, v in own.items() if not k.startswith("ln_pre.")}
+        elif kind == here == VIT:
+            theirs = with_layer_scale(theirs, own, source.notes)
+    except MISFITS as error:
+        source.refuse(reason_of(error))
+    if kind != here and (kind, here) not in ((RESNET, CLIP_RESNET), (VIT, CLIP_VIT)):
         source.refuse(f"it holds {kind or 'no image encoder'}, and here is {here}")
     spared = [k for k in theirs if k not in own and k.startswith(HEADS_BESIDE + MASK_TOKENS)]
     missing = [k for k in own if k not in theirs and not k.startswith(HEADS_BESIDE + TOKENS)]
@@ -255,8 +262,10 @@ def fit_image(source, theirs, own, kinds, whole):
 
 def positions_of(source, name, theirs, own):
     """Position embeddings with as many places as the model has."""
-    if theirs.shape[-2] == own.shape[-2] or theirs.shape[-1] != own.shape[-1]:
-        return theirs  # they fit, or nothing helps
+    if theirs.ndim != own.ndim or theirs.shape[-1] != own.shape[-1]:
+        return theirs  # nothing helps
+    if theirs.shape[-2] == own.shape[-2]:
+        return theirs
     try:
         theirs, before = resized(theirs, own.shape[-2]), theirs.shape[-2]
     except ValueError as error:
@@ -287,11 +296,22 @@ def fit_text(source, theirs, own):
         source.refuse(f"the text encoders differ in {some(missing + unknown)}: see --text-layers")
     out = {name: theirs[name] for name in own}
     for name in ("positional_embedding", "position_embeddings.weight"):
-        if name in own and len(own[name]) < len(theirs[name]):
+        longer = name in own and theirs[name].ndim == 2 and len(own[name]) < len(theirs[name])
+        if longer:
             out[name] = theirs[name][: len(own[name])]
             note = f"context cut from {len(theirs[name])} to {len(own[name])} tokens"
             source.notes.append(note)
     return out
+
+
+def check_stem(source, resnet):
+    """A stem for small images has the same tensors with either stride, but computes features of
+    another size: notes that."""
+    stride = resnet.conv1.stride[0]
+    if stride != source.stride:
+        stem = "small" if source.stride == 2 else "cifar"
+        same = f"--stem {stem} computes what it computed"
+        source.notes.append(f"its stem has stride {source.stride}, and here {stride}: {same}")
 
 
 def check_gelu(source, args):
@@ -305,13 +325,18 @@ def check_gelu(source, args):
 
 def check_tokens(source, args, tokenizer):
     """Each row of a token table means one token: refuses another tokenizer than that of before."""
+    own = file_of(Path(source.path).expanduser()).parent / "tokenizer.json"
     if source.tokenizer:
-        before, now = (json.loads(text) for text in (source.tokenizer, tokenizer.to_json()))
-        if before["model"] != now["model"]:
-            folder = Path(source.path) if Path(source.path).is_dir() else Path(source.path).parent
-            source.refuse(f"its tokens are others, give --tokenizer {folder / 'tokenizer.json'}")
+        try:
+            before = json.loads(source.tokenizer)["model"]
+        except MISFITS:
+            source.refuse("its tokenizer is damaged")
+        if before != json.loads(tokenizer.to_json())["model"]:
+            source.refuse(f"its tokens are others, give --tokenizer {own}")
     elif args.tokenizer == "train":
-        source.refuse("--tokenizer train makes other tokens, give that of these weights (clip)")
+        published = "google-bert/bert-base-uncased" if "ALIGN" in source.kind else "clip"
+        theirs = f"--tokenizer {own}" if own.is_file() else f"that of these weights ({published})"
+        source.refuse(f"--tokenizer train makes other tokens, give {theirs}")
 
 
 # -------------------------------------------- the model -------------------------------------------
@@ -337,7 +362,10 @@ def fit(source, model, args, tokenizer):
         start = place if whole and place in found else evaluated
         theirs, mine = inside(state, start), inside(own, place)
         part, names = fit_image(source, theirs, mine, (kind, here), whole)
-        if kind in (VIT, CLIP_VIT):
+        if kind == here == RESNET and source.stride:
+            check_stem(source, model.get_submodule(place[:-1]))
+        fits = all(tensor.shape == mine[name].shape for name, tensor in part.items())
+        if fits and kind in (VIT, CLIP_VIT):  # other shapes are refused below
             heads = heads_of(source, theirs, kind)
             needed = own_heads(model.get_submodule(place[:-1]))
             if heads is None:
@@ -369,6 +397,8 @@ def fit(source, model, args, tokenizer):
                 continue
             theirs, mine = tuple(tensor.shape), tuple(own[name].shape)
             source.refuse(f"{name} has the shape {theirs}, and here {mine}")
+    if wrong := wrong_numbers(fitted, own):
+        source.refuse(wrong)
     return fitted, used
 
 

@@ -72,7 +72,7 @@ def vit_from_transformers(state):
     """ViTModel's and Dinov2Model's names, with and without a task's head: those on the hub, which
     transformers 4 has in memory, and those of transformers 5."""
     mark = "embeddings.patch_embeddings.projection.weight"
-    prefix = next(key for key in state if key.endswith(mark)).removesuffix(mark)
+    prefix = next((key for key in state if key.endswith(mark)), mark).removesuffix(mark)
     inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     out = renamed(inside, [
         (r"^(pooler|classifier|decoder)\..*", ""),

@@ -62,6 +62,8 @@ def file_of(path):
 def read(path):
     """-> the dict in a file, which may be written by torch.save, be a safetensors file or one of
     OpenAI's TorchScript archives. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}")
     if str(path).endswith(".safetensors"):
         load_file = importlib.import_module("safetensors.torch").load_file
         try:
@@ -88,6 +90,30 @@ def some(words):
     words = list(words)
     rest = f" and {len(words) - 3} more" if len(words) > 3 else ""
     return ", ".join(words[:3]) + rest
+
+
+# What a file raises whose tensors or arguments are not those of a network
+MISFITS = LookupError, AttributeError, TypeError, ValueError, RuntimeError
+
+
+def reason_of(error):
+    """Why weights do not fit, in a few words: of one of MISFITS."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    if isinstance(error, IndexError | TypeError | RuntimeError):
+        return "its tensors have shapes that do not fit each other"
+    return str(error).splitlines()[-1].strip()
+
+
+def wrong_numbers(state, like):
+    """Why tensors cannot take the place of those of the same names in `like`, empty if they can."""
+    for name, tensor in state.items():
+        if like[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            return f"{name} holds numbers of type {kind}, and not floating-point numbers"
+        if like[name].is_floating_point() and not tensor.float().isfinite().all():
+            return f"{name} holds NaN or infinity"
+    return ""
 
 
 # -------------------------------------------- families --------------------------------------------
@@ -183,6 +209,37 @@ def state_of(saved):
         inner = next((saved[key] for key in WRAPPERS if isinstance(saved.get(key), dict)), None)
     tensors = {str(k): v for k, v in saved.items() if torch.is_tensor(v)}
     return unwrapped({k: v for k, v in tensors.items() if k not in NUMBERS})
+
+
+def tensors_in(path, saved, key):
+    """The state dict that a checkpoint holds under this key. Raises UserError if it is none."""
+    found = saved[key]
+    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+        raise UserError(f"{path} is damaged: its {key} is no dict of tensors")
+    return {str(k): v for k, v in found.items()}
+
+
+def run_of(file, saved):
+    """What one of our method files saved, or what evaluate.py exported of it to safetensors -> a
+    dict of method, args, model and perhaps tokenizer, of an export also head_layer and whole; None
+    for weights of others. Raises UserError where a part of it is missing or damaged."""
+    beside = file.parent / "export.json"
+    said = read_json(beside) if file.suffix == ".safetensors" else {}
+    if said.keys() & {"args", "whole"}:
+        lacks = [key for key in ("method", "args", "head_layer", "whole") if key not in said]
+        if lacks:
+            raise UserError(f"{beside} lacks {some(lacks)}: export the run again")
+        saved = {**said, "model": saved}
+        own = file.parent / "tokenizer.json"
+        if own.is_file():
+            saved["tokenizer"] = own.read_text(encoding="utf-8")
+    elif not saved.keys() >= {"method", "args", "model"}:
+        return None
+    if not isinstance(saved["args"], dict):
+        raise UserError(f"{beside if said else file} is damaged: its args are no dict")
+    if not isinstance(saved.get("tokenizer", ""), str):
+        raise UserError(f"{file} is damaged: its tokenizer is no text")
+    return {**saved, "method": str(saved["method"]), "model": tensors_in(file, saved, "model")}
 
 
 def unwrapped(state):

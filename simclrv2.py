@@ -358,7 +358,7 @@ def take_network_of(before, args):
         raise UserError("--init does not say which network to build: give --arch and --image-size")
     args.width = args.width or before.get("width", 1.0)  # older runs have no such flag
     if args.stem == "auto":
-        args.stem = chosen_stem(types.SimpleNamespace(**before))
+        args.stem = chosen_stem(types.SimpleNamespace(**before) if before["arch"] else args)
 
 
 def accuracy(model, val, view, device, workers):

@@ -22,8 +22,8 @@ from common import UserError, rank
 from data import Tokenizer
 from monitor import EvalView
 from names import align_state
-from recognise import FAMILIES, HEADS, Known, beside, depth, family, file_of, other, read, read_json
-from recognise import some, state_of
+from recognise import FAMILIES, HEADS, MISFITS, Known, beside, depth, family, file_of, other, read
+from recognise import reason_of, run_of, some, state_of, wrong_numbers
 
 ROOT = Path(__file__).parent.parent  # where the method files are
 
@@ -43,6 +43,8 @@ def load_strictly(model, state):
     if differ:
         shapes = (tuple(x[differ[0]].shape) for x in (state, own))
         problems.append("{} has the shape {}, not {}".format(some(differ), *shapes))
+    if not problems and (wrong := wrong_numbers(state, own)):
+        problems.append(wrong)
     if problems:
         raise ValueError("; ".join(problems))
     model.load_state_dict(state)
@@ -277,13 +279,6 @@ LANGUAGE_IMAGE = {
 
 
 # -------------------------------------------- networks --------------------------------------------
-def reason_of(error):
-    """Why weights do not fit, in a few words."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error.args[0]}"
-    return str(error).splitlines()[-1].strip()
-
-
 def language_image_model(state, name, known):
     """-> the model of a family of LANGUAGE_IMAGE with random weights, image size, the state dict
     that fits it."""
@@ -321,7 +316,7 @@ def load_released(path, heads=0, text_heads=0, gelu=""):
     try:
         model, _, state = language_image_model(state, name, known)
         load_strictly(model, state)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except MISFITS as error:
         reason = reason_of(error)
         raise UserError(
             f"{path} does not hold a CLIP, SLIP, DeCLIP or ALIGN model: {reason}"
@@ -343,12 +338,13 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
     file = file_of(path)
     saved = read(file)
     torch.manual_seed(0)
-    if saved.keys() >= {"method", "args", "model"}:
-        net = open_ours(path, saved, head_layer, random_weights)
-    elif read_json(file.parent / "export.json").get("args") and file.suffix == ".safetensors":
+    run = run_of(file, saved)
+    if run and "whole" not in run:
+        net = open_ours(path, run, head_layer, random_weights)
+    elif run:
         if head_layer:
             raise UserError(f"{path} was exported, use --head-layer for the export")
-        net = open_export(file, saved, random_weights)
+        net = open_export(file, run, random_weights)
     else:
         known = Known(heads, text_heads, gelu)
         net = open_published(file, state_of(saved), random_weights, known)
@@ -364,12 +360,15 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
 
 def open_ours(path, saved, head_layer, random_weights):
     """A checkpoint that one of our method files saved -> the namespace of open_network."""
-    name = str(saved["method"])
+    name = saved["method"]
     if not (name.isidentifier() and (ROOT / f"{name}.py").is_file()):
         raise UserError(f"{path} was written by {name}.py, which is not beside evaluate.py")
     method = importlib.import_module(name)
-    args = types.SimpleNamespace(**{**vars(method.Args()), **saved["args"]})
-    model = method.build_model(args)
+    try:
+        args = types.SimpleNamespace(**{**vars(method.Args()), **saved["args"]})
+        model = method.build_model(args)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: its args describe no network of {name}.py") from error
     try:
         if not random_weights:
             load_strictly(model, saved["model"])
@@ -396,20 +395,15 @@ def open_ours(path, saved, head_layer, random_weights):
     )
 
 
-def open_export(file, state, random_weights):
-    """What `export --to safetensors` wrote of one of our checkpoints, whose arguments export.json
-    has -> the namespace of open_network."""
-    said = read_json(file.parent / "export.json")
-    own = file.parent / "tokenizer.json"
-    saved = {"method": said["method"], "args": said["args"], "model": state}
-    if own.is_file():
-        saved["tokenizer"] = own.read_text(encoding="utf-8")
-    if said["whole"]:
-        return open_ours(file, saved, said["head_layer"], random_weights)
-    net = open_ours(file, saved, said["head_layer"], random_weights=True)
+def open_export(file, saved, random_weights):
+    """What `export --to safetensors` wrote of one of our checkpoints, with what export.json says of
+    it -> the namespace of open_network."""
+    if saved["whole"]:
+        return open_ours(file, saved, saved["head_layer"], random_weights)
+    net = open_ours(file, saved, saved["head_layer"], random_weights=True)
     try:
         if not random_weights:
-            load_strictly(net.encoder, state)
+            load_strictly(net.encoder, saved["model"])
     except ValueError as error:
         raise UserError(f"{file} does not fit its export.json: {reason_of(error)}") from error
     return net
@@ -438,7 +432,7 @@ def open_published(path, state, random_weights, known):
             model, size, fitting = encoder_of(state, name, known)
         if not random_weights:
             load_strictly(model, fitting)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except MISFITS as error:
         raise UserError(
             f"{path} looks like {name}, but does not fit: {reason_of(error)}"
         ) from error

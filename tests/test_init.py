@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import open_clip
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -385,6 +387,125 @@ def test_unknown_files_are_refused(content, sentence, tmp_path):
         started(tmp_path / "some.pt", "simclr")
     with pytest.raises(UserError, match="there is no checkpoint at"):
         started(tmp_path / "none.pt", "simclr")
+
+
+def vit_state():
+    """Weights with timm's names, of the sizes of VIT."""
+    return network("dino", *VIT, seed=1)[0].teacher.backbone.state_dict()
+
+
+def without(name):
+    return {k: v for k, v in vit_state().items() if k != name}
+
+
+def without_keys():
+    """Weights of transformers' ViTModel that lack the attention's keys, under the names of either version."""
+    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=1, num_attention_heads=3, intermediate_size=768, image_size=32)
+    state = transformers.ViTModel(config, add_pooling_layer=False).state_dict()
+    return {k: v for k, v in state.items() if ".key." not in k and ".k_proj." not in k}
+
+
+DAMAGED = {
+    "no class token": (lambda: without("cls_token"), "it lacks cls_token"),
+    "no positions": (lambda: without("pos_embed"), "it lacks pos_embed"),
+    "flat positions": (lambda: vit_state() | {"pos_embed": torch.ones(17, 192)}, {
+        "clip": "its tensors have shapes that do not fit each other", "ibot": "pos_embed has the shape (17, 192), and here (1, 17, 192)"}),
+    "no dimension": (lambda: vit_state() | {"cls_token": torch.ones(())}, {
+        "clip": "class_embedding has the shape (1,), and here (192,)", "ibot": "cls_token has the shape (), and here (1, 1, 192)"}),
+    "scalar positions": (lambda: vit_state() | {"pos_embed": torch.ones(())}, {
+        "clip": "its tensors have shapes that do not fit each other", "ibot": "pos_embed has the shape (), and here (1, 17, 192)"}),
+    "scalar LayerScale": (lambda: vit_state() | {"blocks.1.ls1.gamma": torch.ones(())}, "its tensors have shapes that do not fit each other"),
+    "no keys": (without_keys, "(weights of transformers' ViT) does not fit: it lacks blocks.0.attn.k."),
+    "patches' bias alone": (lambda: {"embeddings.patch_embeddings.projection.bias": torch.ones(4)}, "it holds no image encoder"),
+    "NaN": (lambda: vit_state() | {"norm.weight": torch.full((192,), float("nan"))}, {
+        "clip": "visual.ln_post.weight holds NaN or infinity", "ibot": "student.backbone.norm.weight holds NaN or infinity"}),
+    "infinity": (lambda: vit_state() | {"norm.bias": torch.full((192,), float("inf"))}, "holds NaN or infinity"),
+    "integers": (lambda: {k: v.to(torch.int8) for k, v in vit_state().items()}, "holds numbers of type int8, and not floating-point numbers"),
+    "list of args": (lambda: {"method": "clip", "args": [], "model": vit_state()}, "some.pth is damaged: its args are no dict"),
+    "list of tensors": (lambda: {"method": "clip", "args": {}, "model": [1]}, "some.pth is damaged: its model is no dict of tensors"),
+    "no tensors": (lambda: {"method": "clip", "args": {}, "model": {"a": 1}}, "some.pth is damaged: its model is no dict of tensors"),
+    "number of tokens": (lambda: {"method": "clip", "args": {}, "model": {}, "tokenizer": 3}, "some.pth is damaged: its tokenizer is no text"),
+    "loss": (lambda: {"student": vit_state(), "teacher": vit_state(), "dino_loss": 5}, "some.pth is damaged: its dino_loss is no dict of tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["clip", "ibot"])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_weights_are_one_sentence(kind, target, tmp_path):
+    make, sentence = DAMAGED[kind]
+    torch.save(make(), tmp_path / "some.pth")
+    with pytest.raises(UserError) as error:
+        started(tmp_path / "some.pth", target, *VIT, tokenizer=Tokens())
+    assert (sentence if isinstance(sentence, str) else sentence[target]) in str(error.value)
+    assert str(tmp_path / "some.pth") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_texts_are_one_sentence(tmp_path):
+    """Scalars in the place of a table, and a tokenizer that is none."""
+    path, before = saved(tmp_path, "clip", tokenizer=Tokens())
+    content = torch.load(path, weights_only=True)
+    for change, sentence in (({"tokenizer": "{"}, "its tokenizer is damaged"), ({"tokenizer": "[]"}, "its tokenizer is damaged"),
+                             ({"model": before.state_dict() | {"positional_embedding": torch.ones(())}},
+                              "positional_embedding has the shape (), and here (24, 64)")):  # fmt: skip
+        torch.save(content | change, path)
+        with pytest.raises(UserError) as error:
+            started(path, "clip", tokenizer=Tokens())
+        assert sentence in str(error.value)
+
+
+def test_exports_that_lack_something(tmp_path):
+    safetensors.torch.save_file(vit_state(), tmp_path / "model.safetensors")
+    for said, sentence in (({"whole": True, "method": "clip"}, "export.json lacks args, head_layer: export the run again"),
+                           ({"args": {"a": 1}}, "export.json lacks method, head_layer, whole: export the run again"),
+                           ({"args": [], "method": "clip", "head_layer": 0, "whole": True}, "export.json is damaged: its args are no dict")):  # fmt: skip
+        (tmp_path / "export.json").write_text(json.dumps(said))
+        with pytest.raises(UserError) as error:
+            started(tmp_path, "clip", *VIT, tokenizer=Tokens())
+        assert str(error.value) == f"{tmp_path}/{sentence}"
+    with pytest.raises(UserError, match=f"there is no checkpoint at {tmp_path}/nothere.safetensors"):
+        started(tmp_path / "nothere.safetensors", "clip", tokenizer=Tokens())
+
+
+def test_the_tokenizer_beside_an_export_is_named(tmp_path):
+    """What evaluate.py export --to transformers writes of a run with a tokenizer of its own; without one, and of ALIGN."""
+    from evaluation.exports import export
+
+    _, before = saved(tmp_path, "clip")
+    net = types.SimpleNamespace(model=before, encoder=before.visual, method="clip", arch="", args=None, tokenizer=Tokens(),
+                                view=module_of("clip").eval_view(types.SimpleNamespace(image_size=32)))  # fmt: skip
+    export(net, "transformers", tmp_path / "out")
+    with pytest.raises(UserError) as error:
+        started(tmp_path / "out", "clip", tokenizer=Tokens("theirs"))
+    assert str(error.value).endswith(f"makes other tokens, give --tokenizer {tmp_path}/out/tokenizer.json")
+    (tmp_path / "out/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"give that of these weights \(clip\)"):
+        started(tmp_path / "out", "clip", tokenizer=Tokens("theirs"))
+    width = ["--embed-dim", "160"]
+    torch.save(align_state(saved(tmp_path, "align", *width)[1]), tmp_path / "align.bin")
+    with pytest.raises(UserError, match=r"give that of these weights \(google-bert/bert-base-uncased\)"):
+        started(tmp_path / "align.bin", "align", *width, tokenizer=Tokens())
+
+
+@pytest.mark.parametrize("before, now, note", [
+    ("small", "cifar", "its stem has stride 2, and here 1: --stem small computes what it computed"),
+    ("small", "auto", "its stem has stride 2, and here 1: --stem small computes what it computed"),
+    ("auto", "small", "its stem has stride 1, and here 2: --stem cifar computes what it computed"),
+    ("small", "small", ""), ("cifar", "auto", ""), ("auto", "auto", ""), ("imagenet", "imagenet", ""),
+])  # fmt: skip
+def test_another_stem_is_noted(before, now, note, tmp_path, capsys):
+    """With a stride of 2 or of 1 it has the same tensors, but computes something else; 32 px are "auto" for cifar's."""
+    path, model = saved(tmp_path, "simclr", "--stem", before)
+    state = model.state_dict()
+    for target in ("simclr", "byol"):
+        started(path, target, "--stem", now)
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line == f"--init {path}: a run of simclr.py" + (f"; {note}" if note else "")
+    inside = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    torch.save(inside, tmp_path / "model.pt")
+    (tmp_path / "export.json").write_text(json.dumps({"weights": "model.pt", "stride": model.backbone.conv1.stride[0]}))
+    started(tmp_path / "model.pt", "simclr", "--stem", now)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert note in line and ("stride" in line) == bool(note)
 
 
 # ------------------------------------------------ training ------------------------------------------------

@@ -363,6 +363,18 @@ def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):
     assert len(head[1].linears) == 1 and len(no_head[1].linears) == 0
 
 
+def test_starts_from_weights_alone(photos, stages, tmp_path):
+    """--init says nothing of the network; --stem auto is then that of the image size."""
+    argv = argv_for("finetune", photos, stages, tmp_path / "run", "--checkpoint", "", "--init", str(stages / "simclr"), "--arch", "resnet10",
+                    "--width", "0.25", "--max-steps", "1", "--eval-every", "0")  # fmt: skip
+    args = simclrv2.parse_args(simclrv2.Args, simclrv2.RECIPES, argv)
+    simclrv2.take_network_of({"arch": "", "image_size": None, "stem": "auto"}, args)
+    assert (args.stem, args.image_size) == ("cifar", 16)
+    stem = json.loads((stages / "simclr/args.json").read_text())["stem"]
+    train_here([*argv, "--stem", stem])
+    assert load_checkpoint(tmp_path / "run")["args"]["stem"] == stem
+
+
 def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
     flags = ["--arch", "resnet34", "--width", "1", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
     train_here(argv_for("distill", photos, stages, tmp_path / "other", *flags))

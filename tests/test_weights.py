@@ -455,6 +455,15 @@ def wrong(kind):
         "code": {"x": os.system},
         "more": vit | {f"a.{i}": torch.rand(1) for i in range(9)},
         "shape": vit | {"norm.bias": torch.rand(7)},
+        "flat": vit | {"pos_embed": torch.rand(192)},
+        "patches": {"embeddings.patch_embeddings.projection.bias": torch.rand(4)},
+        "nan": vit | {"norm.bias": torch.full((192,), float("nan"))},
+        "infinity": vit | {"norm.bias": torch.full((192,), -float("inf"))},
+        "integers": {k: v.to(torch.int8) for k, v in vit.items()},
+        "args": {"method": "simclr", "args": [], "model": vit},
+        "arch": {"method": "simclr", "args": vars(args) | {"arch": 3}, "model": vit},
+        "model": {"method": "simclr", "args": vars(args), "model": {"a": 1}},
+        "text": {"method": "clip", "args": {}, "model": {}, "tokenizer": 3},
     }[kind]
 
 
@@ -464,6 +473,15 @@ WRONG = [
     ("deit", "looks like a distilled DeiT, which no method file here computes"),
     ("more", "it also holds a.0, a.1, a.2 and 6 more"),
     ("shape", "norm.bias has the shape (7,), not (192,)"),
+    ("flat", "does not fit: its tensors have shapes that do not fit each other"),
+    ("patches", "looks like transformers' ViT, but does not fit: it lacks patch_embed.proj.weight"),
+    ("nan", "does not fit: norm.bias holds NaN or infinity"),
+    ("infinity", "does not fit: norm.bias holds NaN or infinity"),
+    ("integers", "holds numbers of type int8, and not floating-point numbers"),
+    ("args", "wrong.pt is damaged: its args are no dict"),
+    ("arch", "wrong.pt is damaged: its args describe no network of simclr.py"),
+    ("model", "wrong.pt is damaged: its model is no dict of tensors"),
+    ("text", "wrong.pt is damaged: its tokenizer is no text"),
     ("conv", "looks like MoCo v3, but does not fit: it lacks patch_embed.proj.weight"),
     ("dinov2", "looks like DINOv2, but does not fit: "),
     ("resnet", "looks like a ResNet with torchvision's names, but does not fit: no ResNet has [2, 2, 1, 2] blocks"),
@@ -486,6 +504,17 @@ def test_files_of_other_kinds(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError):
             open_network(tmp_path / name, CPU)
+
+
+def test_exports_that_lack_something(tmp_path):
+    safetensors.torch.save_file(dino.VisionTransformer(32, 8, 192, 2, 3).state_dict(), tmp_path / "model.safetensors")
+    for said, sentence in (({"whole": True, "method": "clip"}, "lacks args, head_layer: export the run again"),
+                           ({"args": {"a": 1}}, "lacks method, head_layer, whole: export the run again")):  # fmt: skip
+        (tmp_path / "export.json").write_text(json.dumps(said))
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/export.json {sentence}$"):
+            open_network(tmp_path, CPU)
+    with pytest.raises(UserError, match="there is no checkpoint at .*nothere.safetensors"):
+        open_network(tmp_path / "nothere.safetensors", CPU)
 
 
 def test_every_family_has_its_method():
