@@ -50,8 +50,12 @@ def decode(image):
             with contextlib.suppress(Exception):  # of damaged EXIF data; damaged pixels fail below
                 ImageOps.exif_transpose(image, in_place=True)
         if isinstance(image, Image.Image):
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
+                x, tops = np.asarray(image), {"I": (255, 65535), "F": (1, 255)}  # else 16 bits
+                tops = [t for t in tops.get(image.mode, (65535,)) if 0 <= x.min() <= x.max() <= t]
+                if not tops:
+                    raise ValueError(f"values from {x.min()} to {x.max()}")
+                image = Image.fromarray((x * (65535 / 256 / tops[0])).astype(np.uint8))
             if image.mode != "RGB":  # convert() copies even then, which takes longer than decoding
                 transparent = "transparency" in image.info
                 image = (image.convert("RGBA") if transparent else image).convert("RGB")
@@ -485,8 +489,7 @@ class Tokenizer:
 
     def batch(self, captions):
         """-> int64 (n, context_length), padded with 0."""
-        rows = [self(caption) for caption in captions]
-        rows = [row + [0] * (self.context_length - len(row)) for row in rows]
+        rows = [row + [0] * (self.context_length - len(row)) for row in map(self, captions)]
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.context_length)
 
     def decode(self, ids):

@@ -37,7 +37,7 @@ except ImportError:  # Windows: processes do not wait for each other there
 
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
-INDEX_VERSION = 2  # an index that an older version of this file wrote is made again
+INDEX_VERSION = 3  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
@@ -172,13 +172,17 @@ def read_file(path):
 
 
 # ---------------------------------------- fields ----------------------------------------
-def label_number(value, classes):
-    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of them."""
+def label_number(value, classes, name):
+    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of them or
+    below 0. Raises UserError for a number beyond 64 bits, which no tensor of labels can hold."""
     text = "" if value is None else str(value).strip()
     try:
-        return int(float(text))
+        number = max(-1, int(float(text)))
     except (ValueError, OverflowError):
         return classes.index(text) if text in (classes or []) else -1
+    if number >= 2**63:
+        raise UserError(f"{name} has the label {text}, which is too large: mend it or leave it out")
+    return number
 
 
 def json_object(text):
@@ -195,6 +199,16 @@ def captions_of(row):
     return [c for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
 
 
+LOST = "texts that lost letters"  # how an index counts them
+
+
+def say_lost(name, lost):
+    """Says that a text is not UTF-8, or was not before it came here: such letters are replaced."""
+    if lost and rank() == 0:
+        text = f"{name}: {lost:,} texts have U+FFFD in place of letters that are lost"
+        print(f"{text}: save what is not UTF-8 as UTF-8", file=sys.stderr, flush=True)
+
+
 # ---------------------------------------- tables ----------------------------------------
 def table_rows(path):
     """.csv and .tsv with a header. Rows of one picture that follow each other become one sample.
@@ -209,7 +223,9 @@ def table_rows(path):
         for image, same in itertools.groupby(table, lambda row: row[key]):
             same = list(same)
             captions = [caption for row in same for caption in captions_of(row)]
-            yield {"image": image, "captions": captions, "label": same[0].get("label")}
+            label = same[0].get("label")
+            label_number(label, None, f"{path}: {image}")  # refuses it before a run begins
+            yield {"image": image, "captions": captions, "label": label}
 
 
 def strict_rows(file, delimiter):
@@ -296,6 +312,7 @@ def text_rows(path):
                     rows.append((i, key, text))
     except OSError:
         return None
+    say_lost(path, sum("\ufffd" in text for _, _, text in rows))
     return rows
 
 
@@ -326,6 +343,9 @@ def index_archive(shard, start, samples, left_out):
             row = samples.setdefault((start, folder, key), np.zeros((4, 2), np.uint32))
             left_out["of a name that comes again"] += bool(row[kind, 0])
             row[kind] = member.offset_data // 512, member.size
+            if kind == 1:
+                text = tar.extractfile(member).read().decode(errors="replace")
+                left_out[LOST] += "\ufffd" in text
     shard.seek(tar.offset)
     if shard.read(512) != bytes(512):
         raise tarfile.ReadError("it is cut off")
@@ -455,6 +475,7 @@ class Tars:
         self.members = [indices[s]["members"] for s in range(len(shards))]
         for index in indices.values():
             self.left_out += Counter(json.loads(str(index["left_out"])))
+        say_lost(shards[0].parent, self.left_out.pop(LOST, 0))
         self.ends = np.cumsum([len(m) for m in self.members])
         self.captioned = any(m[:, 1:3].any() for m in self.members)
 
@@ -469,12 +490,12 @@ class Tars:
         data = read_part(path, start - 512, 512 + picture[1])  # the block before holds its name
         parts = [read_part(path, 512 * block, size) for block, size in others]
         text, meta, label = parts  # b"" for a missing one
-        name = data[:100].partition(b"\0")[0].decode(errors="replace")
+        name = f"{path.name}:" + data[:100].partition(b"\0")[0].decode(errors="replace")
         captions = captions_of(json_object(meta)) if meta else []
         if text and not captions:
             captions = [text.decode("utf-8-sig", "replace").strip()]
-        label = label_number(label.decode(errors="replace"), self.classes)
-        return self.Sample(data[512:], captions, label, f"{path.name}:{name}")
+        label = label_number(label.decode(errors="replace"), self.classes, name)
+        return self.Sample(data[512:], captions, label, name)
 
 
 class Npz:
@@ -502,7 +523,8 @@ class Npz:
 
     def __getitem__(self, i):
         data = self.jpeg[self.offsets[i] : self.offsets[i + 1]].tobytes()
-        return self.Sample(data, [], int(self.labels[i]), f"{self.path.name}[{i}]")
+        name = f"{self.path.name}[{i}]"
+        return self.Sample(data, [], label_number(self.labels[i], self.classes, name), name)
 
 
 # ---------------------------------------- torchvision ----------------------------------------
@@ -639,13 +661,16 @@ class Rows:
         self.root, self.rows, self.classes, position = root, rows, classes, 0
         if not isinstance(rows, Path):
             self.rows = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        starts = array("q")
+        starts, lost = array("q"), 0
         with open(rows, "rb") if isinstance(rows, Path) else io.BytesIO(self.rows) as lines:
             for line in lines:
                 stamp = position == 0 and line[:1] == b"["  # of an index
                 if not (stamp or line.isspace()):
                     starts.append(position)
+                lost += b"\\ufffd" in line  # an index is ASCII
                 position += len(line)
+        if isinstance(rows, Path):
+            say_lost(rows.name.removesuffix(".idx"), lost)
         self.starts = np.array([*starts, position])
         for i in range(min(100, len(self))):
             with contextlib.suppress(ValueError):
@@ -673,7 +698,7 @@ class Rows:
             image = read_zip(archive + ".zip", member)
         else:
             image = read_file(path)
-        label = label_number(row.get("label"), self.classes)
+        label = label_number(row.get("label"), self.classes, path)
         return self.Sample(image, captions_of(row), label, path)
 
 

@@ -137,11 +137,10 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
-    own_generator = torch.Generator()  # the global one must not move
     loader = torch.utils.data.DataLoader(
         Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=share,
         num_workers=min(workers, len(batches)), pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals, generator=own_generator)  # fmt: skip
+        worker_init_fn=ignore_signals, generator=torch.Generator())  # fmt: skip
     index = torch.tensor(indices).sort().values  # of each row of what is returned
     labels, read, images = torch.zeros_like(index), torch.zeros_like(index), torch.empty(0, 0)
     owners, texts_seen, errors = [], [], []
@@ -167,10 +166,9 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
                 owners += text_owners
 
     text_dim = texts_seen[0].shape[1] if texts_seen else 0
-    own = errors, owners, images.shape[1], text_dim
-    every = [own] * world_size()
+    every = [(errors, owners, images.shape[1], text_dim)] * world_size()
     if dist.is_initialized():
-        dist.all_gather_object(every, own)
+        dist.all_gather_object(every, every[0])
     errors, owners, image_dims, text_dims = zip(*every)
     errors, counts = sum(errors, []), [len(o) for o in owners]
     if not len(images):

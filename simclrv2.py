@@ -61,7 +61,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common import LARS, UserError, all_gather, init_distributed, mixed_precision, sync_batchnorm
 from common import user_errors, warmup_cosine, world_size
 from data import Loader, hflip, open_dataset, random_resized_crop, to_float
-from monitor import EvalView, evaluation_set, extract, labelled, say_evaluation, zeroshot_metrics
+from monitor import EvalView, evaluation_set, extract, labelled, refuse_labels_beyond
+from monitor import say_evaluation, zeroshot_metrics
 from run import Run, RunArgs, init_weights, load_checkpoint, parse_args
 
 
@@ -305,6 +306,22 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 
 
 # ---------------------------------------- training ----------------------------------------
+class WithinClasses:
+    """A dataset that raises UserError for a label that none of its classes has: the loss would end
+    with a traceback, on a GPU with one that names no sample."""
+
+    def __init__(self, dataset):
+        self.dataset, self.name, self.classes = dataset, dataset.name, dataset.classes
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        sample = self.dataset[i]
+        refuse_labels_beyond(self, sample.label)
+        return sample
+
+
 def labelled_part(dataset, fraction, seed):
     """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class
     (rounded, at least one, all where there are fewer). A function of the seed, contained in what a
@@ -395,6 +412,7 @@ def train(args: Args) -> dict:
         raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")
     args.num_classes = len(classes)  # not a flag, but build_model needs it
     if not taught or args.alpha < 1:
+        dataset = WithinClasses(dataset)
         has_label = labelled_part(dataset, args.label_fraction, label_seed).to(device)  # (N,)
     if not taught:
         name = f"{100 * args.label_fraction:g}% of {dataset.name}"

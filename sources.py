@@ -88,6 +88,5 @@ def open_dataset(name, data_dir=None, split="train"):
         raise UserError(f"{missing}, see docs/data.md for what is expected there")
     dataset.name = name if name in NAMES else root.resolve().name
     if left_out and rank() == 0:
-        text = f"{dataset.name} {split}: {len(dataset):,} samples; {left_out}"
-        print(text, file=sys.stderr, flush=True)
+        print(f"{dataset.name} {split}: {len(dataset):,} samples; {left_out}", file=sys.stderr)
     return dataset

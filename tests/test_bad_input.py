@@ -214,6 +214,9 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("clip", "--data {0}/classes", "classes has no captions, docs/data.md"),
     ("simclr", "--data {0}/tar", "{0}/tar/shard.tar cannot be read: "),
     ("slip", "--data {0}/table", "the columns of {0}/table/train.csv are ['a', 'b']"),
+    ("simclr", "--data {0}/label", "/0.jpg has the label 1e30, which is too large: mend it or leave it out"),
+    ("clip", "--data {0}/label.jsonl", "/0.jpg has the label 1e30, which is too large"),
+    ("simclr", "--data {0}/label.jsonl --workers 1", "/0.jpg has the label 1e30, which is too large"),
     ("simclr", "--data {0}/gone", "a hundred samples of gone in a row are bad"),
     ("simclr", "--data {0}/gone --workers 1", "a hundred samples of gone in a row are bad"),
     ("slip", "--output-dir {0}/file", "{0}/file "),
@@ -240,13 +243,17 @@ def write_rows(folder, samples):
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
     root, jpeg = tmp_path_factory.mktemp("things"), picture(format="JPEG")
-    for name in ("empty", "full", "half", "tar", "table", "gone", "classes/train/a", "classes/train/b"):
+    for name in ("empty", "full", "half", "tar", "table", "gone", "label", "classes/train/a", "classes/train/b"):
         (root / name).mkdir(parents=True)
     (root / "file").write_text("mine\n")
     (root / "full" / "thesis.txt").write_text("mine\n")
     (root / "half" / "args.json").write_text('{"method')
     (root / "table" / "train.csv").write_text("a,b\n1,2\n")
     write_rows(root / "gone", [(f"{i}.jpg", "gone") for i in range(20)])
+    (root / "label" / "train.csv").write_text("image,label\n" + f"{root}/0.jpg,1e30\n" * 20)
+    (root / "0.jpg").write_bytes(jpeg)
+    row = {"image": "0.jpg", "caption": "a dog", "label": "1e30"}
+    (root / "label.jsonl").write_text(20 * (json.dumps(row) + "\n"))
     for i in range(20):
         (root / "classes" / "train" / "ab"[i % 2] / f"{i}.jpg").write_bytes(jpeg)
     with tarfile.open(root / "tar" / "shard.tar", "w") as tar:
@@ -263,7 +270,7 @@ def test_a_mistake_is_a_sentence(server, photos, things, name, flags, sentence):
     with unchanged(photos, things):
         program = Program(server, *run_of(name, photos, flags=flags.format(things)))
         assert_sentence(program.wait(), f"{name}.py", sentence.format(things))
-    assert not contents(program.where) or "gone" in flags  # found out after the run has begun
+    assert not contents(program.where) or "gone" in flags or "jsonl" in flags  # found out after the run has begun
 
 
 def test_underscores_are_dashes(server, photos):

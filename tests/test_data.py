@@ -325,14 +325,37 @@ def test_labels_that_are_texts(tmp_path, named):
     """They are no mistake for methods that need no label; where classnames.txt has them they are numbers."""
     if named:
         (tmp_path / "classnames.txt").write_text("dog\ncat\n")
-    labels = ["cat", "dog", "1", "?", "nan", "cat"]
+    labels = ["cat", "dog", "1", "?", "nan", "-3"]
     write_tar(tmp_path / "train-0.tar", {str(i): {"jpg": JPEG[i], "cls": labels[i].encode()} for i in range(N)})
     pictures_in(tmp_path)
     lines = [f"{i}.jpg,{label}" for i, label in enumerate(labels)]
     (tmp_path / "t.csv").write_text("\n".join(["file,label", *lines]) + "\n")
-    expected = [1, 0, 1, -1, -1, 1] if named else [-1, -1, 1, -1, -1, -1]
+    expected = [1, 0, 1, -1, -1, -1] if named else [-1, -1, 1, -1, -1, -1]
     for path in (tmp_path, tmp_path / "t.csv"):
         assert [sample.label for sample in map(open_dataset(str(path)).__getitem__, range(N))] == expected
+
+
+@pytest.mark.parametrize("label", ["1e30", "99999999999999999999"])
+def test_a_label_that_no_tensor_holds_is_refused(tmp_path, label):
+    """Of a table when it is opened, elsewhere when the sample is read."""
+    pictures_in(tmp_path)
+    (tmp_path / "t.csv").write_text(f"file,label\n0.jpg,0\n1.jpg,{label}\n")
+    with pytest.raises(UserError, match=f"1.jpg has the label {re.escape(label)}, which is too large"):
+        open_dataset(str(tmp_path / "t.csv"))
+    (tmp_path / "t.jsonl").write_text('{"file": "0.jpg"}\n' + json.dumps({"file": "1.jpg", "label": label}) + "\n")
+    write_tar(tmp_path / "t.tar", {"0": {"jpg": JPEG[0]}, "1": {"jpg": JPEG[1], "cls": label.encode()}})
+    for name in ("t.jsonl", "t.tar"):
+        dataset = open_dataset(str(tmp_path / name))
+        assert dataset[0].label == -1
+        with pytest.raises(UserError, match=f"1.jpg has the label {re.escape(label)}, which is too large"):
+            dataset[1]
+
+
+def test_labels_of_an_npz_below_0_are_none(tmp_path):
+    offsets = np.cumsum([0, *map(len, JPEG[:3])])
+    np.savez(tmp_path / "t.npz", jpeg=np.frombuffer(b"".join(JPEG[:3]), np.uint8), offsets=offsets, labels=[-5, -1, 2])
+    dataset = open_dataset(str(tmp_path / "t.npz"))
+    assert [dataset[i].label for i in range(3)] == [-1, -1, 2]
 
 
 def test_folders_that_are_numbers(tmp_path, capsys):
@@ -757,7 +780,35 @@ def huge_header():
     return bytes(content)
 
 
+DEEP = {  # 32 bits whose values say how bright they are, each 0 to 255 in the end
+    "floats up to 1": np.arange(256, dtype=np.float32) / 255,
+    "floats up to 255": np.arange(256, dtype=np.float32),
+    "32 bits up to 255": np.arange(256, dtype=np.int32),
+    "32 bits up to 65535": np.arange(256, dtype=np.int32) * 257,
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_decode_floats_and_32_bits(name, recwarn):
+    content = encoded(Image.fromarray(DEEP[name].reshape(16, 16)), "TIFF")
+    assert Image.open(io.BytesIO(content)).mode in "IF" and not recwarn.list
+    assert (decode(content).numpy() == np.arange(256).reshape(16, 16)).all()
+
+
+def test_16_bits_that_are_dark_stay_dark():
+    dark = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16))
+    assert not decode(encoded(dark, "TIFF")).any()
+
+
+def as_tiff(*values):
+    return encoded(Image.fromarray(np.array([values])), "TIFF")
+
+
 BROKEN = {
+    "floats above 255": as_tiff(np.float32(0), np.float32(300)),
+    "floats below 0": as_tiff(np.float32(-1), np.float32(1)),
+    "floats that are none": as_tiff(np.float32(0), np.float32("nan")),
+    "32 bits above 65535": as_tiff(np.int32(0), np.int32(70000)),
     "empty": b"",
     "cut jpeg": JPEG[0][: len(JPEG[0]) // 2],
     "only a header": JPEG[0][:200],

@@ -189,6 +189,27 @@ def test_a_table_with_a_stray_quote_is_refused(tmp_path, ending, delimiter, text
     assert not list(tmp_path.glob("*.idx*"))
 
 
+def test_captions_that_are_not_utf8_are_counted(tmp_path, capsys):
+    """They stay, with U+FFFD in place of letters that are lost."""
+    latin, utf8 = "a café".encode("latin-1"), "a café".encode()
+    write(tmp_path, ["0.jpg", "1.jpg", "2.jpg"])
+    rows = [b"image,caption", b"0.jpg," + latin, b"1.jpg," + utf8, b"2.jpg," + latin]
+    (tmp_path / "t.csv").write_bytes(b"\n".join(rows) + b"\n")
+    members = [("0.jpg", JPEG[0]), ("0.txt", latin), ("1.jpg", JPEG[1]), ("1.txt", utf8), ("2.jpg", JPEG[2]), ("2.txt", latin)]
+    shard(tmp_path / "set" / "a.tar", members)
+    for path in (tmp_path / "t.csv", tmp_path / "set"):
+        for _ in range(2):  # the second time from the index
+            dataset, said = opened(path, capsys)
+            assert [dataset[i].captions for i in range(3)] == [["a caf\ufffd"], ["a café"], ["a caf\ufffd"]]
+            assert f"{path.name}: 2 texts have U+FFFD in place of letters that are lost" in said
+            assert len(said.splitlines()) == 1 and "left out" not in said, said
+    (tmp_path / "texts.tsv").write_bytes(b"0\t" + latin + b"\n1\t" + utf8 + b"\n")
+    assert layouts.text_rows(str(tmp_path / "texts.tsv"))[1] == (1, "1", "a café")
+    assert "texts.tsv: 1 texts have U+FFFD" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_bytes(rows[0] + b"\n" + rows[2] + b"\n")
+    assert not opened(tmp_path / "t.csv", capsys)[1]
+
+
 def test_a_table_that_is_right(tmp_path):
     """Spaces after commas, a byte order mark, texts of several lines, quotes within and an empty line."""
     captions = ["a dog, wet", 'a "cat"', "two\nlines, of prose", 'a 5" nail', "ends"]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -301,6 +302,31 @@ def test_labelled_part_of_a_set_that_is_uneven_broken_or_partly_unlabelled():
     part = simclrv2.labelled_part(Labels(labels, broken=range(80)), 0.15, seed=0)  # 10 of each class
     chosen = torch.tensor(labels)[part]
     assert (chosen >= 0).all() and chosen.bincount().tolist() == [10, 4, 10] and not part[:80].any()
+
+
+def relabelled(photos, folder, label_of):
+    """A copy of the photos in which training sample i has the label label_of(i)."""
+    shutil.copytree(photos, folder)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    labelled = [json.dumps({**json.loads(line), "label": label_of(i)}) for i, line in enumerate(lines)]
+    (folder / "train.jsonl").write_text("\n".join(labelled) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("stage, fraction", [("finetune", "0.5"), ("finetune", "1"), ("distill", "0.5")])
+def test_a_label_beyond_the_classes_is_refused(stage, fraction, photos, stages, tmp_path):
+    folder = relabelled(photos, tmp_path / "photos", lambda i: i % 4 if i % 8 else 7)
+    flags = ["--max-steps", "20", "--eval-every", "0", "--label-fraction", fraction]
+    with pytest.raises(UserError, match="photos.* has the label 7, but only 4 classes") as error:
+        train_here(argv_for(stage, folder, stages, tmp_path / "run", *flags))
+    assert "\n" not in str(error.value)
+
+
+def test_a_label_below_0_is_none(photos, stages, tmp_path):
+    folder = relabelled(photos, tmp_path / "photos", lambda i: i % 8 - 4)
+    flags = ["--max-steps", "3", "--eval-every", "0", "--label-fraction", "1"]
+    train_here(argv_for("finetune", folder, stages, tmp_path / "run", *flags))
+    assert all(0 < row["loss"] < 10 for row in rows(tmp_path / "run") if "loss" in row)
 
 
 def test_a_student_sees_the_labels_of_its_teacher_alone(photos, stages, tmp_path, monkeypatch):
