@@ -51,11 +51,11 @@ def decode(image):
                 ImageOps.exif_transpose(image, in_place=True)
         if isinstance(image, Image.Image):
             if image.mode[0] in "IF":  # 16 or 32 bits, which convert() would clip at 255
-                x, tops = np.asarray(image), {"I": (255, 65535), "F": (1, 255)}  # else 16 bits
-                tops = [t for t in tops.get(image.mode, (65535,)) if 0 <= x.min() <= x.max() <= t]
-                if not tops:
+                x, white = np.asarray(image), {"I": (255, 65535), "F": (1, 255)}
+                white = [w for w in white.get(image.mode, [65535]) if 0 <= x.min() <= x.max() <= w]
+                if not white:
                     raise ValueError(f"values from {x.min()} to {x.max()}")
-                image = Image.fromarray((x * (65535 / 256 / tops[0])).astype(np.uint8))
+                image = Image.fromarray((x * (255.99609375 / white[0])).astype(np.uint8))
             if image.mode != "RGB":  # convert() copies even then, which takes longer than decoding
                 transparent = "transparency" in image.info
                 image = (image.convert("RGBA") if transparent else image).convert("RGB")

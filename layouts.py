@@ -37,7 +37,7 @@ except ImportError:  # Windows: processes do not wait for each other there
 
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
-INDEX_VERSION = 3  # an index that an older version of this file wrote is made again
+INDEX_VERSION = 2  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",

@@ -132,8 +132,8 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
                      batch_size=256, workers=0, indices=None) -> Features:  # fmt: skip
     """Collective. encode(images) and, with a tokenizer, module.encode_text(captions) of a dataset.
 
-    Processes share out whole batches. Each batch, and so every rounding error, is thereby the same
-    for any number of processes, and no sample is repeated to fill up. `module` is in eval mode."""
+    Processes share out whole batches, so that rounding errors are the same for any number of them,
+    and no sample is repeated to fill up. `module` is in eval mode; global random state stays."""
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
