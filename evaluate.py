@@ -37,10 +37,13 @@ from evaluation import exports, finetune
 from evaluation.features import WithinClasses
 from evaluation.language import PICTURES, WITH_TEXT
 from evaluation.protocols import PROTOCOLS, parse_numbers
-from evaluation.results import environment, folder_of, save_picture, save_result, table
+from evaluation.results import check_folder, environment, export_folder, folder_of, names_of
+from evaluation.results import save_picture, save_result, table
 from evaluation.weights import open_network
+from recognise import file_of
 from run import parse_args
 
+LARGEST = 4096  # pixels of --size
 Project = Literal["timm", "torchvision", "open_clip", "transformers", "safetensors"]
 
 
@@ -146,11 +149,18 @@ def check(protocol, paths, args):
         raise UserError(f"--lr-steps {args.lr_steps} must be epochs with commas between them")
     parse_numbers(args.k, int)
     parse_numbers(args.temperature)
+    if args.size > LARGEST:
+        raise UserError(f"--size {args.size} is too large, at most {LARGEST} pixels")
+    if not all(word.strip() for word in (*args.text, *args.plus, *args.minus)):
+        raise UserError('a text is empty, write what to look for, as in "a red star"')
     fits = 0 < args.labels < 1 if protocol == "semi" else args.labels == 0
     if not fits:
         raise UserError(
             "semi needs --labels, above 0 and below 1 as 0.01 or 0.1, and nothing else takes it"
         )
+    for path in paths:  # before the first one is computed
+        if not file_of(path).is_file():
+            raise UserError(f"there is no checkpoint at {file_of(path)}")
 
 
 def open_splits(protocol, args):
@@ -190,7 +200,9 @@ def export(args, path, *others):
         raise UserError("export takes one checkpoint at a time")
     given = {"heads": args.heads, "text_heads": args.text_heads, "gelu": args.gelu}
     net = open_network(path, torch.device("cpu"), args.head_layer, text=False, **given)
-    folder = args.out or folder_of(Path(path)) / f"export_{args.to}"
+    folder = Path(args.out) if args.out else export_folder(Path(path), args.to)
+    if folder.resolve() == folder_of(Path(path)).resolve():
+        raise UserError(f"{folder} holds the checkpoint itself, use another --out")
     print(exports.export(net, args.to, folder))
 
 
@@ -216,52 +228,62 @@ def main(argv: list[str]):
     cached_linear = protocol == "linear" and args.cached
     keeps_features = protocol in ("knn", "logreg", "search") or cached_linear
     kinds = ["metrics", "random weights"] if args.random else ["metrics"]
+    if args.out and (tuning or protocol in PICTURES):
+        check_folder(args.out)
     rows = {}
-    for path in map(Path, paths):
-        began = time.time()
-        result = {
-            "protocol": protocol,
-            "data": args.data,
-            "split": args.split,
-            "checkpoint": str(path),
-        }
-        for kind in kinds:
-            random_weights = kind == "random weights"
-            texts = {"text": with_text, "tokenizer": args.tokenizer, "data_dir": args.data_dir}
-            given = {"heads": args.heads, "text_heads": args.text_heads, "gelu": args.gelu}
-            options = {**texts, **given}
-            net = open_network(path, device, args.head_layer, random_weights, **options)
-            if with_text and not net.tokenizer:
-                raise UserError(
-                    f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s"
-                )
-            if tuning:  # the defaults depend on the architecture, and flags win over them
-                recipe = finetune.recipe(net.encoder, len(train), args.labels or 1.0)
-                args = read_flags(flags, {args.data: recipe})
-                result["settings"] = {name: getattr(args, name) for name in recipe}
-            options = {"view": net.view, "device": device, "dtype": args.dtype}
-            options |= {"batch_size": args.batch_size, "workers": args.workers}
-            if keeps_features and args.cache:
-                options["cache"] = str(folder_of(path))
-            if protocol in PICTURES:
-                net.path = path
-                picture = PICTURES[protocol](net, train, test, args, options)
-                save_picture(picture, path, protocol, kind, args)
-                continue
-            result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
-            name = f"{path}, {kind}" if random_weights else str(path)
-            found = result[kind]
-            per_set = {f"{name}, {data}": row for data, row in found.items()}  # of robustness
-            rows |= per_set if protocol == "robustness" else {name: found}
-            if tuning and args.out and not random_weights and rank() == 0:
-                finetune.save_classifier(net.tuned, Path(args.out) / f"{protocol}_{path.stem}.pt")
-        if protocol in PROTOCOLS and rank() == 0:
-            command = shlex.join(["evaluate.py", *argv])
-            result |= {"method": net.method, "step": net.step, "command": command}
-            result |= {"minutes": (time.time() - began) / 60, **environment(device)}
-            save_result(result, path, args)
-    if rank() == 0 and rows and not args.json:
-        print(f"{protocol}, {args.data} {args.split}, percent", table(rows), sep="\n")
+    try:
+        for path, own_name in zip(map(Path, paths), names_of(paths)):
+            began, not_saved = time.time(), None
+            result = {
+                "protocol": protocol,
+                "data": args.data,
+                "split": args.split,
+                "checkpoint": str(path),
+            }
+            for kind in kinds:
+                random_weights = kind == "random weights"
+                texts = {"text": with_text, "tokenizer": args.tokenizer, "data_dir": args.data_dir}
+                given = {"heads": args.heads, "text_heads": args.text_heads, "gelu": args.gelu}
+                options = {**texts, **given}
+                net = open_network(path, device, args.head_layer, random_weights, **options)
+                if with_text and not net.tokenizer:
+                    raise UserError(
+                        f"{protocol} needs a language-image checkpoint, {path} is {net.method}'s"
+                    )
+                if tuning:  # the defaults depend on the architecture, and flags win over them
+                    recipe = finetune.recipe(net.encoder, len(train), args.labels or 1.0)
+                    args = read_flags(flags, {args.data: recipe})
+                    result["settings"] = {name: getattr(args, name) for name in recipe}
+                options = {"view": net.view, "device": device, "dtype": args.dtype}
+                options |= {"batch_size": args.batch_size, "workers": args.workers}
+                if keeps_features and args.cache:
+                    options["cache"] = str(folder_of(path))
+                if protocol in PICTURES:
+                    net.path = path
+                    picture = PICTURES[protocol](net, train, test, args, options)
+                    save_picture(picture, path, protocol, kind, args, own_name * (len(paths) > 1))
+                    continue
+                result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
+                name = f"{path}, {kind}" if random_weights else str(path)
+                found = result[kind]
+                per_set = {f"{name}, {data}": row for data, row in found.items()}  # of robustness
+                rows |= per_set if protocol == "robustness" else {name: found}
+                if tuning and args.out and not random_weights and rank() == 0:
+                    file = Path(args.out) / f"{protocol}_{own_name}.pt"
+                    try:
+                        finetune.save_classifier(net.tuned, file)
+                    except UserError as error:
+                        not_saved = error  # the score comes first
+            if protocol in PROTOCOLS and rank() == 0:
+                command = shlex.join(["evaluate.py", *argv])
+                result |= {"method": net.method, "step": net.step, "command": command}
+                result |= {"minutes": (time.time() - began) / 60, **environment(device)}
+                save_result(result, path, args)
+            if not_saved:
+                raise not_saved
+    finally:  # an error leaves the rows before it
+        if rank() == 0 and rows and not args.json:
+            print(f"{protocol}, {args.data} {args.split}, percent", table(rows), sep="\n")
 
 
 if __name__ == "__main__":

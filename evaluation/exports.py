@@ -15,7 +15,7 @@ import torch
 from common import UserError
 from names import align_state, clip_to_transformers, dinov2_to_timm, vit_to_torchvision
 from names import vit_to_transformers
-from recognise import depth, family
+from recognise import depth, family, read_json
 
 DEPTHS = {("BasicBlock", 2, 2, 2, 2): "resnet18", ("BasicBlock", 3, 4, 6, 3): "resnet34",
           ("Bottleneck", 3, 4, 6, 3): "resnet50", ("Bottleneck", 3, 4, 23, 3): "resnet101",
@@ -315,6 +315,19 @@ def described(net, to, file):
     return found
 
 
+def refuse_to_overwrite(folder, weights, names):
+    """Raises UserError unless the folder has none of these files, or an earlier export's whose
+    tensors are in the file `weights` too."""
+    for name in ("args.json", "checkpoint.pt"):
+        if (folder / name).exists():
+            raise UserError(f"{folder} is the directory of a run ({name}), use another --out")
+    ours = read_json(folder / "export.json").get("weights") == weights
+    there = [name for name in [weights, *names] if (folder / name).exists()]
+    if there and not ours:
+        what = "which is not from an export of the same form"
+        raise UserError(f"{folder} has a file {there[0]}, {what}: use another --out")
+
+
 def export(net, to, folder):
     """Writes the network in the form of `to` into `folder` -> the lines of Python that load it, and
     the preprocessing that it expects. Raises UserError."""
@@ -328,15 +341,16 @@ def export(net, to, folder):
     folder = Path(folder)
     file = "model.safetensors" if to in ("transformers", "safetensors") else "model.pt"
     files = {**files, "export.json": described(net, to, file)}
+    refuse_to_overwrite(folder, file, [*files, *["tokenizer.json"] * bool(net.tokenizer)])
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():  # export.json marks the folder as ours
+            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         if file.endswith("safetensors"):
             save_file = importlib.import_module("safetensors.torch").save_file
             save_file(state, folder / file, metadata={"format": "pt"})
         else:
             torch.save(state, folder / file)
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         if net.tokenizer:
             (folder / "tokenizer.json").write_text(net.tokenizer.to_json(), encoding="utf-8")
     except (OSError, RuntimeError) as error:

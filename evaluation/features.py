@@ -42,6 +42,13 @@ class WithinClasses:
         return sample
 
 
+def refuse_small(dataset, batch):
+    """Raises UserError where a split has less than one batch to train on."""
+    if len(dataset) < batch:
+        few = f"{dataset.name} has {len(dataset)} samples, less than a batch of {batch}"
+        raise UserError(f"{few}: lower --train-batch")
+
+
 # -------------------------------------------- kept on disk ----------------------------------------
 def cached_extract(encoder, dataset, view, device, cache="", **options):
     """Collective. monitor.extract, whose result is kept in the folder `cache`, if one is given, and
@@ -50,13 +57,15 @@ def cached_extract(encoder, dataset, view, device, cache="", **options):
 
 
 def cached_features(encoder, dataset, view, device, cache="", **options):
-    """Collective. As cached_extract, and the indices (n,) of the samples that could be read."""
+    """Collective. As cached_extract, and the indices (n,) of the samples that could be read. How
+    many could not is said each time, also of features that were kept."""
     if cache:
         name = f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
         file = Path(cache) / name
         if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
             with contextlib.suppress(UserError):  # a damaged file is written anew
                 saved = load_checkpoint(file)
+                say_left_out(dataset, options.get("indices"), saved["index"], file)
                 return saved["features"], saved["labels"], saved["index"]
     found = extract_features(encoder, encoder, dataset, view, device, **options)
     if cache and rank() == 0:
@@ -67,6 +76,16 @@ def cached_features(encoder, dataset, view, device, cache="", **options):
         except (OSError, RuntimeError) as error:
             print(f"features are not kept: {error}", file=sys.stderr)
     return found.images, found.labels, found.index
+
+
+def say_left_out(dataset, indices, index, file):
+    """How many of the samples were not among those that could be read when a file was written."""
+    wanted = range(len(dataset)) if indices is None else indices
+    missing = sorted({*wanted} - {*index.tolist()}) if len(index) < len(wanted) else []
+    if missing and rank() == 0:
+        left_out = f"{dataset.name}: left out {len(missing)} of {len(wanted)} samples"
+        first = f"sample {missing[0]} could not be read"
+        print(f"{left_out}, {first} when {file} was written", file=sys.stderr)
 
 
 def fingerprint(encoder, dataset, view, device, options):

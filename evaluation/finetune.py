@@ -36,6 +36,7 @@ from tqdm import tqdm
 from common import UserError, all_reduce_mean, mixed_precision, rank, sync_batchnorm, warmup_cosine
 from common import world_size
 from data import Loader, hflip, random_resized_crop
+from evaluation.features import refuse_small
 
 # -------------------------------------------- recipes --------------------------------------------
 # SLIP's fine-tuning of a ViT-B, which follows BEiT; its rate of 4e-3 is for a batch of 1024
@@ -331,6 +332,7 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
     # data
     train_view = FineTuneView(view, args.randaugment, args.erase)
     options = args.train_batch, args.seed, args.workers, device
+    refuse_small(train_set, args.train_batch)
     loader = Loader(train_set, {"image": train_view}, {}, *options)
     total = args.epochs * loader.steps_per_epoch
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)

@@ -5,6 +5,8 @@ Letters: R rows and C columns of patches, N tokens, T texts, E width of an embed
 """
 
 import json
+import os
+import sys
 import textwrap
 from pathlib import Path
 
@@ -134,10 +136,11 @@ class ImageEmbedding(nn.Module):
 def embedded(net, word, device):
     """A text, or the path of an image -> unit vector (E,). Raises UserError."""
     is_image = ending_of(word) in IMAGE_ENDINGS
-    if not is_image and not Path(word).is_file():
+    file = os.path.expanduser(word)
+    if not is_image and not os.path.isfile(file):  # False for a text too long for a file's name
         return embedded_texts(net, [word], device)[0]
     try:
-        image = decode(Path(word).expanduser().read_bytes())
+        image = decode(Path(file).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{word} cannot be read as an image ({error})") from error
     with evaluating(net.model), torch.no_grad():
@@ -147,8 +150,10 @@ def embedded(net, word, device):
 
 def combined(plus, minus):
     """Unit vectors -> the unit vector along their sums and differences: ALIGN's arithmetic of image
-    and text (Fig. 5)."""
+    and text (Fig. 5). Raises UserError where nothing is left."""
     total = sum(plus) - sum(minus) if minus else sum(plus)
+    if total.norm() < 1e-4:
+        raise UserError("the query takes away all that it names: choose another --minus")
     return F.normalize(total, dim=0)
 
 
@@ -221,14 +226,21 @@ def queue_picture(net, train, test, args, options):
         raise UserError(f"--queue needs captions, which {test.name} does not have")
     ids = queued_ids(saved, net.tokenizer, args.data_dir)
     known = torch.tensor(sorted(ids))
-    samples = [s for s in chosen_samples(test, args) if any(map(str.strip, s[1].captions))]
+    chosen = chosen_samples(test, args)
+    samples = [s for s in chosen if any(map(str.strip, s[1].captions))]
+    if not samples:
+        raise UserError(f"none of the {len(chosen)} samples has a caption, give others (--samples)")
+    if len(samples) < len(chosen) and rank() == 0:
+        left_out = f"{len(chosen) - len(samples)} of {len(chosen)} samples"
+        print(f"{test.name}: left out {left_out}, which have no caption", file=sys.stderr)
     captions = [next(filter(str.strip, sample.captions)) for _, sample, _ in samples]
     texts = embedded_texts(net, captions, options["device"]).cpu()
     cosines, nearest = (texts @ saved["queue"]["features"][known].T).max(1)
     found = [net.tokenizer.decode(ids[int(row)][1:-1]).strip() for row in known[nearest]]
     if rank() == 0:
-        for caption, other, cosine in zip(captions, found, cosines):
-            print(f"{caption}  ->  {other}  ({cosine:.3f})")
+        for caption, other, cosine in zip(captions, found, cosines.tolist()):
+            pair = {"caption": caption, "found": other, "cosine": round(cosine, 4)}
+            print(json.dumps(pair) if args.json else f"{caption}  ->  {other}  ({cosine:.3f})")
     return pairs_page(samples, captions, found, cosines.tolist())
 
 

@@ -7,6 +7,7 @@ Letters: R rows and C columns of patches, N = R C, D width of a feature, H and W
 
 import contextlib
 import math
+import sys
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.func import functional_call
 
-from common import UserError
+from common import UserError, rank
 from data import decode
 from evaluation.protocols import parse_numbers
 from monitor import evaluating, extract_features
@@ -314,8 +315,8 @@ def framed(picture, right):
 # -------------------------------------------- of a network and a dataset --------------------------
 def chosen_samples(dataset, args, one_class=False):
     """-> [(index, Sample, uint8 (3, H, W))] of the samples that --samples names, or else of
-    --images samples that can be read, the same in every run. one_class: all of the class of the
-    first one, if there are classes."""
+    --images samples that can be read, the same in every run; how many cannot is printed. one_class:
+    all of the class of the first one, if there are classes. Raises UserError."""
     try:
         wanted = [int(word) for word in args.samples.split(",")] if args.samples else []
     except ValueError as error:
@@ -325,7 +326,7 @@ def chosen_samples(dataset, args, one_class=False):
         has = f"{dataset.name} has those from 0 to {len(dataset) - 1}"
         raise UserError(f"--samples {args.samples}: {has}")
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    found = []
+    found, errors = [], []
     for i in wanted or shuffled:
         try:
             sample = dataset[i]
@@ -334,17 +335,28 @@ def chosen_samples(dataset, args, one_class=False):
             if wanted:
                 message = f"sample {i} of {dataset.name} cannot be read ({error})"
                 raise UserError(message) from error
+            errors.append(f"sample {i} ({error})")
             continue
         other_class = one_class and found and sample.label != found[0][1].label
         if wanted or not other_class:
             found.append((i, sample, image))
         if len(found) == (len(wanted) or args.images):
             break
+    if not found:
+        reason = errors[0] if errors else "there are none"
+        raise UserError(f"none of {len(dataset)} samples of {dataset.name} can be read: {reason}")
+    if errors and rank() == 0:
+        left_out = f"{dataset.name}: the picture leaves out {len(errors)} that cannot be read"
+        print(f"{left_out}, {errors[0]}", file=sys.stderr)
     return found
 
 
 def title(dataset, i, label):
-    return f"{i}, {dataset.classes[label]}" if dataset.classes and label >= 0 else str(i)
+    """A sample's number and its class; the number of a class that has no name."""
+    if label < 0:
+        return str(i)
+    named = dataset.classes and label < len(dataset.classes)
+    return f"{i}, {dataset.classes[label] if named else label}"
 
 
 def inspected_samples(net, dataset, args, one_class=False):
@@ -407,6 +419,9 @@ def neighbors_picture(net, train, test, args, options):
         if bank is test:
             cosine[found_in_bank.index == i] = -2  # an image is no neighbour of itself
             candidates -= 1
+        if not candidates:
+            only = f"{bank.name} has only one image that can be read"
+            raise UserError(f"neighbors needs another image to show, {only}")
         nearest = cosine.topk(min(parse_numbers(args.k, int)[0], candidates))
         row = [cell(test, i, "")]
         for c, j in zip(*nearest):

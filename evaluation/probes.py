@@ -13,7 +13,7 @@ from torch import nn
 
 from common import LARS, UserError, all_gather, mixed_precision
 from data import Loader, hflip, random_resized_crop
-from evaluation.features import NamedSubset, cached_extract
+from evaluation.features import NamedSubset, cached_extract, refuse_small
 from monitor import bar, evaluating, labelled, zeroshot_metrics
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that --cached tries
@@ -145,6 +145,7 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **options):
         return [x.to(device) for x in labelled(dataset, *extracted)]
 
     def loader_of(dataset):
+        refuse_small(dataset, batch)
         return Loader(dataset, {"image": probe_view}, {}, batch, args.seed, args.workers, device)
 
     test_x, test_y = features_of(test_set)

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -44,13 +46,52 @@ def environment(device) -> dict:
     return {"commit": commit, "hardware": hardware, "processes": world_size(), "versions": versions}
 
 
-def save_picture(picture, path, protocol, kind, args):
-    """Writes a PNG beside the checkpoint or into --out. It is named after the protocol and the data
-    and, unless the checkpoint is that of a run, after its file."""
+def names_of(paths):
+    """A name for each checkpoint of a command, different from the others': that of its run
+    directory, with the step in a checkpoint_STEP.pt, or of its file, with its folder where there
+    are several. Nothing of a directory's name is cut off at a dot."""
+    names = []
+    for path in map(Path, map(os.path.abspath, paths)):
+        name, step = folder_of(path).name, re.fullmatch(r"checkpoint_\d+", path.stem)
+        if not (path.is_dir() or path.name == "checkpoint.pt"):
+            name = f"{name}_{path.stem}" if step or len(paths) > 1 else path.stem
+        number = 2
+        plain = name
+        while name in names:
+            name, number = f"{plain}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+def slug(words):
+    """Texts as a part of a file's name: their letters and digits, and from 40 on a checksum."""
+    text = re.sub(r"\W+", "-", " ".join(words)).strip("-")
+    return text if len(text) <= 40 else f"{text[:40]}-{zlib.crc32(text.encode()):08x}"
+
+
+def check_folder(folder):
+    """Makes a folder for what a command will write. Raises UserError where that cannot be done."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}), use another --out") from error
+
+
+def save_picture(picture, path, protocol, kind, args, own_name=""):
+    """Writes a PNG beside the checkpoint or into --out. It is named after the protocol, the data
+    and the texts and, unless the checkpoint is that of a run, after its file. own_name: what tells
+    it in --out from the pictures of the command's other checkpoints."""
     folder = Path(args.out) if args.out else folder_of(path)
-    words = [protocol, Path(args.data).stem]
-    if not (path.is_dir() or path.name == "checkpoint.pt"):
+    data = Path(os.path.abspath(args.data))
+    words = [protocol, data.name if data.is_dir() else data.stem]
+    if args.out and own_name:
+        words.insert(0, own_name)
+    elif not (path.is_dir() or path.name == "checkpoint.pt"):
         words.insert(0, path.stem)
+    if texts := [*args.text, *args.plus, *(f"minus {word}" for word in args.minus)]:
+        words.append(slug(texts))
     if kind != "metrics":
         words.append("random")
     file = folder / ("_".join(words) + ".png")
@@ -60,7 +101,7 @@ def save_picture(picture, path, protocol, kind, args):
             picture.save(file)
         except OSError as error:
             raise UserError(f"{file} cannot be written ({error}), use another --out") from error
-        print(file)
+        print(file, file=sys.stderr if args.json else sys.stdout)
 
 
 def save_result(result, path, args):
@@ -77,3 +118,9 @@ def save_result(result, path, args):
 
 def folder_of(path):
     return path if path.is_dir() else path.parent
+
+
+def export_folder(path, to):
+    """Where a checkpoint goes without --out: one folder for each file of weights."""
+    plain = path.is_dir() or path.name == "checkpoint.pt"
+    return folder_of(path) / (f"export_{to}" if plain else f"export_{to}_{path.stem}")

@@ -427,6 +427,18 @@ def test_features_are_kept(tmp_path, capsys, monkeypatch):
     assert "features are not kept" in capsys.readouterr().err
 
 
+def test_what_is_left_out_is_counted_each_time(tmp_path, capsys):
+    """Also by features that an older version kept, which say nothing but who could be read."""
+    data, options = Toy(23, broken=True), {"batch_size": 7, "cache": str(tmp_path)}
+    first = cached_extract(Net(), data, VIEW, CPU, **options)
+    assert "left out 4 of 23 samples" in capsys.readouterr().err
+    again = cached_extract(Net(), data, VIEW, CPU, **options)
+    assert torch.equal(first[0], again[0]) and len(again[0]) == 19
+    (file,) = tmp_path.iterdir()
+    printed = capsys.readouterr().err
+    assert printed.count("left out 4 of 23 samples, sample ") == 1 and f"could not be read when {file} was written" in printed
+
+
 # ------------------------------------------------ logistic regression ------------------------------------------------
 @pytest.mark.parametrize("C", [1e-4, 0.316, 100.0])
 @pytest.mark.parametrize("classes", [2, 5])
@@ -710,6 +722,16 @@ def test_commands(folder, capsys):
     assert deeper[0]["metrics"].keys() == {"top1", "top5", "chance"}
 
 
+def test_rows_before_an_error_are_shown(folder, capsys):
+    """Of a checkpoint that cannot be opened; one that is not there ends the command before anything is computed."""
+    with pytest.raises(UserError, match="not written by one of our method files"):
+        run(folder, "knn", "simclr", "other.pt", "--k", "3")
+    assert capsys.readouterr().out.splitlines()[2].startswith(f"{folder}/simclr")
+    with pytest.raises(UserError, match="there is no checkpoint at"):
+        run(folder, "knn", "simclr", "nowhere", "--k", "3")
+    assert capsys.readouterr().out == ""
+
+
 def test_tokenizer_of_published_weights(folder, tmp_path):
     """One that --tokenizer names, or the merges in --data-dir."""
     saved = torch.load(folder / "clip/checkpoint.pt", weights_only=True)
@@ -766,7 +788,8 @@ ERRORS = [
     ("knn other.pt", "not written by one of our method files"),
     ("knn method.pt", "not beside evaluate.py"),
     ("zeroshot shape.pt", "does not fit clip.py"),
-    ("linear simclr", "batch"),
+    ("linear simclr", "classes has 40 samples, less than a batch of 1024: lower --train-batch"),
+    ("knn simclr nowhere", "there is no checkpoint at"),
     ("logreg simclr --split train", "other than train"),
     ("linear simclr --grid", "need a transformer with 4 blocks"),
     ("linear simclr --blocks 4", "need a transformer with 4 blocks and timm's names, not simclr's resnet10"),

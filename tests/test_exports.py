@@ -242,3 +242,33 @@ def test_width_that_nobody_has(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="use another --out"):
         main(["export", str(tmp_path), "--to", "safetensors", "--out", str(tmp_path / "file")])
+
+
+def test_files_of_others_stay(folder, tmp_path, capsys):
+    """Neither a user's model nor a run nor an export in another form is written over, an earlier export of the same form is."""
+    path = checkpoint(folder, "simclr")
+    for name in ("mine/model.pt", "run/args.json", "older/checkpoint.pt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    cases = [("mine", "timm", "has a file model.pt, which is not from an export"), ("run", "timm", "is the directory of a run"),
+             ("older", "safetensors", "is the directory of a run")]  # fmt: skip
+    for name, to, sentence in cases:
+        with pytest.raises(UserError, match=sentence):
+            main(["export", str(path), "--to", to, "--out", str(tmp_path / name)])
+    assert [(tmp_path / name).read_text() for name in ("mine/model.pt", "run/args.json", "older/checkpoint.pt")] == ["mine"] * 3
+    assert len(list(tmp_path.rglob("*.*"))) == 3
+    for _ in range(2):
+        main(["export", str(path), "--to", "timm", "--out", str(tmp_path / "new")])
+    with pytest.raises(UserError, match="has a file export.json"):
+        main(["export", str(path), "--to", "safetensors", "--out", str(tmp_path / "new")])
+    with pytest.raises(UserError, match="holds the checkpoint itself"):
+        main(["export", str(tmp_path / "new"), "--to", "torchvision", "--out", str(tmp_path / "new")])
+
+
+def test_each_step_has_a_folder_of_its_own(folder, tmp_path, capsys):
+    path = checkpoint(folder, "simclr") / "checkpoint.pt"
+    for name in ("checkpoint.pt", "checkpoint_1.pt", "checkpoint_4.pt"):
+        (tmp_path / name).write_bytes(path.read_bytes())
+        main(["export", str(tmp_path / name), "--to", "timm"])
+    folders = {file.parent.name for file in tmp_path.rglob("model.pt")}
+    assert folders == {"export_timm", "export_timm_checkpoint_1", "export_timm_checkpoint_4"}

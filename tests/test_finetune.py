@@ -397,7 +397,7 @@ def test_commands(folder, capsys):
 
 ERRORS = [
     ("finetune slip --epochs 20", "--warmup-epochs 20 must be below --epochs 20"),
-    ("finetune slip", "classes has 60 samples, less than a batch of 1024"),
+    ("finetune slip", "classes has 60 samples, less than a batch of 1024: lower --train-batch"),
     ("semi simclr", "semi needs --labels, above 0 and below 1"),
     ("semi simclr --labels 1", "semi needs --labels"),
     ("finetune simclr --labels 0.1", "nothing else takes it"),
@@ -420,6 +420,30 @@ def test_mistakes_are_sentences(folder, words, sentence):
     with pytest.raises(UserError) as error:
         run(folder, *words.split())
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_out_is_checked_first_and_the_score_recorded(folder, tmp_path, capsys):
+    """The folder before the training; if a file in it cannot be written after all, the score is in results.jsonl already."""
+    flags, lines = ["--epochs", "1", "--train-batch", "8"], folder / "simclr/results.jsonl"
+    (tmp_path / "file").write_text("")
+    before = len(lines.read_text().splitlines()) if lines.exists() else 0
+    with pytest.raises(UserError, match="use another --out"):
+        run(folder, "finetune", "simclr", *flags, "--out", str(tmp_path / "file"))
+    assert "epoch 1" not in capsys.readouterr().err
+    (tmp_path / "out/finetune_simclr.pt").mkdir(parents=True)
+    with pytest.raises(UserError, match="use another --out"):
+        run(folder, "finetune", "simclr", *flags, "--out", str(tmp_path / "out"))
+    assert len(lines.read_text().splitlines()) == before + 1 and "simclr" in capsys.readouterr().out
+
+
+def test_classifiers_of_one_command_have_files_of_their_own(folder, tmp_path):
+    for name in ("lr0.1", "lr0.2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").write_bytes((folder / "simclr/checkpoint.pt").read_bytes())
+    paths = [str(tmp_path / "lr0.1/checkpoint.pt"), str(tmp_path / "lr0.2")]
+    flags = ["--epochs", "1", "--train-batch", "8", "--out", str(tmp_path / "out")]
+    main(["finetune", *paths, "--data", str(folder / "classes"), *COMMON, *flags])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetune_lr0.1.pt", "finetune_lr0.2.pt"]
 
 
 def test_mistake_ends_with_status_2(folder):

@@ -1,6 +1,7 @@
 """language.py: a map lies on what the text names, the arithmetic of search, the captions in DeCLIP's queue."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -172,9 +173,12 @@ def folder(tmp_path_factory):
 
 
 def command(folder, protocol, name, *words):
+    """-> the picture, in whose name the texts are too."""
     flags = ["--device", "cpu", "--workers", "0", "--out", str(folder / "out")]
+    shutil.rmtree(folder / "out", ignore_errors=True)
     main([protocol, str(folder / name), "--data", str(folder / "photos"), *flags, *words])
-    return folder / "out" / f"{protocol}_photos.png"
+    (file,) = (folder / "out").glob(f"{protocol}_photos*.png")
+    return file
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -263,9 +267,9 @@ def test_search_finds_the_colour(folder, words, first, monkeypatch, capsys):
     monkeypatch.setattr(module, "open_network", lambda *args, **options: net)
     words = [word.replace("PHOTOS", str(folder / "photos")) for word in words]
     file = command(folder, "search", "clip", *words, "--k", "3", "--json", "--no-cache")
-    line, path = capsys.readouterr().out.splitlines()
-    hits = json.loads(line)["hits"]
-    assert [hit["sample"] for hit in hits][0] == first and len(hits) == 3 and path == str(file)
+    printed = capsys.readouterr()
+    hits = json.loads(printed.out)["hits"]  # lines of JSON alone, the picture's path is beside them
+    assert [hit["sample"] for hit in hits][0] == first and len(hits) == 3 and printed.err == f"{file}\n"
     assert [hit["cosine"] for hit in hits] == sorted((hit["cosine"] for hit in hits), reverse=True)
     assert hits[0]["key"].endswith(f"{first}.png")
     file = command(folder, "search", "clip", *words, "--k", "3", "--no-cache")
@@ -293,8 +297,23 @@ def test_search_of_a_real_network(folder, capsys):
     assert len(list((folder / "clip").glob("features_*.pt"))) == 1
 
 
+def test_texts_are_in_the_name_and_may_be_long(folder):
+    assert command(folder, "search", "clip", "a dog", "--minus", "snow!").name == "search_photos_a-dog-minus-snow.png"
+    names = [command(folder, "search", "clip", "a dog, " * 50 + last).name for last in ("", "snow")]
+    assert names[0] != names[1] and all(name.startswith("search_photos_a-dog-a-dog") and len(name) < 80 for name in names)
+    assert command(folder, "explain", "clip", "--text", "a dog", "--images", "1").name == "explain_photos_a-dog.png"
+
+
+@pytest.mark.parametrize("words", [["search", ""], ["search", "--plus", " "], ["search", "x", "--minus", ""], ["explain", "--text", ""]])
+def test_empty_texts(folder, words):
+    with pytest.raises(UserError, match="a text is empty"):
+        command(folder, words[0], "clip", *words[1:])
+
+
 ERRORS = [
     ("explain clip", "explain needs --text"),
+    ("search clip snow --minus snow", "the query takes away all that it names"),
+    ("search clip x --plus ~nobody/x.png", "cannot be read as an image"),
     ("explain clip --text x --size 64", "leave --size out"),
     ("search clip", "search needs a query"),
     ("search clip x --plus nowhere.png", "nowhere.png cannot be read as an image"),

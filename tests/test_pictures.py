@@ -1,7 +1,9 @@
 """pictures.py: against the official numbers, against scikit-learn, on what can be seen by eye, and as commands."""
 
 import re
+import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +277,7 @@ ERRORS = [
     ("attention dino --samples -1", "has those from 0 to 5"),
     ("matches dino --samples 2", "matches needs two images"),
     ("attention dino --size 4", "smaller than a patch, 8"),
+    ("attention dino --size 100000", "--size 100000 is too large, at most 4096 pixels"),
     ("attention dino --images 0", "must be above 0"),
     ("attention dino --split tset", "unknown split"),
 ]
@@ -294,6 +297,42 @@ def test_broken_sample_and_folder_that_cannot_be_written(folder):
     (folder / "file").write_text("")
     with pytest.raises(UserError, match="use another --out"):
         run(folder, "attention", "dino", "--out", str(folder / "file"))
+
+
+def test_pictures_of_nothing(folder, tmp_path, capsys):
+    """Files that are no pictures, and one photo, which has no neighbour; what is left out of others is counted."""
+    for name, files in (("junk", ["1.png", "2.png"]), ("single", ["1.png"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes(b"junk" if name == "junk" else (folder / "photos/0.png").read_bytes())
+    for protocol in ("attention", "pca", "matches", "neighbors"):
+        with pytest.raises(UserError, match="none of 2 samples of junk can be read: sample . .broken image"):
+            run(folder, protocol, "dino", data=tmp_path / "junk")
+    with pytest.raises(UserError, match="neighbors needs another image to show, single has only one"):
+        run(folder, "neighbors", "dino", data=tmp_path / "single")
+    capsys.readouterr()
+    run(folder, "pca", "dino", "--images", "7", data="photos")
+    assert capsys.readouterr().err.count("photos: the picture leaves out 1 that cannot be read, sample 6 (broken image") == 1
+
+
+def test_title_of_a_label_without_a_name():
+    data = types.SimpleNamespace(classes=["red", "green"])
+    assert [pictures.title(data, 3, label) for label in (-1, 1, 2)] == ["3", "3, green", "3, 2"]
+    assert pictures.title(types.SimpleNamespace(classes=None), 3, 7) == "3, 7"
+
+
+def test_checkpoints_of_one_command_have_pictures_of_their_own(folder, tmp_path):
+    """In one --out; a directory's name is not cut off at a dot, a checkpoint of an earlier step keeps its number."""
+    for name in ("lr0.1", "lr0.2"):
+        (tmp_path / name).mkdir()
+        for file in ("checkpoint.pt", "checkpoint_2.pt"):
+            shutil.copy(folder / "dino/checkpoint.pt", tmp_path / name / file)
+    shutil.copytree(tmp_path / "lr0.1", tmp_path / "more/lr0.1")
+    paths = ["lr0.1", "lr0.2/checkpoint.pt", "lr0.2/checkpoint_2.pt", "more/lr0.1"]
+    flags = ["--device", "cpu", "--workers", "0", "--images", "1", "--out", str(tmp_path / "pictures")]
+    main(["attention", *(str(tmp_path / path) for path in paths), "--data", str(folder / "classes"), *flags])
+    names = ["lr0.1", "lr0.1_2", "lr0.2", "lr0.2_checkpoint_2"]
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"{name}_attention_classes.png" for name in names}
 
 
 def test_two_processes_draw_the_same(folder):
