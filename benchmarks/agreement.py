@@ -62,7 +62,8 @@ def main():
         for strength in (1.0, 0.5, 0.25, 0.0):
             flags = ["--batch-size", str(given.pictures), "--crop-min", str(crop_min)]
             flags += ["--jitter-strength", str(strength)]
-            # the network of the recipe flocks
+            # the network of the recipe flocks, all of it: its blocks do not start at 0 here
+            flags += ["--no-zero-init-residual"]
             args = moco.parse_args(moco.Args, moco.RECIPES, flags)
             columns = agreement(dataset, args)
             print(f"{100 * crop_min:>11.0f}%{strength:>8}{columns[0]:>13.1f}{columns[1]:>11.1f}"
