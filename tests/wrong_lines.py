@@ -235,6 +235,7 @@ OWN = {
         ("last.bias.requires_grad = False", "pass"),
     ],
     "dino.py": [
+        ("nn.init.zeros_(block.mlp.fc2.weight)", "nn.init.ones_(block.mlp.fc2.weight)"),
         ("        update_center(model.center, torch.cat(teachers), args.center_momentum)\n", ""),
         ("centered = teacher.detach().float() - center", "centered = teacher.detach().float() + center"),
         ("centered / teacher_temp", "centered / student_temp"),
@@ -324,7 +325,7 @@ OWN = {
         ("            elif heads != needed:", "            elif heads == needed + 1:"),
         ("start = place if whole and place in found else evaluated", "start = evaluated"),
         ("out[name] = theirs[name][: len(own[name])]", "out[name] = theirs[name][-len(own[name]) :]"),
-        ("if before[\"model\"] != now[\"model\"]:", "if before == {}:"),
+        ("if before != json.loads(tokenizer.to_json())[\"model\"]:", "if before == {}:"),
         ("elif args.tokenizer == \"train\":", "elif args.tokenizer == \"\":"),
         ("if source.gelu and source.gelu != gelu:", "if source.gelu == gelu == 0:"),
         ("        if tensor.shape != own[name].shape:", "        if tensor.ndim != own[name].ndim:"),
