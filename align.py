@@ -75,7 +75,7 @@ class Args(RunArgs):
     vocab_size: int = 30522  # rows of the token table; at most so many with --tokenizer train
     temperature: float = 1.0  # tau at the start; it is trained (Sec. 5)
     label_smoothing: float = 0.1  # label smoothing over the global batch (Sec. 5)
-    drop_connect: float = 0.2  # how often branches are dropped: times b / n in block b of n, from 0
+    drop_connect: float = 0.2  # how often a branch is dropped, times b / n in block b of n
     bn_group: int = 16  # samples that batch norm sees, those of a TPU core (0: all; Sec. 5)
     bn_momentum: float = 0.01  # share of the last batch in the batch norm's mean; short runs: more
     image_size: int = 289  # side of an image in pixels, cropped from 346 (Sec. 5)

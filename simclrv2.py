@@ -312,6 +312,7 @@ class WithinClasses:
 
     def __init__(self, dataset):
         self.dataset, self.name, self.classes = dataset, dataset.name, dataset.classes
+        self.captioned = dataset.captioned
 
     def __len__(self):
         return len(self.dataset)

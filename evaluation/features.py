@@ -25,9 +25,10 @@ class NamedSubset(torch.utils.data.Subset):
         self.name, self.classes = name or dataset.name, dataset.classes
 
 
+# Copied from simclrv2.py: WithinClasses
 class WithinClasses:
-    """A dataset that raises UserError for a label that none of its classes has: training on such
-    labels would end with a traceback, on a GPU with one that names no sample."""
+    """A dataset that raises UserError for a label that none of its classes has: the loss would end
+    with a traceback, on a GPU with one that names no sample."""
 
     def __init__(self, dataset):
         self.dataset, self.name, self.classes = dataset, dataset.name, dataset.classes
