@@ -10,6 +10,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -173,16 +174,19 @@ def read_file(path):
 
 # ---------------------------------------- fields ----------------------------------------
 def label_number(value, classes, name):
-    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of them or
-    below 0. Raises UserError for a number beyond 64 bits, which no tensor of labels can hold."""
+    """A label as a number: of 3, "3", "3.0" or the name of a class; -1 for what is none of them, as
+    2.7, or below 0. Raises UserError for a number beyond 64 bits, which no tensor of labels can
+    hold."""
     text = "" if value is None else str(value).strip()
     try:
-        number = max(-1, int(float(text)))
-    except (ValueError, OverflowError):
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
         return classes.index(text) if text in (classes or []) else -1
     if number >= 2**63:
         raise UserError(f"{name} has the label {text}, which is too large: mend it or leave it out")
-    return number
+    return max(-1, int(number))
 
 
 def json_object(text):

@@ -270,22 +270,25 @@ def labelled_part(dataset, fraction, seed):
     """(N,) bool: a class-balanced part of a dataset, fraction * N / C images of every class
     (rounded, at least one, all where there are fewer). A function of the seed, contained in what a
     larger fraction gives. Reads samples in random order until it has enough: 2 to 3% of ImageNet
-    for a fraction of 1%."""
+    for a fraction of 1%. Says how many of them could not be read."""
     if fraction == 1:
         return torch.full((len(dataset),), True)
     chosen = torch.full((len(dataset),), False)
     each = max(1, round(fraction * len(dataset) / len(dataset.classes)))
-    missing = [each] * len(dataset.classes)
+    missing, broken = [each] * len(dataset.classes), 0
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     while order and any(missing):
         index = order.pop()
         try:
             label = dataset[index].label
-        except (OSError, ValueError):  # a broken sample
+        except (OSError, ValueError):
+            broken += 1
             continue
         if label >= 0 and missing[label]:
             missing[label] -= 1
             chosen[index] = True
+    if broken and rank() == 0:
+        print(f"{dataset.name}: passed over {broken} samples that cannot be read", file=sys.stderr)
     return chosen
 
 

@@ -325,7 +325,7 @@ def test_labels_that_are_texts(tmp_path, named):
     """They are no mistake for methods that need no label; where classnames.txt has them they are numbers."""
     if named:
         (tmp_path / "classnames.txt").write_text("dog\ncat\n")
-    labels = ["cat", "dog", "1", "?", "nan", "-3"]
+    labels = ["cat", "dog", "1.0", "0.7", "nan", "-3"]
     write_tar(tmp_path / "train-0.tar", {str(i): {"jpg": JPEG[i], "cls": labels[i].encode()} for i in range(N)})
     pictures_in(tmp_path)
     lines = [f"{i}.jpg,{label}" for i, label in enumerate(labels)]

@@ -298,6 +298,25 @@ def test_few_labels_are_balanced_and_fixed_by_the_seed():
     assert torch.equal(part, runs.module_of("simclrv2").labelled_part(data, 0.1, 0))
 
 
+class Torn(Uneven):
+    """Every fifth sample cannot be read."""
+
+    def __getitem__(self, i):
+        if i % 5 == 0:
+            raise ValueError("torn")
+        return super().__getitem__(i)
+
+
+def test_few_labels_say_what_they_passed_over(capsys):
+    """All samples are read where the classes cannot be filled, here with three quarters of them each, and counted."""
+    for labelled_part in (finetune.labelled_part, runs.module_of("simclrv2").labelled_part):
+        part = labelled_part(Torn(60), 0.75, 0)
+        assert not part[::5].any() and part.sum() == 12 + 12 + 15
+        assert capsys.readouterr().err == "toy: passed over 12 samples that cannot be read\n"
+        labelled_part(Uneven(60), 0.75, 0)
+        assert capsys.readouterr().err == ""
+
+
 # ------------------------------------------------ training ------------------------------------------------
 QUICK = dict(train_batch=16, epochs=4, workers=0, dtype="fp32")
 TRANSFORMER = dict(optimizer="adamw", base_lr=0.016, weight_decay=0.05, layer_decay=0.9, warmup_epochs=1.0, drop_path=0.1,
