@@ -470,6 +470,8 @@ def published_tokenizer(path, net, asked, data_dir):
     published = LANGUAGE_IMAGE[net.method][1]
     spec = asked or (str(own) if own.is_file() else published)
     tokenizer = Tokenizer(spec, length, data_dir=data_dir)
+    if net.method == "DeCLIP":  # its mask token stands before start and end: their ids are one up
+        tokenizer = importlib.import_module("declip").add_mask_token(tokenizer)
     if tokenizer.vocab_size > tokens:
         raise UserError(
             f"{path} knows {tokens} tokens, but tokenizer {spec} has "

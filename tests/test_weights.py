@@ -149,6 +149,16 @@ def test_clip_and_slip(tmp_path):
     assert net.tokenizer("a cat") == [49406, 320, 2368, 49407] and net.tokenizer.context_length == 24
 
 
+def test_declip_s_tokens_make_room_for_its_mask(tmp_path):
+    """Start and end of the released weights are 49407 and 49408 (docs/declip.md)."""
+    args = declip.parse_args(declip.Args, declip.RECIPES, runs.FLAGS["declip"])
+    args.vocab_size = 49409
+    model = declip.build_model(args)
+    net = open_network(saved(tmp_path / "released.pt", {"state_dict": model.state_dict()}), CPU)
+    assert net.method == "DeCLIP"
+    assert net.tokenizer("a cat") == [49407, 320, 2368, 49408] and net.tokenizer.vocab_size == 49409
+
+
 def test_random_weights_have_the_same_shape(tmp_path):
     vit = dino.VisionTransformer(32, 8, 192, 2, 3)
     path = saved(tmp_path / "dino.pth", vit.state_dict())
