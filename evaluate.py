@@ -59,8 +59,8 @@ class Args:
     json: bool = False  # print JSON lines in place of the table
     random: bool = False  # evaluate the network with random weights too, which a score has to beat
     tokenizer: str = ""  # of others' language-image weights, as in clip.py (default: published one)
-    templates: str = ""  # zeroshot: file of prompts, {} is the class; key of TEMPLATES; open_clip
-    classnames: str = ""  # zeroshot: file, a class a line, synonyms separated by |; or open_clip
+    templates: str = ""  # zeroshot, robustness: file of prompts, key of TEMPLATES or open_clip
+    classnames: str = ""  # zeroshot, robustness: file, a class a line, synonyms behind |; open_clip
     prefix: str = ""  # retrieval: text before each caption, as "a photo of " (CLIP's)
     cache: bool = True  # knn, logreg, search, linear --cached: keep features beside the checkpoint
     k: str = "20"  # how many neighbours (knn: several too, 10,20), hits of search, lines of matches
@@ -105,7 +105,7 @@ class Args:
     size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures: 480)
     mass: float = 0.6  # attention: share of the attention that the kept patches have (DINO: 0.6)
     threshold: float = 0.0  # pca: the foreground is above this many std of the first component
-    out: str = ""  # pictures, export: folder (default: the checkpoint's); finetune: save weights
+    out: str = ""  # folder of pictures (default: beside the checkpoint), export, fine-tuned weights
     to: Project = "timm"  # export: the project, or format, that the weights are for
 
 

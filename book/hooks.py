@@ -77,6 +77,8 @@ def place(path):
         return f"source/{path.removesuffix('.py')}.md"
     if path == "README.md":
         return "index.md"
+    if path == "docs/quickstart.ipynb":
+        return "quickstart.md"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
 
 

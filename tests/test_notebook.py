@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb runs from top to bottom, with a few steps of training in place of two minutes."""
+"""docs/quickstart.ipynb runs from top to bottom, with a few steps of training in place of a few minutes."""
 
 import json
 import re
