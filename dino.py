@@ -70,7 +70,7 @@ class Args(RunArgs):
     freeze_last_layer: float = 1.0  # epochs in which the prototypes stay fixed (0: none; official)
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
-    local_crops: int = 10  # L, number of local crops (0: then --crop-split 0.14)
+    local_crops: int = 10  # L, number of local crops (0: none; --crop-split 0.14 goes with it)
     crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (App. E)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)

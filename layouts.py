@@ -38,7 +38,8 @@ except ImportError:  # Windows: processes do not wait for each other there
 
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
-INDEX_VERSION = 2  # an index that an older version of this file wrote is made again
+DOWNLOADED = ("cifar-10", "stl10_binary", "food-101")  # how torchvision's own files begin
+INDEX_VERSION = 3  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
@@ -220,6 +221,9 @@ def table_rows(path):
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = strict_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
         header = [name.strip() for name in next(rows, [])]
+        twice = [name for name, count in Counter(header).items() if name and count > 1]
+        if twice:
+            raise UserError(f"{path} has two columns {twice[0]}: rename one of them")
         key = next((key for key in IMAGE_KEYS if key in header), None)
         if key is None:
             raise UserError(f"the columns of {path} are {header}, none of {', '.join(IMAGE_KEYS)}")
@@ -339,6 +343,7 @@ def index_archive(shard, start, samples, left_out):
             folder, _, name = member.name.rpartition("/")
             key, _, ending = name.partition(".")  # WebDataset: the first dot ends a sample's name
             if not member.isfile():
+                left_out["links: tar with -h --hard-dereference"] += not member.isdir()
                 continue
             kind = 0 if readable(f".{ending.lower()}") else kinds.get(f".{ending.lower()}")
             if kind is None or not key:
@@ -496,7 +501,7 @@ class Tars:
         text, meta, label = parts  # b"" for a missing one
         name = f"{path.name}:" + data[:100].partition(b"\0")[0].decode(errors="replace")
         captions = captions_of(json_object(meta)) if meta else []
-        if text and not captions:
+        if text and not any(caption.strip() for caption in captions):
             captions = [text.decode("utf-8-sig", "replace").strip()]
         label = label_number(label.decode(errors="replace"), self.classes, name)
         return self.Sample(data[512:], captions, label, name)
@@ -574,13 +579,15 @@ def open_root(root, split, words, kind, whole, Sample):
         if split == "train":
             return open_files(root.parent, [root.name], root.parent, Sample)
     names, parts = visible(root) if root.is_dir() else [], {}
-    mark = re.compile(r"(train|validation|val|test)(?![a-z])(.*\.(tar|npz|csv|tsv|jsonl))?", re.I)
+    word = r"(train|training|val|validation|valid|test|testing)(?![a-z])"
     for name in names:  # train/, train.csv, val-0001.tar ...
-        if match := mark.fullmatch(name):
+        if match := re.fullmatch(word + r"(.*\.(tar|npz|csv|tsv|jsonl))?", name, re.I):
             parts.setdefault(match[1].lower(), []).append(name)
-    if kind and not parts:
+    downloaded = any(n.startswith(DOWNLOADED) for n in names)
+    other = any((root / n).is_dir() or ending_of(n) in (".tar", *TABLES) for n in names)
+    if kind and not parts and (downloaded or not other):
         return Torchvision(root, kind, split, Sample)
-    if karpathy := [n for n in names if re.fullmatch(r"dataset_\w+\.json", n)]:
+    if karpathy := [n for n in names if re.fullmatch(r"dataset_(?!infos?\.|dict\.)\w+\.json", n)]:
         rows = index_rows(root / karpathy[0], karpathy_rows, split)
         return Rows(root, rows, None, Sample)
     if any(root.glob("annotations/captions_*2017.json")):
@@ -588,9 +595,14 @@ def open_root(root, split, words, kind, whole, Sample):
         table = root / f"annotations/captions_{part}.json"
         rows = index_rows(table, coco_rows)
         return Rows(root / part, rows, None, Sample)
-    if (pickles := [n for n in names if n.endswith((".pkl", ".pickle"))]) and split == "train":
+    pickles = [n for n in names if n.endswith((".pkl", ".pickle"))]
+    if pickles and "images" in names and split == "train":
         rows = index_rows(root / pickles[0], slip_rows)
         return Rows(root / "images", rows, None, Sample)
+    folders = [n for n in names if n not in sum(parts.values(), []) and (root / n).is_dir()]
+    if len(folders) > 1 and not parts and all(re.match("train|val|test", n) for n in folders):
+        raise UserError(f"{root} has the folders {', '.join(folders)}: rename splits to train, val "
+                        "and test, and put classes below a folder train")
     if not parts and whole:
         if {"captions.txt", "Images"} <= set(names):
             rows = index_rows(root / "captions.txt", table_rows)
@@ -602,7 +614,10 @@ def open_root(root, split, words, kind, whole, Sample):
         raise UserError(f"{root} has no {split} split, no folder {places}")
     if files := [n for n in part if "." in n]:
         return open_files(root, files, root, Sample)
-    return open_files(root / part[0], visible(root / part[0]), root, Sample)
+    dataset = open_files(root / part[0], visible(root / part[0]), root, Sample)
+    beside = Counter({f"folders beside {part[0]}": len(folders)})
+    dataset.left_out = beside + getattr(dataset, "left_out", Counter())
+    return dataset
 
 
 def visible(folder):
@@ -621,6 +636,7 @@ def open_files(folder, names, root, Sample):
     if tars := [folder / n for n in files if ending_of(n) == ".tar"]:
         others = {*TABLES, *PICTURES, ".gz", ".tgz"}
         beside = Counter(ending_of(n)[1:] for n in names if ending_of(n) in others)
+        beside["folders beside the tars"] = sum((folder / n).is_dir() for n in names)
         return Tars(tars, classes, beside, Sample)
     if len(files) > 1:
         raise UserError(f"give the path of one table of {folder}: {', '.join(files)}")
@@ -676,7 +692,7 @@ class Rows:
         if isinstance(rows, Path):
             say_lost(rows.name.removesuffix(".idx"), lost)
         self.starts = np.array([*starts, position])
-        for i in range(min(100, len(self))):
+        for i in np.linspace(0, len(self) - 1, min(100, len(self)), dtype=int):
             with contextlib.suppress(ValueError):
                 self.captioned = self.captioned or bool(captions_of(self.row(i)))
 
@@ -731,4 +747,7 @@ class Kept:
 
     def __getitem__(self, i):
         row = self.rows[i]
-        return self.dataset[row["index"]]._replace(captions=row["captions"])
+        sample = self.dataset[row["index"]]
+        if Path(sample.key).name != Path(row["key"]).name:
+            raise ValueError(f"--keep has the captions of {row['key']} for {sample.key}")
+        return sample._replace(captions=row["captions"])

@@ -59,7 +59,7 @@ class Args(RunArgs):
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
     head_dim: int = 128  # output width of the head (Sec. 3.3)
-    queue_size: int = 65536  # K, keys in the queue, a multiple of the batch (Sec. 4.1)
+    queue_size: int = 65536  # K, keys in the queue, a multiple of a step's new keys (Sec. 4.1)
     key_momentum: float = 0.999  # m, momentum of the key encoder (Eq. 2, Sec. 3.2)
     symmetric: bool = False  # take queries from both views, put keys of both into the queue
     bn_group: int = 32  # samples that batch norm sees together; the papers' batch per GPU

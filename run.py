@@ -47,7 +47,7 @@ class RunArgs:
     log_every: int = 10  # steps between rows of the log (0: the first and the last step only)
     tensorboard: bool = False  # write the log for TensorBoard too
     wandb: bool = False  # send the log to Weights & Biases too
-    profile: bool = False  # write a trace of steps 10 to 14 to the run directory
+    profile: bool = False  # write a trace of the tenth to 14th step to the run directory
 
 
 # Least and most of flags whose other values nobody means: they abort, or train nonsense
@@ -233,6 +233,8 @@ class Run:
         self.say(f"{loader.dataset.name}: {len(loader.dataset):,} samples")
         self.say(f"{method}: batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
+        if args.warmup_epochs > args.epochs:
+            self.say("warning: the warm-up is longer than the run: the rate never reaches its peak")
         load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
         if loader.device.type == "cpu" and torch.get_num_threads() > 1 and load > 2 * cores:
             self.say(f"warning: {load:.0f} processes want {cores} cores, and threads will wait for "
@@ -287,6 +289,9 @@ class Run:
             was, now = (f"{n:,} samples with checksum {crc}" for n, crc in (before, self.data))
             raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds "
                             f"{now}: bring the data back or use another --output-dir")
+        if lost := [k for k, text in self.extra.items() if saved.get(k, text) != text]:
+            raise UserError(f"{path} has another {lost[0]} than --data {self.args.data} gives now: "
+                            "bring the data back or use another --output-dir")
 
     def _open(self) -> str:
         if self.args.batch_size < 2:
@@ -309,6 +314,9 @@ class Run:
                 raise UserError(f"{path} holds a run with {was}: use those or another --output-dir")
         elif {file.name for file in path.iterdir()} - {".lock"}:
             raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
+        if not (path / "checkpoint.pt").exists() and any(path.glob("checkpoint_*.pt")):
+            raise UserError(f"{path} has no checkpoint.pt any more: name a copy of one of its "
+                            "checkpoint_STEP.pt so, or use another --output-dir")
         self.lock = open(path / ".lock", "w", encoding="utf-8")
         try:
             hold(self.lock)
@@ -337,6 +345,8 @@ class Run:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         try:  # a kill may cut the last line off; nothing stays of a run that is at step 0 again
             rows = [json.loads(line) for line in lines if line.endswith("}")]
+            if self.step == 0 and any(row["step"] for row in rows):  # the checkpoint is lost
+                replace_text(self.dir / "metrics_old.jsonl", "\n".join(lines) + "\n")
             rows = [row for row in rows if row["step"] <= self.step and self.step > 0]
         except (ValueError, LookupError, TypeError) as error:
             text = f"{path} is damaged ({error!r}): mend it or use another --output-dir"
@@ -383,9 +393,10 @@ class Run:
         self.bar.update()
         if self.profiler:
             self.profiler.step()
+        if written or self.step % self.epoch_steps == 0:
+            self.loader.check_bad()
         if not written:
             return
-        self.loader.check_bad()
         row, texts = {"epoch": self.step / self.epoch_steps}, []
         warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.1 * self.total)
         for (name, (_, chance)), value in zip(terms.items(), self._means()):

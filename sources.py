@@ -37,8 +37,8 @@ FOLDERS = "imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()
 SHIFTED = "imagenet-v2 imagenet-r imagenet-a imagenet-sketch objectnet".split()  # ImageNet classes
 MULTI30K = [f"multi30k-{language}" for language in ("en", "de", "fr", "cs")]
 NAMES = [*DRAWN, *TORCHVISION, *FOLDERS, *SHIFTED, *MULTI30K]
-SPLITS = {"train": ["train"], "val": ["val", "validation", "test"],
-          "test": ["test", "val", "validation"]}  # fmt: skip
+VAL, TEST = ["val", "validation", "valid"], ["test", "testing"]
+SPLITS = {"train": ["train", "training"], "val": VAL + TEST, "test": TEST + VAL}
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
               csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
               zipfile.BadZipFile)  # fmt: skip

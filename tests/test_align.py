@@ -379,6 +379,9 @@ def test_filter_only_reports_and_training_keeps(photos, tmp_path):
     assert sum(numbers) == pairs - stay
     subset = align.Kept(dataset, tmp_path / "kept/kept.jsonl")
     assert [subset[i].captions for i in range(len(subset))] == [row["captions"] for row in kept]
+    subset.rows[1] |= {"key": "another.png"}
+    with pytest.raises(ValueError, match="--keep has the captions of another.png for "):  # a bad sample, which is counted
+        subset[1]
     train_here("align", photos, tmp_path / "run", "--keep", str(tmp_path / "kept/kept.jsonl"), "--max-steps", "2", "--eval-every", "0")
     other = make_photos(tmp_path / "other", train=9, val=4)
     (tmp_path / "empty.jsonl").write_text("")

@@ -291,6 +291,12 @@ def test_splits(tmp_path):
     pictures_in(tmp_path / "b/train")
     assert sizes(tmp_path / "b") == [N, N, N]
     assert open_dataset(str(tmp_path / "b"), split="val").classes == ["cat", "dog"]
+    pictures_in(tmp_path / "d/Training", [f"cat/{i}.jpg" if i < 2 else f"dog/{i}.jpg" for i in range(N)])
+    assert sizes(tmp_path / "d") == [N, None, None]
+    pictures_in(tmp_path / "d/testing", [f"cat/{i}.jpg" if i < 2 else f"dog/{i}.jpg" for i in range(N)])
+    pictures_in(tmp_path / "e/valid")
+    pictures_in(tmp_path / "e/train")
+    assert sizes(tmp_path / "d") == sizes(tmp_path / "e") == [N, N, N]
     write(tmp_path / "b/train.jsonl", 1)  # names pictures in train/
     assert sizes(tmp_path / "b") == [1, N, N]
     for name, count in (("train-0000", 2), ("train-0001", 3), ("val_000", 1)):
@@ -318,6 +324,44 @@ def test_rows_of_a_table(tmp_path):
     for i in range(5, 8):
         with pytest.raises(ValueError):
             dataset[i]
+
+
+def test_what_a_split_or_an_archive_hides_is_counted(tmp_path, capsys):
+    """A class that is called train takes all for itself, and an archive beside class folders all of them."""
+    pictures_in(tmp_path / "vehicles", [f"{kind}/{i}.jpg" for i, kind in enumerate(["bus", "car", "train"] * 2)])
+    pictures_in(tmp_path / "flowers", [f"{'ab'[i % 2]}/{i}.jpg" for i in range(N)])
+    shard(tmp_path / "flowers/part.tar", "ab")
+    for name, said in (("vehicles", "2 folders beside train"), ("flowers", "2 folders beside the tars")):
+        assert len(open_dataset(str(tmp_path / name))) == 2
+        assert f"{name} train: 2 samples; 2 files left out ({said})" in capsys.readouterr().err
+
+
+def test_links_in_an_archive_are_counted(tmp_path, capsys):
+    pictures_in(tmp_path / "p")
+    os.link(tmp_path / "p/0.jpg", tmp_path / "p/6.jpg")
+    os.symlink("1.jpg", tmp_path / "p/7.jpg")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "p", "p")
+    assert len(open_dataset(str(tmp_path / "a.tar"))) == N
+    assert "2 files left out (2 links: tar with -h --hard-dereference)" in capsys.readouterr().err
+
+
+def test_captions_that_begin_late_or_stand_beside_empty_titles(tmp_path):
+    rows = "".join(f"{i}.jpg,{'a dog' if i == 149 else ''}\n" for i in range(150))
+    (tmp_path / "t.csv").write_text("image,caption\n" + rows)
+    assert open_dataset(str(tmp_path / "t.csv")).captioned
+    write_tar(tmp_path / "t.tar", {"0": {"jpg": JPEG[0], "json": b'{"title": ""}', "txt": b"a dog"}})
+    assert open_dataset(str(tmp_path / "t.tar"))[0].captions == ["a dog"]
+
+
+def test_files_of_others_change_no_layout(tmp_path):
+    """Hugging Face's infos are no list of Karpathy's, and a pickle is SLIP's list only beside images/."""
+    for name in ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "stats.pkl"):
+        pictures_in(tmp_path / name / "train", [f"{'ab'[i % 2]}/{i}.jpg" for i in range(N)])
+        (tmp_path / name / name).write_text("{}")
+        assert open_dataset(str(tmp_path / name)).classes == ["a", "b"]
+    pictures_in(tmp_path / "food101", [f"{'ab'[i % 2]}/{i}.jpg" for i in range(N)])
+    assert open_dataset("food101", str(tmp_path)).classes == ["a", "b"]  # one's own, not torchvision's
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -505,6 +549,14 @@ def damaged(name, root):
     if name == "csv unbalanced":
         (path / "a.csv").write_text('image,caption\nx,"' + "y\n" * 100000)
         return path, "a.csv cannot be read: line .*field larger than field limit"
+    if name == "two columns":
+        (path / "a.csv").write_text("image,caption,caption\nx.jpg,one,two\n")
+        return path, "a.csv has two columns caption: rename one of them"
+    if name == "folders like splits":
+        image_folder(path)
+        for was, now in zip(sorted(path.iterdir()), ("test_images", "train_images", "validated")):
+            was.rename(path / now)
+        return path, "set has the folders test_images, train_images, validated: rename splits to train, val and test"
     if name == "two tables":
         (path / "a.csv").write_text("")
         (path / "b.jsonl").write_text("")
@@ -538,6 +590,8 @@ def damaged(name, root):
         (path / "annotations").mkdir()
         (path / "annotations/captions_val2017.json").write_text("{}")
         return path, "captions_train2017.json"
+    if name.startswith("pickle"):
+        (path / "images").mkdir()
     if name == "pickle":
         (path / "a.pkl").write_bytes(b"nothing pickled")
         return path, "a.pkl cannot be read"
@@ -559,7 +613,7 @@ def damaged(name, root):
     return path, "a.tar cannot be read"
 
 
-DAMAGES = """missing/missing name/misspelt/no name/empty/no pickle/csv columns/csv empty/csv unbalanced/two tables/
+DAMAGES = """missing/missing name/misspelt/no name/empty/no pickle/csv columns/csv empty/csv unbalanced/two columns/folders like splits/two tables/
 empty jsonl/npz arrays/npz offsets/npz too short/npz labels/npz broken/class names/json/coco/pickle/
 pickle of something else/tar cut in a picture/tar cut in a header/tar cut between members/tar without an end/tar empty/
 tar of something else"""

@@ -219,6 +219,36 @@ def classes(tmp_path_factory):
 KEPT = ["--probe", "linear", "--eval-every", "2", "--save-every", "0", "--keep-every", "2"]
 
 
+def test_a_tokenizer_that_was_learnt_again_is_not_put_under_old_weights(tmp_path):
+    """The fingerprint looks at 32 samples; words of another one change the ids of all."""
+    photos = make_photos(tmp_path / "photos")
+    train_here("clip", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    lines = (photos / "train.jsonl").read_text().splitlines()
+    lines[1] = json.dumps({"image": "1.png", "captions": ["zebra zebra zebra"]})
+    (photos / "train.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"checkpoint.pt has another tokenizer than --data \S+ gives now: bring the data back"):
+        train_here("clip", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_a_lost_checkpoint_costs_nothing_else(photos, tmp_path):
+    """A run that begins again keeps the old log; where checkpoints were kept, it asks for one of them."""
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    log = (tmp_path / "run/metrics.jsonl").read_bytes()
+    (tmp_path / "run/checkpoint.pt").unlink()
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    assert (tmp_path / "run/metrics_old.jsonl").read_bytes() == log and len(rows(tmp_path / "run")) < log.count(b"\n")
+    (tmp_path / "run/checkpoint.pt").rename(tmp_path / "run/checkpoint_1.pt")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="run has no checkpoint.pt any more: name a copy of one of its checkpoint_STEP.pt so"):
+        train_here("simclr", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    (tmp_path / "run/checkpoint_1.pt").rename(tmp_path / "run/checkpoint.pt")
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    assert rows(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_kept_checkpoints_and_the_linear_probe(classes, tmp_path, monkeypatch, capsys):
     """--keep-every saves too. What it kept stays when checkpoint.pt goes on, and resuming looks at checkpoint.pt alone;
     the evaluations of a run that went on are those of one that did not stop, as on two processes."""
