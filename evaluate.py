@@ -230,6 +230,9 @@ def main(argv: list[str]):
     kinds = ["metrics", "random weights"] if args.random else ["metrics"]
     if args.out and (tuning or protocol in PICTURES):
         check_folder(args.out)
+        kept = [Path(args.out) / f"{protocol}_{name}.pt" for name in names_of(paths)]
+        if there := [file for file in kept if tuning and file.is_file()]:
+            raise UserError(f"{there[0]} is there already, use another --out")
     rows = {}
     try:
         for path, own_name in zip(map(Path, paths), names_of(paths)):

@@ -47,7 +47,7 @@ from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open_dataset, to_float
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from data import solarize
-from monitor import EvalView, captions, language_eval, language_set
+from monitor import EvalView, captions, language_eval, language_set, say_evaluation
 from run import Run, RunArgs, init_weights, parse_args
 
 
@@ -662,6 +662,8 @@ def train(args: Args) -> dict:
         tokenizer = Tokenizer(args.tokenizer, args.context_length, source, size, args.data_dir)
         if tokenizer.eot != tokenizer.vocab_size - 1:
             raise UserError(f"the end token of --tokenizer {args.tokenizer} has not the largest id")
+    else:
+        say_evaluation("none, because --clip-scale 0 leaves out the texts; evaluate.py does it")
         pair_views["image"] = pair_view(args)
         texts["text"] = tokenizer
         extra["tokenizer"] = tokenizer.to_json()

@@ -463,6 +463,8 @@ def test_classifiers_of_one_command_have_files_of_their_own(folder, tmp_path):
     flags = ["--epochs", "1", "--train-batch", "8", "--out", str(tmp_path / "out")]
     main(["finetune", *paths, "--data", str(folder / "classes"), *COMMON, *flags])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetune_lr0.1.pt", "finetune_lr0.2.pt"]
+    with pytest.raises(UserError, match="out/finetune_lr0.1.pt is there already, use another --out"):
+        main(["finetune", *paths, "--data", str(folder / "classes"), *COMMON, *flags])
 
 
 def test_mistake_ends_with_status_2(folder):
