@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from command import main
 from common import UserError
-from data import decode, open_dataset
+from data import Loader, decode, open_dataset
 from runs import FLAGS, METHODS, argv_of, command, environment, make_photos, rows, train_here
 
 
@@ -302,3 +302,12 @@ def test_no_room_to_keep_a_checkpoint(photos, tmp_path, monkeypatch):
         train_here("simclr", photos, tmp_path / "run", "--keep-every", "1", "--max-steps", "1")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
     assert not list((tmp_path / "run").glob("checkpoint_*")) and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_bad_samples_are_counted_without_a_log_too(photos, tmp_path, monkeypatch, capsys):
+    """--log-every 0 writes the first row and the last: the check has to come at the ends of epochs, which have 6 steps."""
+    steps = []
+    monkeypatch.setattr(Loader, "check_bad", lambda self: steps.append(1))
+    train_here("simclr", photos, tmp_path / "run", "--log-every", "0", "--max-steps", "13", "--eval-every", "0", "--warmup-epochs", "9")
+    assert len(steps) == 4  # after steps 1, 6, 12 and 13
+    assert "warning: the warm-up is longer than the run" in capsys.readouterr().out
