@@ -127,7 +127,7 @@ RECIPES = {
     "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
     "cifar10-distill": dict(SMALL, epochs=200, batch_size=512),
-    # our own, for ten minutes of one core a stage, after simclr.py --recipe cifar10-cpu
+    # our own, for one core, after simclr.py --recipe cifar10-cpu
     "cifar10-cpu": dict(label_fraction=0.1, epochs=60, batch_size=128, base_lr=0.02),
     "cifar10-cpu-distill": dict(SMALL, epochs=3, batch_size=128, base_lr=0.1),
     "imagenet": {},  # 1% of the labels

@@ -19,7 +19,7 @@ pytest.importorskip("lightly")
 import end_to_end  # noqa: E402
 import parity  # noqa: E402
 
-FLAGS = ["--data", "cifar10", "--recipe", "cifar10-cpu", "--workers", "0", "--batch-size", "16", "--epochs", "2", "--eval-every", "0"]
+FLAGS = ["--data", "cifar10", "--recipe", "cifar10-cpu", "--image-size", "16", "--workers", "0", "--batch-size", "16", "--epochs", "2", "--eval-every", "0"]
 SMALL = ["--arch", "resnet10", "--width", "0.125"]
 OWN = {"moco": ["--queue-size", "64", "--bn-group", "8"], "dino": ["--out-dim", "64"]}
 
