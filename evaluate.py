@@ -59,8 +59,8 @@ class Args:
     json: bool = False  # print JSON lines in place of the table
     random: bool = False  # evaluate the network with random weights too, which a score has to beat
     tokenizer: str = ""  # of others' language-image weights, as in clip.py (default: published one)
-    templates: str = ""  # zeroshot, robustness: file of prompts, key of TEMPLATES or open_clip
-    classnames: str = ""  # zeroshot, robustness: file, a class a line, synonyms behind |; open_clip
+    templates: str = ""  # zeroshot, robustness: prompts with {}: file, key of TEMPLATES, open_clip
+    classnames: str = ""  # zeroshot, robustness: file of classes, synonyms behind |; or open_clip
     prefix: str = ""  # retrieval: text before each caption, as "a photo of " (CLIP's)
     cache: bool = True  # knn, logreg, search, linear --cached: keep features beside the checkpoint
     k: str = "20"  # how many neighbours (knn: several too, 10,20), hits of search, lines of matches

@@ -47,7 +47,7 @@ class RunArgs:
     log_every: int = 10  # steps between rows of the log (0: the first and the last step only)
     tensorboard: bool = False  # write the log for TensorBoard too
     wandb: bool = False  # send the log to Weights & Biases too
-    profile: bool = False  # write a trace of the tenth to 14th step to the run directory
+    profile: bool = False  # write a trace of the 10th to 14th step to the run directory
 
 
 # Least and most of flags whose other values nobody means: they abort, or train nonsense
@@ -289,8 +289,8 @@ class Run:
             was, now = (f"{n:,} samples with checksum {crc}" for n, crc in (before, self.data))
             raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds "
                             f"{now}: bring the data back or use another --output-dir")
-        if lost := [k for k, text in self.extra.items() if saved.get(k, text) != text]:
-            raise UserError(f"{path} has another {lost[0]} than --data {self.args.data} gives now: "
+        if other := [k for k, text in self.extra.items() if saved.get(k, text) != text]:
+            raise UserError(f"{path} has another {other[0]} than --data {self.args.data} gives, "
                             "bring the data back or use another --output-dir")
 
     def _open(self) -> str:
