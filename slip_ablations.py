@@ -662,11 +662,11 @@ def train(args: Args) -> dict:
         tokenizer = Tokenizer(args.tokenizer, args.context_length, source, size, args.data_dir)
         if tokenizer.eot != tokenizer.vocab_size - 1:
             raise UserError(f"the end token of --tokenizer {args.tokenizer} has not the largest id")
-    else:
-        say_evaluation("none, because --clip-scale 0 leaves out the texts; evaluate.py does it")
         pair_views["image"] = pair_view(args)
         texts["text"] = tokenizer
         extra["tokenizer"] = tokenizer.to_json()
+    else:
+        say_evaluation("none, because --clip-scale 0 leaves out the texts; evaluate.py does it")
     other_views = ssl_views(args, patches=model.visual.pos_embed.shape[1] - 1)
     views = pair_views | other_views
     rest = args.batch_size, args.seed, args.workers, device

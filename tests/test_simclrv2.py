@@ -269,6 +269,8 @@ def test_supervised_loss():
 class Labels:
     """A dataset of labels alone; asking for a broken one raises."""
 
+    name = "labels"
+
     def __init__(self, labels, broken=()):
         self.labels, self.broken, self.reads, self.classes = labels, set(broken), 0, ["a", "b", "c"]
 

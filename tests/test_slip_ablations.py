@@ -319,10 +319,11 @@ def test_same_run_on_two_processes(photos, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["mocov3", "byol", "first"])
-def test_a_run_is_continued(variant, photos, tmp_path):
+def test_a_run_is_continued(variant, photos, tmp_path, capsys):
     """EMA, the second loader of --images decoupled, no text encoder."""
     flags = [*VARIANTS[variant], "--eval-every", "2"]
     train_here(NAME, photos, tmp_path / "whole", *flags, "--max-steps", "6")
+    assert ("evaluation: none, because --clip-scale 0 leaves out the texts" in capsys.readouterr().out) == (variant == "first")
     train_here(NAME, photos, tmp_path / "parts", *flags, "--max-steps", "3")
     train_here(NAME, photos, tmp_path / "parts", *flags, "--max-steps", "6", "--workers", "1")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
