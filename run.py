@@ -203,9 +203,9 @@ class Run:
     """The directory of one run: args.json, env.json, metrics.jsonl, checkpoint.pt, pictures.
 
     `state` is what a checkpoint restores: name -> object with state_dict and load_state_dict;
-    `extra` is text that it carries along. A directory with a checkpoint is continued from
+    `extra` is text that must be the same then. A directory with a checkpoint is continued from
     `self.step`, and its log is cut back to that step, so that a killed run leaves the log of one
-    that was not. UserError if the directory belongs to other arguments or no run, or is in use."""
+    that was not. UserError if the directory is no run's, another one's, in use or lacks a part."""
 
     MAY_CHANGE = {"max_steps", "grad_checkpointing", *vars(RunArgs())}  # in a restart
 

@@ -82,7 +82,7 @@ def open_dataset(name, data_dir=None, split="train"):
         raise UserError(f"{root} cannot be read: {error}") from error
     left_out = +getattr(dataset, "left_out", Counter())
     kinds = ", ".join(f"{count} {why}" for why, count in left_out.most_common(8))
-    left_out = f"{left_out.total()} files left out ({kinds})" if kinds else ""
+    left_out = f"{left_out.total()} left out ({kinds})" if kinds else ""
     if not len(dataset):
         missing = f"{root} holds no pictures for {split}" + (f" ({left_out})" if kinds else "")
         raise UserError(f"{missing}, see docs/data.md for what is expected there")

@@ -333,7 +333,7 @@ def test_what_a_split_or_an_archive_hides_is_counted(tmp_path, capsys):
     shard(tmp_path / "flowers/part.tar", "ab")
     for name, said in (("vehicles", "2 folders beside train"), ("flowers", "2 folders beside the tars")):
         assert len(open_dataset(str(tmp_path / name))) == 2
-        assert f"{name} train: 2 samples; 2 files left out ({said})" in capsys.readouterr().err
+        assert f"{name} train: 2 samples; 2 left out ({said})" in capsys.readouterr().err
 
 
 def test_links_in_an_archive_are_counted(tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_links_in_an_archive_are_counted(tmp_path, capsys):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "p", "p")
     assert len(open_dataset(str(tmp_path / "a.tar"))) == N
-    assert "2 files left out (2 links: tar with -h --hard-dereference)" in capsys.readouterr().err
+    assert "2 left out (2 links: tar with -h --hard-dereference)" in capsys.readouterr().err
 
 
 def test_captions_that_begin_late_or_stand_beside_empty_titles(tmp_path):

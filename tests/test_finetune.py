@@ -308,7 +308,7 @@ class Torn(Uneven):
 
 
 def test_few_labels_say_what_they_passed_over(capsys):
-    """All samples are read where the classes cannot be filled, here with three quarters of them each, and counted."""
+    """Here all samples are read, because one class has too few, and those that cannot be read are counted."""
     for labelled_part in (finetune.labelled_part, runs.module_of("simclrv2").labelled_part):
         part = labelled_part(Torn(60), 0.75, 0)
         assert not part[::5].any() and part.sum() == 12 + 12 + 15

@@ -62,13 +62,13 @@ def test_files_beside_pictures_are_counted(tmp_path, capsys):
     for name in ("a.heic", "b.heic", "a.txt", ".DS_Store", "noending"):
         (tmp_path / "set" / name).write_text("?")
     dataset, said = opened(tmp_path / "set", capsys)
-    assert len(dataset) == 3 and said.startswith("set train: 3 samples; 5 files left out (")
+    assert len(dataset) == 3 and said.startswith("set train: 3 samples; 5 left out (")
     for part in ("2 heic: Pillow cannot read them", "1 txt", "1 hidden", "1 without an ending"):
         assert part in said, said
     (tmp_path / "set" / "a.txt").unlink()
     for path in (tmp_path / "set").glob("[0-9]*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"holds no pictures for train \(4 files left out \(2 heic"):
+    with pytest.raises(UserError, match=r"holds no pictures for train \(4 left out \(2 heic"):
         open_dataset(str(tmp_path / "set"))
 
 
@@ -91,7 +91,7 @@ def test_hidden_folders_are_no_classes(tmp_path, capsys):
     names = ["cat/0.jpg", "dog/1.jpg", ".ipynb_checkpoints/2.jpg", "dog/.hidden/3.jpg", "dog/._4.jpg"]
     dataset, said = opened(write(tmp_path, names), capsys)
     assert dataset.classes == ["cat", "dog"] and len(dataset) == 2
-    assert "3 files left out (3 hidden)" in said
+    assert "3 left out (3 hidden)" in said
 
 
 def test_linked_folders_are_visited_once(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_linked_folders_are_visited_once(tmp_path, capsys):
     dataset, said = opened(tmp_path / "set", capsys)
     assert sorted(dataset[i].image for i in range(len(dataset))) == sorted(JPEG[:4])
     assert dataset.classes == ["cat", "dog", "owl"]
-    assert "5 files left out (5 linked folders that are here already)" in said
+    assert "5 left out (5 linked folders that are here already)" in said
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_members_of_a_shard_are_samples_or_counted(tmp_path, capsys):
         dataset, said = opened(tmp_path, capsys)
         assert [dataset[i].image for i in range(len(dataset))] == [bmp, gif, JPEG[2], JPEG[6]]
         assert dataset[0].captions == ["a dog"]
-        assert "4 samples; 7 files left out (" in said, said
+        assert "4 samples; 7 left out (" in said, said
         for part in ("1 with a second dot", "1 hidden", "1 heic: Pillow cannot read them", "1 without a picture",
                      "1 of a name that comes again", "1 jpg", "1 gz"):  # fmt: skip
             assert part in said, said

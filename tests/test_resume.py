@@ -216,9 +216,6 @@ def classes(tmp_path_factory):
     return folder
 
 
-KEPT = ["--probe", "linear", "--eval-every", "2", "--save-every", "0", "--keep-every", "2"]
-
-
 def test_a_tokenizer_that_was_learnt_again_is_not_put_under_old_weights(tmp_path):
     """The fingerprint looks at 32 samples; words of another one change the ids of all."""
     photos = make_photos(tmp_path / "photos")
@@ -247,6 +244,9 @@ def test_a_lost_checkpoint_costs_nothing_else(photos, tmp_path):
     (tmp_path / "run/checkpoint_1.pt").rename(tmp_path / "run/checkpoint.pt")
     train_here("simclr", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
     assert rows(tmp_path / "run")[-1]["step"] == 2
+
+
+KEPT = ["--probe", "linear", "--eval-every", "2", "--save-every", "0", "--keep-every", "2"]
 
 
 def test_kept_checkpoints_and_the_linear_probe(classes, tmp_path, monkeypatch, capsys):

@@ -265,14 +265,14 @@ def test_vocabulary_larger_than_the_model_s_is_refused(trained):
         Tokenizer(trained.to_json(), vocab_size=trained.vocab_size - 1)
 
 
-if __name__ == "__main__":
-    with user_errors():
-        two_processes()
-
-
 def test_the_vocabulary_is_found_below_home(tmp_path, monkeypatch):
     """bash leaves --data-dir=~/data as it is; the images are found there, and so must the list of merges be."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(b"title\na b\n"))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Tokenizer("clip", data_dir="~/data").vocab_size == 2 * 256 + 1 + 2  # bytes, the merge, start and end
+
+
+if __name__ == "__main__":
+    with user_errors():
+        two_processes()

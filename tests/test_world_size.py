@@ -38,9 +38,9 @@ PRECISE = {"align", "clip_resnet", "declip_resnet", "simclr", "byol", "simsiam",
            "align_groups", "align_groups_accum"}  # fmt: skip
 
 
-# A method's curve has two epochs, an evaluation between them; its variants differ in a step, and 6 of them show it
-STEPS = {v: ["--max-steps", "12"] if v in METHODS else ["--max-steps", "6", "--eval-every", "0"] for v in VARIANTS}
-FOUR = ["--max-steps", "4", "--eval-every", "0"]  # on four processes: the first steps of the same curve
+# A method's curve has two epochs, an evaluation between them; its variants differ in a step, and 8 of them show it
+STEPS = {v: ["--max-steps", "12"] if v in METHODS else ["--max-steps", "8", "--eval-every", "0"] for v in VARIANTS}
+FOUR = ["--max-steps", "6", "--eval-every", "0"]  # on four processes: the first steps of the same curve
 CASES = [(v, n) for v in VARIANTS for n in (2, 4) if n == 2 or v in NAMES]  # variants of a method on 2 only
 
 
