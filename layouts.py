@@ -3,6 +3,7 @@
 sources.py uses it when a run reads files at all, and align.py for what its filters read and leave.
 What it leaves out it counts, in `left_out`."""
 
+import ast
 import contextlib
 import csv
 import functools
@@ -39,7 +40,7 @@ except ImportError:  # Windows: processes do not wait for each other there
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
 DOWNLOADED = ("cifar-10", "stl10_binary", "food-101")  # how torchvision's own files begin
-INDEX_VERSION = 3  # an index that an older version of this file wrote is made again
+INDEX_VERSION = 4  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
@@ -230,10 +231,23 @@ def table_rows(path):
         table = (dict(zip(header, fields)) for fields in rows)
         for image, same in itertools.groupby(table, lambda row: row[key]):
             same = list(same)
-            captions = [caption for row in same for caption in captions_of(row)]
+            captions = [c for row in same for cell in captions_of(row) for c in listed(cell)]
             label = same[0].get("label")
             label_number(label, None, f"{path}: {image}")  # refuses it before a run begins
             yield {"image": image, "captions": captions, "label": label}
+
+
+def listed(cell):
+    """The captions in a cell of a table: itself, or those of a list as JSON or Python writes it."""
+    if not re.fullmatch(r"""\s*\[\s*['"].*['"]\s*\]\s*""", cell, re.DOTALL):
+        return [cell]
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            found = read(cell.strip())
+            if len(found) == 1 and re.search(r"""['"]\s+['"]""", cell):  # Python would join them
+                raise UserError(f"no commas are between the captions {cell[:60]}: use a JSON list")
+            return [c for c in found if isinstance(c, str)]
+    return [cell]
 
 
 def strict_rows(file, delimiter):

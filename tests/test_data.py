@@ -764,6 +764,27 @@ def test_processes_share_the_indexing(tmp_path, scans, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("cell, captions", {
+    '["a dog", "a caf\\u00e9"]': ["a dog", "a café"],  # JSON
+    "['a dog', \"it's wet\"]": ["a dog", "it's wet"],  # str() of a list of Python
+    " ['a dog'] ": ["a dog"],
+    "[a dog]": ["[a dog]"],
+    "['a', 'b'] or ['c']": ["['a', 'b'] or ['c']"],
+    "['a' or 'b']": ["['a' or 'b']"],
+}.items())  # fmt: skip
+def test_a_cell_may_hold_a_list_of_captions(cell, captions, tmp_path):
+    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "caption"), ("1.jpg", cell)])
+    (tmp_path / "1.jpg").write_bytes(JPEG[0])
+    assert open_dataset(str(tmp_path))[0].captions == captions
+
+
+def test_a_list_as_numpy_prints_it_is_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\n1.jpg,['a dog' 'a cat']\n")
+    with pytest.raises(UserError, match=r"no commas are between the captions \['a dog' 'a cat'\]: use a JSON list"):
+        open_dataset(str(tmp_path))
+
+
 def test_index_of_rows(tmp_path):
     table(tmp_path, "csv", ",")
     assert len(open_dataset(str(tmp_path))) == N and (tmp_path / "pairs.csv.idx").exists()
