@@ -37,6 +37,7 @@ Diff against: clip.py.
 import collections
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ from common import mixed_precision, sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
 from layouts import Kept, text_rows
 from monitor import EvalView, bar, captions, language_eval, language_set
-from run import Run, RunArgs, init_weights, parse_args
+from run import Run, RunArgs, init_weights, parse_args, replace_text
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -199,11 +200,7 @@ def image_hash(image):
     grey = image.float().mean(0)
     cells = F.interpolate(grey[None, None], (8, 9), mode="area")[0, 0]
     brighter = cells[:, 1:] > cells[:, :-1]
-    bits = 0
-    for i, bit in enumerate(brighter.flatten().tolist()):
-        if bit:
-            bits += 1 << i
-    return bits
+    return sum(1 << i for i, bit in enumerate(brighter.flatten().tolist()) if bit)
 
 
 def filter_rules(pictures, test_hashes=(), min_side=200, common_tokens=100_000_000):
@@ -251,6 +248,8 @@ def filter_data(args):
     """--filter-only: says what each rule drops, with examples, and writes kept.jsonl: a line for
     each picture that keeps a text. A pair that several rules drop counts for the first."""
     kept = Path(args.output_dir or "filtered", "kept.jsonl")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--filter-only is work for one process: start it with python align.py")
     if kept.exists():
         raise UserError(f"{kept} is there already: remove it, or choose another --output-dir")
     texts, hashes = text_rows(args.data), []
@@ -288,8 +287,7 @@ def filter_data(args):
             rows.append({"index": picture.index, "key": picture.key, "captions": stay})
             left += len(stay)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    kept.write_text("".join(lines), "utf-8")
+    replace_text(kept, "".join(json.dumps(row) + "\n" for row in rows))
     for name, found in dropped.items():
         print(f"{name}: {len(found)} of {pairs} pairs ({len(found) / pairs:.1%})")
         for text in found[:: len(found) // 3 + 1]:
@@ -332,7 +330,7 @@ class GroupBatchNorm(nn.BatchNorm2d):
     paper (Sec. 5). Parameter names stay. Running statistics wait for update_statistics."""
 
     group = 16
-    seen = ()  # statistics of the forward passes of this step
+    seen = 0.0  # means, variances and number of the forward passes of this step, summed
 
     def forward(self, x):
         if not self.training:
@@ -344,7 +342,7 @@ class GroupBatchNorm(nn.BatchNorm2d):
             options = dict(training=True, momentum=share, eps=self.eps)
             parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, **options))
         if torch.is_grad_enabled():  # replay_backward encodes a piece once more, without gradient
-            self.seen += (torch.stack([mean, var]),)
+            self.seen = self.seen + torch.stack([mean, var, torch.ones_like(mean)])
         return torch.cat(parts)
 
 
@@ -363,12 +361,12 @@ def update_statistics(model):
     """Running statistics move toward the mean over all groups of the step, of all pieces and
     processes. They take no part in training, so once a step is enough."""
     for module in model.modules():
-        if isinstance(module, GroupBatchNorm) and module.seen:  # a frozen one saw no batch
-            mean, var = all_reduce_mean(torch.stack(module.seen).mean(0))
-            module.running_mean.lerp_(mean, module.momentum)
-            module.running_var.lerp_(var, module.momentum)
+        if torch.is_tensor(getattr(module, "seen", None)):  # a frozen one saw no batch
+            mean, var, passes = all_reduce_mean(module.seen)
+            module.running_mean.lerp_(mean / passes, module.momentum)
+            module.running_var.lerp_(var / passes, module.momentum)
             module.num_batches_tracked += 1
-            module.seen = ()
+            module.seen = 0.0
 
 
 class EfficientNet(torchvision.models.EfficientNet):
@@ -617,6 +615,8 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     b, bn_group = args.batch_size // world_size(), args.bn_group
+    if bn_group == 1:
+        raise UserError("--bn-group 1 leaves batch norm nothing to average: use at least 2, or 0")
     if args.accum_steps > 1 and not bn_group:
         raise UserError("--accum-steps cannot be exact if batch norm sees all: add --bn-group 16")
     if b % (args.accum_steps * (bn_group or 1)):
@@ -657,7 +657,7 @@ def train(args: Args) -> dict:
     if args.optimizer == "lamb":
         optimizer = LAMB(groups, lr=args.lr)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=args.lr)
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -681,7 +681,7 @@ def train(args: Args) -> dict:
     for step, batch in run.batches():
         image = views["image"](*batch["image"])
         inputs = image, batch["text"], batch["image"][1]["depth"]  # the last: see DropConnect
-        rise = step / max(1, warmup)  # linear from 0, then linear to 0 (Sec. 5)
+        rise = step / warmup if warmup else 1.0  # linear from 0, then linear to 0 (Sec. 5)
         fall = (run.total - step) / max(1, run.total - warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr = args.lr * min(rise, fall)

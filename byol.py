@@ -3,9 +3,9 @@
 
 An online network predicts, from one augmentation of an image, what a target network says of another
 one; no image is pushed away from any other. The target follows the online network as a slow moving
-average (EMA). Two things prevent collapse (a constant output): the predictor, which only the online
-network has, and a target that moves slowly. Even a target that is never updated gives a useful
-signal (--target random, see docs/byol.md).
+average (EMA). Three things prevent collapse (a constant output): only the online network has a
+predictor, only it gets gradients, and the target moves slowly. Even a target that is never updated
+gives a useful signal (--target random, see docs/byol.md).
 
 Loss (Eq. 2), f backbone, g projector, q predictor, theta online and xi target weights, x and x' two
 views of an image:

@@ -389,7 +389,7 @@ def build_model(args) -> CLIP:
         known = args.arch in ARCHS
     if not known:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {names}")
+        raise UserError(f"--arch {args.arch} is unknown, choose one of {names}, vits with _patchP")
     patch_size = int(patch) if patch else None
     stride = patch_size or 32  # pixels of the image for one token
     if args.image_size % stride:

@@ -57,7 +57,8 @@ def init_distributed(device: str = "") -> torch.device:
     """Joins the processes that torchrun started, if it did, and returns the device of this one:
     `device`, or the first of cuda, mps and cpu that this machine has. Raises UserError if the
     machine has no such device, or fewer GPUs than processes."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # gloo has no collectives on mps
+    cuda, mps = torch.cuda.is_available(), alone and torch.backends.mps.is_available()
     names = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     kind = device or names[0]
     if kind.split(":")[0] not in names or not re.fullmatch(r"\w+(:\d+)?", kind):
@@ -67,7 +68,6 @@ def init_distributed(device: str = "") -> torch.device:
         if int(kind[5:]) >= (count := torch.cuda.device_count()):
             raise UserError(f"there is no {kind} among {count}, lower --nproc_per_node")
         torch.cuda.set_device(kind)
-        torch.set_float32_matmul_precision("high")
     if "MASTER_ADDR" not in os.environ:
         import trouble
         if wrong := trouble.launched(os.environ):
@@ -97,7 +97,7 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     The result carries gradient: what the losses of all processes say about this process's rows is
     summed. If every process takes the mean loss of its own rows and DDP averages the gradients,
     then the result is exactly the gradient of the global batch's mean loss. One process gets x."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return x
     return _AllGather.apply(x.contiguous())
 
@@ -105,7 +105,7 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
 def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
     """Mean over the processes, without gradient."""
     x = x.detach() / world_size()
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 

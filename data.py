@@ -55,7 +55,7 @@ def decode(image):
                 white = [w for w in white.get(image.mode, [65535]) if 0 <= x.min() <= x.max() <= w]
                 if not white:
                     raise ValueError(f"values from {x.min()} to {x.max()}")
-                image = Image.fromarray((x / white[0] * 255.998).astype(np.uint8))  # 256 were 0
+                image = Image.fromarray((x / white[0] * 255.998).astype(np.uint8))  # 256 wraps to 0
             if image.mode != "RGB":  # convert() copies even then, which takes longer than decoding
                 transparent = "transparency" in image.info
                 image = (image.convert("RGBA") if transparent else image).convert("RGB")

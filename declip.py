@@ -200,7 +200,7 @@ def masked_row(tokenizer, any_id, caption, rng):
 
 def add_mask_token(tokenizer):
     """-> a Tokenizer with <|mask|> before start and end, whose ids go up by one (official code)."""
-    if tokenizer.bpe.id_to_token(tokenizer.sot - 1) == "<|mask|>":  # that of an earlier run
+    if tokenizer.bpe.token_to_id("<|mask|>") == tokenizer.sot - 1:  # that of an earlier run
         return tokenizer
     last_two = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     if (tokenizer.sot, tokenizer.eot) != last_two:
@@ -485,7 +485,7 @@ def build_model(args) -> DeCLIP:
         known = args.arch in ARCHS
     if not known:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP or one of {names}")
+        raise UserError(f"--arch {args.arch} is unknown, choose one of {names}, vits with _patchP")
     patch_size = int(patch) if patch else None
     stride = patch_size or 32  # pixels of the image for one token
     if args.image_size % stride:

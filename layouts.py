@@ -40,6 +40,7 @@ except ImportError:  # Windows: processes do not wait for each other there
 TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
 DOWNLOADED = ("cifar-10", "stl10_binary", "food-101")  # how torchvision's own files begin
+CAPTION_KEYS = ("captions", "caption", "text")
 INDEX_VERSION = 4  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
@@ -85,6 +86,10 @@ def pictures(folder, left_out):
             folders.clear()
             continue
         seen.add(real)
+        if {"args.json", "metrics.jsonl"} <= set(files):
+            left_out["folders of runs"] += 1
+            folders.clear()
+            continue
         left_out["hidden"] += sum(name.startswith(".") for name in folders)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
@@ -103,7 +108,7 @@ def class_names(path):
     WordNet ids, {id: name}. Of several names for a class, the first is taken."""
     text = path.read_text(encoding="utf-8-sig").strip()
     if path.suffix != ".json":
-        lines = text.splitlines()
+        lines = [line.strip() for line in text.splitlines()]
         pairs = [re.fullmatch(r"(n\d{8})\s+(.+)", line) for line in lines]
         if not all(pairs):
             return lines
@@ -112,7 +117,10 @@ def class_names(path):
     # {"0": ["n01440764", "tench"]} or {"n01440764": "tench"}
     for key, value in json.loads(text).items():
         words = [key, *([value] if isinstance(value, str) else value)]
-        number = next(i for i, word in enumerate(words) if re.fullmatch(r"n\d{8}", word))
+        number = next((i for i, word in enumerate(words) if re.fullmatch(r"n\d{8}", word)), None)
+        if number is None:
+            raise UserError(f"{path} has no WordNet id beside {words[-1]}: put the names of the "
+                            "classes into a classnames.txt, one per line")
         names[words[number]] = words[number + 1].replace("_", " ")
     return names
 
@@ -199,10 +207,13 @@ def json_object(text):
 
 
 def captions_of(row):
-    """Captions in a row of a table or in the .json of a tar's sample."""
-    found = row.get("captions") or row.get("caption") or row.get("text")
-    found = found or [row.get("title"), row.get("description")]
-    return [c for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
+    """Captions in a row of a table or in the .json of a tar's sample: of the first that has any."""
+    for found in (*map(row.get, CAPTION_KEYS), [row.get("title"), row.get("description")]):
+        found = found if isinstance(found, list) else [found]
+        if any(isinstance(caption, str) and caption.strip() for caption in found):
+            found = [caption for caption in found if isinstance(caption, str)]
+            return [caption.encode(errors="replace").decode() for caption in found]  # halves of 😀
+    return []
 
 
 LOST = "texts that lost letters"  # how an index counts them
@@ -286,15 +297,23 @@ def array_rows(path):
 
 
 def karpathy_rows(path, split):
-    """dataset_{coco,flickr8k,flickr30k}.json; the pictures are beside it or in a folder there."""
-    images = json.loads(path.read_bytes())["images"]
-    images = [image for image in images if image["split"].replace("restval", "train") == split]
-    names = [os.path.join(x.get("filepath", ""), x["filename"]) for x in images]
-    places = [path.parent, *sorted(p for p in path.parent.iterdir() if p.is_dir())]
-    place = next((p for p in places if names and (p / names[0]).exists()), path.parent)
-    for name, image in zip(names, images):
-        captions = [sentence["raw"] for sentence in image["sentences"]]
-        yield {"image": str(place.relative_to(path.parent) / name), "captions": captions}
+    """dataset_{coco,flickr8k,flickr30k}.json."""
+    for image in json.loads(path.read_bytes())["images"]:
+        part = image["split"].replace("restval", "train")
+        if part not in ("train", "val", "test"):
+            raise ValueError(f"the split {part} is none of train, restval, val and test")
+        if part == split:
+            name = os.path.join(image.get("filepath", ""), image["filename"])
+            yield {"image": name, "captions": [sentence["raw"] for sentence in image["sentences"]]}
+
+
+def open_karpathy(path, split, Sample):
+    """The pictures are beside the .json or in a folder there, where most of the first are found."""
+    dataset = Rows(path.parent, index_rows(path, karpathy_rows, split), None, Sample)
+    names = [dataset.row(i)["image"] for i in range(min(100, len(dataset)))]
+    places = [path.parent, *sorted(place for place in path.parent.iterdir() if place.is_dir())]
+    dataset.root = max(places, key=lambda place: sum((place / name).exists() for name in names))
+    return dataset
 
 
 def coco_rows(path):
@@ -303,7 +322,9 @@ def coco_rows(path):
     for row in tables["annotations"]:
         captions.setdefault(row["image_id"], []).append(row["caption"])
     for image in tables["images"]:
-        yield {"image": image["file_name"], "captions": captions.get(image["id"], [])}
+        yield {"image": image["file_name"], "captions": captions.pop(image["id"], [])}
+    if captions:
+        raise ValueError(f"captions of image {min(captions)}, which is not among its images")
 
 
 def slip_rows(path):
@@ -321,7 +342,7 @@ def text_rows(path):
     file."""
     if not path.endswith(".tsv"):
         return None
-    rows = []
+    rows, others = [], 0
     try:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             columns = file.readline(10_000).strip().split("\t")
@@ -332,8 +353,11 @@ def text_rows(path):
                 key, tab, text = line.rstrip("\r\n").partition("\t")
                 if tab:
                     rows.append((i, key, text))
+                others += not tab and not line.isspace()
     except OSError:
         return None
+    if others and rank() == 0:
+        print(f"{path}: {others:,} lines without a tab are left out", file=sys.stderr, flush=True)
     say_lost(path, sum("\ufffd" in text for _, _, text in rows))
     return rows
 
@@ -418,20 +442,20 @@ def locked(path):
 
 def index(path, ending, write):
     """Path of the index of `path`, which write(file, stamp) fills once: beside `path`, or in
-    ~/.cache if that may not be written. The stamp in it has size and time of `path`; when these
-    change it is made again."""
+    ~/.cache if that may not be written or is a file of someone else's. The stamp in it has size and
+    time of `path`; when these change it is made again."""
     path, facts = os.path.abspath(path), os.stat(path)
     stamp = [INDEX_VERSION, facts.st_size, facts.st_mtime_ns]
     cache = os.path.expanduser("~/.cache/contrastive/")
     places = [path + ending, cache + re.sub(r"\W", "_", path)[-200:] + ending]
     with locked(path):
+        stamps = {place: stamp_of(place) for place in places}
         for place in places:
-            with contextlib.suppress(Exception), open(place, "rb") as file:
-                npz = ending == ".idx.npz"
-                there = np.load(file)["stamp"].tolist() if npz else json.loads(file.readline())
-                if stamp == there:
-                    return Path(place)
+            if stamps[place] == stamp:
+                return Path(place)
         for place in places:
+            if stamps[place] is None and os.path.exists(place):
+                continue  # this is no index
             draft = Path(f"{place}.{os.urandom(6).hex()}")
             try:
                 draft.parent.mkdir(parents=True, exist_ok=True)
@@ -455,12 +479,28 @@ def index(path, ending, write):
                     "one")  # fmt: skip
 
 
+def stamp_of(path):
+    """The stamp of an index, [] of one that is cut off, None of anything else."""
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        if path.endswith(".npz"):
+            return np.load(file)["stamp"].tolist()
+        found = json.loads(file.readline())
+        if isinstance(found, list) and len(found) == 3:
+            file.seek(-len(END), os.SEEK_END)
+            return found if file.read() == END else []
+    return None
+
+
+END = b'["end"]\n'  # the last line of an index of rows: one that was copied in part lacks it
+
+
 def index_rows(path, make, *args):
-    """Index of JSON lines: the stamp, then the rows that make(path, *args) yields."""
+    """Index of JSON lines: the stamp, then the rows that make(path, *args) yields, then END."""
 
     def write(file, stamp):
         rows = itertools.chain([stamp], make(path, *args))
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        file.write(END)
 
     return index(path, "".join(f".{a}" for a in args) + ".idx", write)
 
@@ -597,13 +637,16 @@ def open_root(root, split, words, kind, whole, Sample):
     for name in names:  # train/, train.csv, val-0001.tar ...
         if match := re.fullmatch(word + r"(.*\.(tar|npz|csv|tsv|jsonl))?", name, re.I):
             parts.setdefault(match[1].lower(), []).append(name)
+    for start in ("train", "val", "test"):
+        same = [n for word in parts if word.startswith(start) for n in parts[word] if "." not in n]
+        if len(same) > 1:
+            raise UserError(f"{root} has the folders {' and '.join(same)} for one split: keep one")
     downloaded = any(n.startswith(DOWNLOADED) for n in names)
     other = any((root / n).is_dir() or ending_of(n) in (".tar", *TABLES) for n in names)
     if kind and not parts and (downloaded or not other):
         return Torchvision(root, kind, split, Sample)
     if karpathy := [n for n in names if re.fullmatch(r"dataset_(?!infos?\.|dict\.)\w+\.json", n)]:
-        rows = index_rows(root / karpathy[0], karpathy_rows, split)
-        return Rows(root, rows, None, Sample)
+        return open_karpathy(root / karpathy[0], split, Sample)
     if any(root.glob("annotations/captions_*2017.json")):
         part = "train2017" if split == "train" else "val2017"
         table = root / f"annotations/captions_{part}.json"
@@ -629,7 +672,9 @@ def open_root(root, split, words, kind, whole, Sample):
     if files := [n for n in part if "." in n]:
         return open_files(root, files, root, Sample)
     dataset = open_files(root / part[0], visible(root / part[0]), root, Sample)
+    others = set(names).difference(*parts.values(), folders, CLASS_LISTS)
     beside = Counter({f"folders beside {part[0]}": len(folders)})
+    beside[f"files beside {part[0]}"] = len(others)
     dataset.left_out = beside + getattr(dataset, "left_out", Counter())
     return dataset
 
@@ -695,11 +740,11 @@ class Rows:
         self.root, self.rows, self.classes, position = root, rows, classes, 0
         if not isinstance(rows, Path):
             self.rows = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        starts, lost = array("q"), 0
+        starts, lost, indexed = array("q"), 0, str(rows).endswith(".idx")
         with open(rows, "rb") if isinstance(rows, Path) else io.BytesIO(self.rows) as lines:
             for line in lines:
-                stamp = position == 0 and line[:1] == b"["  # of an index
-                if not (stamp or line.isspace()):
+                frame = indexed and line[:1] == b"["  # the stamp and the end of an index
+                if not (frame or line.isspace()):
                     starts.append(position)
                 lost += b"\\ufffd" in line  # an index is ASCII
                 position += len(line)
@@ -727,9 +772,10 @@ class Rows:
         if name is None:
             raise ValueError(f"row {i} names no picture ({' or '.join(IMAGE_KEYS)})")
         path = os.path.join(self.root, name)
-        archive, zipped, member = path.partition(".zip/")
-        if zipped:
-            image = read_zip(archive + ".zip", member)
+        archive, zipped, member = name.partition(".zip/")
+        archive = os.path.join(self.root, archive + ".zip")
+        if zipped and not os.path.isdir(archive):
+            image = read_zip(archive, member)
         else:
             image = read_file(path)
         label = label_number(row.get("label"), self.classes, path)

@@ -466,18 +466,17 @@ def train(args: Args) -> dict:
     if args.compile:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but momentum_encoder's
-    decay = [p for p in trained if p.ndim >= 2]
-    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
-    groups = [
-        {"params": decay, "weight_decay": args.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
     peak = args.base_lr * args.batch_size / 256
     if args.optimizer == "lars":
-        groups[1]["exclude"] = True
+        decay = [p for p in trained if p.ndim >= 2]
+        no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+        groups = [
+            {"params": decay, "weight_decay": args.weight_decay},
+            {"params": no_decay, "weight_decay": 0.0, "exclude": True},
+        ]
         optimizer = LARS(groups, lr=peak, trust=args.trust)
     else:  # official: AdamW decays norms and biases too
-        optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     run = Run("mocov3", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})

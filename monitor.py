@@ -8,6 +8,7 @@ Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch,
 """
 
 import contextlib
+import functools
 import math
 import random
 import re
@@ -218,10 +219,18 @@ def refuse_labels_beyond(dataset, label):
         raise UserError(f"{which}, from 0 on: mend its labels or its list of classes")
 
 
+@functools.cache  # once in a run, not at every evaluation
+def say_without(what, name, count, total):
+    """Says how many samples an evaluation cannot use."""
+    if count and rank() == 0:
+        print(f"{name}: {count} of {total} samples have no {what}", file=sys.stderr, flush=True)
+
+
 def labelled(dataset, features, labels):
     """Features and labels of the samples that have a label. Raises UserError if none has one."""
     if not (labels >= 0).any():
         raise UserError(f"{dataset.name} has no labels")
+    say_without("label", dataset.name, int((labels < 0).sum()), len(labels))
     refuse_labels_beyond(dataset, int(labels.max()))
     return features[labels >= 0], labels[labels >= 0]
 
@@ -408,7 +417,7 @@ def what_classes_lack(dataset, words=False):
 
 
 def captions(dataset, most=20000):
-    """At most `most` captions, evenly spread over a dataset: what a tokenizer is trained on."""
+    """Captions of evenly spread images, at most most / 2, for a tokenizer to be trained on."""
     for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
         with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
             yield from dataset[index].captions
@@ -429,6 +438,8 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
             weights = zeroshot_weights(model.encode_text, tokenizer, classnames, templates, device)
         features, labels = labelled(dataset, images, labels)
         metrics = zeroshot_metrics(F.normalize(features, dim=1) @ weights.T, labels)
+    if len(texts):
+        say_without("caption", dataset.name, len(images) - len(image_of_text.unique()), len(images))
     retrieval = recall(images, texts, image_of_text) if len(texts) else {}
     return metrics, retrieval, images
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 
+from common import UserError
+
 
 def save_batch(directory, batch, views):
     """Writes views.png of a batch of the loader."""
@@ -43,8 +45,11 @@ def save_views(directory, images, views):
 
 
 def read_log(directory):
-    text = (Path(directory) / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    path = Path(directory) / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): mend it, or delete the line") from error
 
 
 def accuracies(directory):

@@ -1,6 +1,6 @@
 """The paper trail of a training run: its command line, directory, log, checkpoint and pictures.
 
-Nothing here knows a method, and nothing but --init changes a number. Method files show its use."""
+Nothing here knows a method or changes a number, but for --init. Method files show its use."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ from common import UserError, all_reduce_mean, rank, world_size
 # -------------------------------------------- arguments -----------------------------------------
 @dataclasses.dataclass
 class RunArgs:
-    """Flags that change no number. Every method file's Args inherits them and adds its own."""
+    """Flags that change no number but by rounding. Every method file's Args inherits them."""
     data_dir: str = ""  # folder of the named datasets (default: $DATA_DIR, then ./data)
     output_dir: str = ""  # run directory, continued if it has a checkpoint (default: new, in runs/)
     workers: int = 8  # loader processes per training process
@@ -50,11 +50,12 @@ class RunArgs:
     profile: bool = False  # write a trace of the 10th to 14th step to the run directory
 
 
-# Least and most of flags whose other values nobody means: they abort, or train nonsense
+# Smallest and largest value of some flags; others would abort, or train nonsense
 RANGES = {name: (least, most) for names, least, most in [
     ("image_size local_size bottleneck_dim", 8, 4096),
     ("embed_dim text_width hidden_dim out_dim head_dim mlp_dim vocab_size", 0, 2**20),
-    ("ssl_dim ssl_mlp_dim ssl_emb_dim predictor_dim", 0, 2**20),
+    ("ssl_mlp_dim ssl_emb_dim predictor_dim", 0, 2**20),
+    ("ssl_dim", 2, 2**20),
     ("text_layers head_layers projector_layers local_crops", 0, 1000),
     ("momentum key_momentum center_momentum bn_momentum teacher_momentum tau tau_end ema", 0, 1),
     ("teacher_momentum_end mass mask_prob mask_ratio crop_min crop_split label_smoothing", 0, 1),
@@ -122,6 +123,10 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         refuse(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
     args = Args(**(values | vars(given)))
     for name, value in vars(args).items():
+        if isinstance(value, str):
+            if re.search("[\ud800-\udfff]", value):  # a checkpoint could not be read with it
+                refuse(f"--{name.replace('_', '-')} {value!a} is not UTF-8: rename or link it")
+            setattr(args, name, os.path.expanduser(value))  # bash leaves --flag=~/path as it is
         default = getattr(Args, name)
         takes_zero = name == "workers" or "(0:" in comments.get(name, "")  # it says what 0 does
         least = int(type(default) is int and default > 0 and not takes_zero)
@@ -343,10 +348,13 @@ class Run:
             replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        try:  # a kill may cut the last line off; nothing stays of a run that is at step 0 again
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
+        if lines and not lines[-1].endswith("}"):  # a kill cut it off
+            del lines[-1]
+        try:  # nothing stays of a run that is at step 0 again
+            rows = [json.loads(line) for line in lines]
             if self.step == 0 and any(row["step"] for row in rows):  # the checkpoint is lost
-                replace_text(self.dir / "metrics_old.jsonl", "\n".join(lines) + "\n")
+                with open(self.dir / "metrics_old.jsonl", "a", encoding="utf-8") as old:
+                    old.writelines(f"{line}\n" for line in lines)
             rows = [row for row in rows if row["step"] <= self.step and self.step > 0]
         except (ValueError, LookupError, TypeError) as error:
             text = f"{path} is damaged ({error!r}): mend it or use another --output-dir"

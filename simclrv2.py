@@ -412,10 +412,11 @@ def train(args: Args) -> dict:
     if taught:  # a student may use the labels that its teacher had, and no others
         known = json.loads(taught["labels"])
     classes, args.label_fraction, label_seed = known
-    if not classes or dataset.classes != classes and args.alpha < 1:
+    labels_used = not taught or args.alpha < 1
+    if not classes or (labels_used and dataset.classes != classes):
         raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")
     args.num_classes = len(classes)  # not a flag, but build_model needs it
-    if not taught or args.alpha < 1:
+    if labels_used:
         dataset = WithinClasses(dataset)
         has_label = labelled_part(dataset, args.label_fraction, label_seed).to(device)  # (N,)
     if not taught:

@@ -1,9 +1,9 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (2020, arXiv 2011.10566).
 
 BYOL without the moving average: the network predicts, from one augmentation of an image, its own
-output for another one. One thing prevents collapse (a constant output): no gradient flows through
-the target branch (stop-gradient). Without it (--stop-gradient off) the network collapses, see
-docs/simsiam.md.
+output for another one. Two things prevent collapse (a constant output): the predictor, and that no
+gradient flows through the target branch (stop-gradient). Without the second (--stop-gradient off)
+the network collapses, see docs/simsiam.md.
 
 Loss (Eq. 4), f encoder (backbone and projector), h predictor, x1 and x2 the two views of an image:
     z = f(x), p = h(z), D(p, z) = -p.z / (|p| |z|) (Eq. 1)

@@ -210,6 +210,25 @@ def half_of(dataset, which):
     return half
 
 
+class Decoupled(Loader):
+    """Pairs from one half of the images, and views from the other half (Sec. 5.3)."""
+
+    def __init__(self, dataset, pair_views, other_views, texts, *rest):
+        super().__init__(half_of(dataset, 0), pair_views, texts, *rest)
+        self.others = Loader(half_of(dataset, 1), other_views, {}, *rest)
+
+    def batches(self, start, stop):
+        pairs, others = super().batches(start, stop), self.others.batches(start, stop)
+        for (step, batch), (_, other) in zip(pairs, others):
+            self.wait += self.others.wait
+            self.others.wait = 0.0
+            yield step, batch | other
+
+    def check_bad(self):
+        super().check_bad()
+        self.others.check_bad()
+
+
 # ---------------------------------------- backbone ----------------------------------------
 # Copied from slip.py: Attention
 class Attention(nn.Module):
@@ -661,23 +680,24 @@ def train(args: Args) -> dict:
         size = args.vocab_size
         tokenizer = Tokenizer(args.tokenizer, args.context_length, source, size, args.data_dir)
         if tokenizer.eot != tokenizer.vocab_size - 1:
-            raise UserError(f"the end token of --tokenizer {args.tokenizer} has not the largest id")
+            wrong = "has an end token that is not its largest id"
+            raise UserError(f"--tokenizer {args.tokenizer} {wrong}")
         pair_views["image"] = pair_view(args)
         texts["text"] = tokenizer
         extra["tokenizer"] = tokenizer.to_json()
     else:
+        if args.probe != "knn":
+            raise UserError("--probe has no use here: --clip-scale 0 leaves nothing to evaluate")
         say_evaluation("none, because --clip-scale 0 leaves out the texts; evaluate.py does it")
     other_views = ssl_views(args, patches=model.visual.pos_embed.shape[1] - 1)
     views = pair_views | other_views
     rest = args.batch_size, args.seed, args.workers, device
-    others = None  # a loader of the views, if these show other images
     if args.images == "all":
         loader = Loader(dataset, views, texts, *rest)
     elif args.images == "half":
         loader = Loader(half_of(dataset, 0), views, texts, *rest)
     elif pair_views and other_views:
-        loader = Loader(half_of(dataset, 0), pair_views, texts, *rest)
-        others = Loader(half_of(dataset, 1), other_views, {}, *rest)
+        loader = Decoupled(dataset, pair_views, other_views, texts, *rest)
     else:
         raise UserError("--images decoupled separates two losses, and here is one: use half")
 
@@ -712,15 +732,11 @@ def train(args: Args) -> dict:
     }
     ssl_chance = ssl_chances[args.ssl]
     chance = args.clip_scale * clip_chance + args.ssl_scale * ssl_chance
-    other_batches = others.batches(run.step, run.last) if others else None
 
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        if others:  # the views of other images
-            _, other_batch = next(other_batches)
-            batch |= other_batch
         inputs = [views[name](*batch[name]) for name in other_views]
         pair = ()
         terms = {}
@@ -765,8 +781,6 @@ def train(args: Args) -> dict:
 
         terms = {"loss": (loss, chance), **terms}
         run.end_step(terms, lr=lr, **numbers)
-        if others and run.due(args.log_every):
-            others.check_bad()
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

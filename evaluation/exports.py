@@ -292,7 +292,7 @@ def described(net, to, file):
     view. Weights with the names used here carry the arguments that build their network."""
     view = {"size": net.view.size, "resize": net.view.resize, "mean": net.view.mean,
             "std": net.view.std, "interpolation": net.view.filter.name.lower()}  # fmt: skip
-    found = {"weights": file, "method": net.method, "arch": net.arch, "view": view}
+    found = {"to": to, "weights": file, "method": net.method, "arch": net.arch, "view": view}
     encoder = net.encoder
     if hasattr(encoder, "conv1"):
         found["stride"] = encoder.conv1.stride[0]
@@ -315,13 +315,14 @@ def described(net, to, file):
     return found
 
 
-def refuse_to_overwrite(folder, weights, names):
-    """Raises UserError unless the folder has none of these files, or an earlier export's whose
-    tensors are in the file `weights` too."""
+def refuse_to_overwrite(folder, to, weights, names):
+    """Raises UserError unless the folder has none of these files, or those of an earlier export in
+    the form of `to`."""
     for name in ("args.json", "checkpoint.pt"):
         if (folder / name).exists():
             raise UserError(f"{folder} is the directory of a run ({name}), use another --out")
-    ours = read_json(folder / "export.json").get("weights") == weights
+    before = read_json(folder / "export.json")
+    ours = before.get("weights") == weights and before.get("to", to) == to
     there = [name for name in [weights, *names] if (folder / name).exists()]
     if there and not ours:
         what = "which is not from an export of the same form"
@@ -341,7 +342,7 @@ def export(net, to, folder):
     folder = Path(folder)
     file = "model.safetensors" if to in ("transformers", "safetensors") else "model.pt"
     files = {**files, "export.json": described(net, to, file)}
-    refuse_to_overwrite(folder, file, [*files, *["tokenizer.json"] * bool(net.tokenizer)])
+    refuse_to_overwrite(folder, to, file, [*files, *["tokenizer.json"] * bool(net.tokenizer)])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():  # export.json marks the folder as ours

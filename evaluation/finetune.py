@@ -376,8 +376,9 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
 
         with autocast:
             logits = ddp(x)
-        # the mean of this process's samples: DDP averages it over the processes
-        loss = F.cross_entropy(logits.float(), targets)
+        # the mean over the samples of all processes that have a label: DDP averages its parts
+        labelled = all_reduce_mean(targets.sum()).clamp(min=1e-6)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / labelled
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common import UserError, rank, world_size
 
@@ -79,6 +81,15 @@ def check_folder(folder):
         raise UserError(f"{folder} cannot be written ({error}), use another --out") from error
 
 
+MARK = "evaluate.py of a collection of contrastive methods"  # stands in each PNG
+
+
+def drawn_by(path):
+    """What a PNG says about the software that wrote it; None of another file."""
+    with contextlib.suppress(OSError), Image.open(path) as picture:
+        return picture.info.get("Software")
+
+
 def save_picture(picture, path, protocol, kind, args, own_name=""):
     """Writes a PNG beside the checkpoint or into --out. It is named after the protocol, the data
     and the texts and, unless the checkpoint is that of a run, after its file. own_name: what tells
@@ -98,7 +109,11 @@ def save_picture(picture, path, protocol, kind, args, own_name=""):
     if rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(file)
+            if args.out and file.exists() and drawn_by(file) != MARK:
+                raise UserError(f"{file} is no picture of this script: use another --out")
+            mark = PngInfo()
+            mark.add_text("Software", MARK)
+            picture.save(file, pnginfo=mark)
         except OSError as error:
             raise UserError(f"{file} cannot be written ({error}), use another --out") from error
         print(file, file=sys.stderr if args.json else sys.stdout)
@@ -110,8 +125,11 @@ def save_result(result, path, args):
     if args.json:
         print(line, flush=True)
     try:
-        with open(folder_of(path) / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with open(folder_of(path) / "results.jsonl", "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            if file.read() not in (b"", b"\n"):  # a kill cut the last line off
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
     except OSError as error:
         print(f"not recorded: {error}", file=sys.stderr)
 

@@ -143,10 +143,10 @@ def test_pieces_of_groups_are_exact(photos, tmp_path, monkeypatch):
 
     def watched(model):
         norm = model.visual.features[0][1]
-        before, seen = norm.running_mean.clone(), torch.stack(norm.seen)
+        before, (mean, _, passes) = norm.running_mean.clone(), norm.seen.clone()
         update(model)
-        torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * seen[:, 0].mean(0))
-        found.append((int(norm.num_batches_tracked), len(seen)))
+        torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * mean / passes)
+        found.append((int(norm.num_batches_tracked), int(passes[0])))
 
     monkeypatch.setattr(align, "update_statistics", watched)
     flags = ["--bn-group", "2", "--max-steps", "2", "--bn-momentum", "0.1", "--drop-connect", "0.4", "--eval-every", "0"]
@@ -162,6 +162,22 @@ def test_pieces_of_groups_are_exact(photos, tmp_path, monkeypatch):
     saved = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["model"] for run in ("whole", "pieces")]
     for key, value in saved[0].items():
         torch.testing.assert_close(value, saved[1][key], rtol=1e-6, atol=1e-8)
+
+
+def test_many_pieces_do_not_compile_again(monkeypatch):
+    """Each compilation counts, up to a limit beyond which a model runs uncompiled."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = align.group_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), 2)
+    compiled = torch.compile(model, backend=count)
+    for _ in range(12):
+        compiled(torch.randn(4, 3, 5, 5, requires_grad=True))
+    assert model[0].seen[2].tolist() == [12, 12, 12] and 1 <= len(graphs) <= 3
 
 
 def test_groups_of_a_frozen_image_side_stay_as_they_are(photos, tmp_path):
@@ -189,11 +205,11 @@ def test_a_group_is_a_batch_of_its_own():
     align.group_batchnorm(model, 4)
     x = torch.randn(12, 3, 5, 5, requires_grad=True)
     y = model(x)
-    assert isinstance(norm, align.GroupBatchNorm) and len(norm.seen) == 1
+    assert isinstance(norm, align.GroupBatchNorm) and norm.seen[2].tolist() == [1, 1, 1]
     torch.testing.assert_close(y, torch.cat([plain(part) for part in x.split(4)]))
     with torch.no_grad():
         model(x)
-    assert len(norm.seen) == 1 and norm.running_mean.abs().max() == 0  # a pass without gradient does not count
+    assert norm.seen[2].tolist() == [1, 1, 1] and norm.running_mean.abs().max() == 0  # a pass without gradient does not count
 
 
 def test_convolutions_start_as_in_the_released_code():

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -683,6 +684,23 @@ def run(folder, protocol, *words, data="classes"):
 def results(path):
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "results.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_samples_without_a_label_are_counted(folder, tmp_path, capsys):
+    """And a line that a kill cut off stays one of its own."""
+    shutil.copytree(folder / "simclr", tmp_path / "simclr")
+    (tmp_path / "simclr/results.jsonl").write_text('{"protocol": "knn", "cut')
+    pictures = sorted((folder / "classes").rglob("*.png"))[:6]
+    (tmp_path / "set").mkdir()
+    for split, names in (("train", ["red", "green", "green", "Green"] * 2), ("val", ["red", "green", "gren"])):
+        rows = "".join(f"{path},{name}\n" for path, name in zip(pictures * 2, names))
+        (tmp_path / "set" / f"{split}.csv").write_text("image,label\n" + rows)
+    (tmp_path / "set/classnames.txt").write_text("red\ngreen\n")
+    main(["knn", str(tmp_path / "simclr"), "--data", str(tmp_path / "set"), "--k", "3", *FLAGS])
+    said = capsys.readouterr().err
+    assert "set: 2 of 8 samples have no label" in said and "set: 1 of 3 samples have no label" in said
+    lines = (tmp_path / "simclr/results.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["protocol"] == "knn"
 
 
 def test_commands(folder, capsys):

@@ -259,6 +259,8 @@ def test_files_of_others_stay(folder, tmp_path, capsys):
     assert len(list(tmp_path.rglob("*.*"))) == 3
     for _ in range(2):
         main(["export", str(path), "--to", "timm", "--out", str(tmp_path / "new")])
+    with pytest.raises(UserError, match="has a file model.pt, which is not from an export of the same form"):
+        main(["export", str(path), "--to", "torchvision", "--out", str(tmp_path / "new")])
     with pytest.raises(UserError, match="has a file export.json"):
         main(["export", str(path), "--to", "safetensors", "--out", str(tmp_path / "new")])
     with pytest.raises(UserError, match="holds the checkpoint itself"):

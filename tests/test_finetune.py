@@ -342,6 +342,21 @@ def test_transformer_learns(ema):
     assert rows[-1]["lr"] < rows[1]["lr"] <= 1e-3 + 1e-9
 
 
+class HalfLabelled(Toy):
+    """Every second sample has no label."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        return sample._replace(label=-1) if i % 2 else sample
+
+
+def test_loss_is_a_mean_over_samples_with_a_label():
+    """With a rate of 0 it is that of the start, near ln 3; as a mean over all samples it would be half of that."""
+    args = Args(**{**QUICK, "epochs": 1, "base_lr": 0.0})
+    _, rows = finetune.fine_tune(vit(), HalfLabelled(64), VIEW, 3, args, CPU)
+    assert rows[0]["loss"] == pytest.approx(math.log(3), abs=0.1)
+
+
 def test_resnet_learns_and_batch_norm_follows():
     torch.manual_seed(0)
     model, rows = tuned(resnet18(), nesterov=True, base_lr=0.2, epochs=3)

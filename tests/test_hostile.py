@@ -57,6 +57,108 @@ def opened(path, capsys, **options):
 
 
 # -------------------------------------------- samples that vanish --------------------------------------------
+def karpathy(folder, names, splits):
+    images = [{"filename": name, "split": split, "sentences": [{"raw": name}]} for name, split in zip(names, splits)]
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    return folder
+
+
+def test_karpathys_pictures_may_come_later_and_the_first_be_missing(tmp_path):
+    folder = karpathy(tmp_path / "set", ["0.jpg", "1.jpg", "2.jpg", "3.jpg"], ["train", "restval", "train", "val"])
+    assert len(open_dataset(str(folder))) == 3  # the index is made, and no picture is there
+    write(folder / "Images", ["1.jpg", "2.jpg", "3.jpg"])
+    write(folder / "a folder before it", ["7.jpg"])
+    dataset = open_dataset(str(folder))
+    assert [dataset[i].image for i in (1, 2)] == JPEG[1:3] and dataset[2].captions == ["2.jpg"]
+    with pytest.raises(FileNotFoundError, match="Images/0.jpg"):
+        dataset[0]
+    with pytest.raises(UserError, match="the split dev is none of train, restval, val and test"):
+        open_dataset(str(karpathy(tmp_path / "other", ["0.jpg", "1.jpg"], ["train", "dev"])))
+
+
+def test_captions_of_images_that_are_not_listed(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    table = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": i, "caption": "a"} for i in (1, 7)]}
+    (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match="captions of image 7, which is not among its images"):
+        open_dataset(str(tmp_path))
+
+
+def test_runs_within_the_data_are_no_pictures(tmp_path, capsys):
+    write(tmp_path / "set", ["cat/0.jpg", "dog/1.jpg", "runs/a/views.png", "runs/a/curves.png"])
+    for name in ("args.json", "metrics.jsonl"):
+        (tmp_path / "set/runs/a" / name).write_text("{}")
+    dataset, said = opened(tmp_path / "set", capsys)
+    assert dataset.classes == ["cat", "dog"] and len(dataset) == 2 and "1 left out (1 folders of runs)" in said
+
+
+@pytest.mark.parametrize("folders", ["train Train", "train training", "train val validation"])
+def test_two_folders_for_one_split(tmp_path, folders):
+    folders = folders.split()
+    write(tmp_path, [f"{name}/{i}.jpg" for name in folders for i in (1, 2)])
+    with pytest.raises(UserError, match=f"has the folders ({folders[-1]} and .*|.* and {folders[-1]}) for one split: keep one"):
+        open_dataset(str(tmp_path))
+
+
+def test_files_beside_a_split_are_counted(tmp_path, capsys):
+    write(tmp_path, ["train/0.jpg", "train/1.jpg", "2.jpg", "val/3.jpg"])
+    for name in ("captions.csv", "classnames.txt"):
+        (tmp_path / name).write_text("a")
+    assert "2 left out (2 files beside train)" in opened(tmp_path, capsys)[1]
+
+
+def test_lines_without_a_tab_are_counted(tmp_path, capsys):
+    (tmp_path / "texts.tsv").write_text("k1\ta dog\nno tab\n\nk2\ta cat\n")
+    assert [text for *_, text in layouts.text_rows(str(tmp_path / "texts.tsv"))] == ["a dog", "a cat"]
+    assert "texts.tsv: 1 lines without a tab are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row, captions", [
+    ({"captions": ["", "  "], "title": "a title"}, ["a title"]),
+    ({"caption": " ", "text": "a text"}, ["a text"]),
+    ({"captions": ["a", None, ""], "title": "a title"}, ["a", ""]),
+    ({"title": None, "description": " "}, []),
+    ({"caption": "half an emoji \ud83d"}, ["half an emoji ?"]),
+])  # fmt: skip
+def test_the_first_column_with_a_text_counts(row, captions):
+    assert layouts.captions_of(row) == captions
+
+
+def test_an_index_that_was_copied_in_part_is_made_again(tmp_path):
+    path = table(tmp_path, "image,caption\n" + "".join(f"{i}.jpg,number {i}\n" for i in range(8)))
+    assert len(open_dataset(str(path))) == 8
+    index = tmp_path / "pairs.csv.idx"
+    for end in range(30, index.stat().st_size, 10):
+        os.truncate(index, end)
+        assert len(open_dataset(str(path))) == 8, end
+
+
+def test_a_file_of_the_users_own_is_no_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = table(tmp_path, "image,caption\n0.jpg,a dog\n")
+    (tmp_path / "pairs.csv.idx").write_text("mine")
+    for _ in range(2):
+        assert open_dataset(str(path))[0].captions == ["a dog"]
+    assert (tmp_path / "pairs.csv.idx").read_text() == "mine" and len(list((tmp_path / "home").rglob("*.idx"))) == 1
+
+
+def test_a_folder_may_be_called_like_an_archive(tmp_path):
+    dataset = open_dataset(str(write(tmp_path / "photos.zip", ["a.zip/0.jpg", "b/1.jpg"])))
+    assert [dataset[i].image for i in range(2)] == JPEG[:2]
+
+
+def test_lists_of_classes(tmp_path):
+    table(tmp_path, "image,label\n0.jpg,cat\n1.jpg,dog\n")
+    (tmp_path / "classnames.txt").write_text("cat \n dog\n")
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.classes == ["cat", "dog"] and [dataset[i].label for i in range(2)] == [0, 1]
+    write(tmp_path / "folders", ["cat/0.jpg", "dog/1.jpg"])
+    (tmp_path / "folders/imagenet_class_index.json").write_text('{"0": "cat", "1": "dog"}')
+    with pytest.raises(UserError, match="no WordNet id beside cat: put the names of the classes into a classnames.txt"):
+        open_dataset(str(tmp_path / "folders"))
+
+
 def test_files_beside_pictures_are_counted(tmp_path, capsys):
     write(tmp_path / "set", ["0.jpg", "1.jfif", "2.PNG"])
     for name in ("a.heic", "b.heic", "a.txt", ".DS_Store", "noending"):
@@ -579,6 +681,7 @@ def trained(server, photos, tmp_path_factory):  # noqa: F811
     ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl is damaged"),
     ("metrics.jsonl", "[3]}\n", "metrics.jsonl is damaged"),
     ("metrics.jsonl", '{"step": "one"}\n', "metrics.jsonl is damaged"),
+    ("metrics.jsonl", '{"step": 1, "lo\n{"step": 2}\n', "metrics.jsonl is damaged"),
 ])  # fmt: skip
 def test_tampered_files_of_a_run(server, photos, trained, tmp_path, file, content, sentence):  # noqa: F811
     shutil.copytree(trained, tmp_path / "run")
@@ -586,6 +689,27 @@ def test_tampered_files_of_a_run(server, photos, trained, tmp_path, file, conten
     done = server.run(*run_of("simclr", photos, tmp_path / "run", "--max-steps 4"))
     assert_sentence(done, "simclr.py", sentence)
     assert (tmp_path / "run" / file).read_text() == content
+
+
+def test_a_damaged_log_of_a_run_that_is_done(server, photos, trained, tmp_path):  # noqa: F811
+    shutil.copytree(trained, tmp_path / "run")
+    with open(tmp_path / "run/metrics.jsonl", "a") as log:
+        log.write('{"step": 1, "lo\n')
+    done = server.run(*run_of("simclr", photos, tmp_path / "run", "--max-steps 2"))
+    assert_sentence(done, "simclr.py", "metrics.jsonl is damaged")
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_it_costs_a_run():
+    module = module_of("simclr")
+    with pytest.raises(UserError, match=r"--data 'd\\udce9t' is not UTF-8: rename or link it"):
+        parse_args(module.Args, module.RECIPES, ["--data", "d\udce9t"])
+
+
+def test_every_path_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, flag in (("simclrv2", "checkpoint"), ("align", "keep"), ("declip", "synonyms"), ("clip", "tokenizer")):
+        module = module_of(name)
+        assert getattr(parse_args(module.Args, module.RECIPES, [f"--{flag}=~/a"]), flag) == "/home/me/a"
 
 
 @pytest.mark.parametrize("name, value", [("step", "two"), ("step", -3), ("step", 1.5), ("rng", []), ("rng", [[torch.zeros(3)]])])

@@ -1,5 +1,6 @@
 """pictures.py: against the official numbers, against scikit-learn, on what can be seen by eye, and as commands."""
 
+import io
 import re
 import shutil
 import sys
@@ -233,6 +234,25 @@ def test_published_weights_give_the_same_picture(folder):
     ours = run(folder, "attention", "dino", "--size", "64").read_bytes()
     run(folder, "attention", "dino_published.pth", "--size", "64")
     assert (folder / "out/dino_published_attention_classes.png").read_bytes() == ours
+
+
+def test_a_file_of_the_users_own_stays(folder, tmp_path):
+    file = tmp_path / "attention_classes.png"
+    words = ["attention", str(folder / "dino"), "--data", str(folder / "classes"), "--device", "cpu", "--out", str(tmp_path)]
+    for content in (b"mine", picture_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="attention_classes.png is no picture of this script: use another --out"):
+            main(words)
+        assert file.read_bytes() == content
+    file.unlink()
+    for _ in range(2):  # its own picture is drawn again
+        main(words)
+
+
+def picture_bytes():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_random_weights_and_default_folder(folder):

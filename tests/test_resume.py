@@ -236,6 +236,10 @@ def test_a_lost_checkpoint_costs_nothing_else(photos, tmp_path):
     (tmp_path / "run/checkpoint.pt").unlink()
     train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
     assert (tmp_path / "run/metrics_old.jsonl").read_bytes() == log and len(rows(tmp_path / "run")) < log.count(b"\n")
+    second = (tmp_path / "run/metrics.jsonl").read_bytes()
+    (tmp_path / "run/checkpoint.pt").unlink()
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    assert (tmp_path / "run/metrics_old.jsonl").read_bytes() == log + second  # both logs
     (tmp_path / "run/checkpoint.pt").rename(tmp_path / "run/checkpoint_1.pt")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError, match="run has no checkpoint.pt any more: name a copy of one of its checkpoint_STEP.pt so"):

@@ -67,7 +67,7 @@ METHOD_NAMES = [path.stem for path in method_files()]
 EXPERIMENTS = ["slip_ablations"]  # of the papers, in files of the same form
 LONGEST = 100  # characters of a line, of code, comment or docstring, in every file outside tests/
 DENSEST = 11.5  # nodes of the syntax tree in a code line of a method file, on average
-LOADED = 2411  # lines that a run of SLIP loads, all together
+LOADED = 2430  # lines that a run of SLIP loads, all together
 
 
 def imported(path):
@@ -141,7 +141,7 @@ def test_imports_run_one_way():
         done |= set(ready)
     assert done == set(edges), {name: needs - done for name, needs in edges.items() if name not in done}
     assert edges["common"] == {"trouble"} and edges["run"] == {"common"}
-    assert edges["scenes"] == edges["trouble"] == edges["pictures"] == set()
+    assert edges["scenes"] == edges["trouble"] == set() and edges["pictures"] == {"common"}
     assert edges["sources"] == {"common", "layouts", "scenes"} and edges["layouts"] == {"common"}
     assert edges["data"] == {"common", "sources", "trouble"}
     assert edges["monitor"] <= {"common", "data", "run"} and edges["synonyms"] == {"common"}
@@ -168,7 +168,7 @@ def test_experiments_may_be_longer():
     """slip_ablations.py holds four kinds of self-supervision; with 700 lines it would be dense."""
     assert {path.stem for path in method_files(experiments=True)} == {*METHOD_NAMES, *EXPERIMENTS}
     for name in EXPERIMENTS:
-        assert len(modules()[name].read_text().splitlines()) <= 780, name
+        assert len(modules()[name].read_text().splitlines()) <= 800, name
 
 
 @pytest.mark.parametrize("name", [*METHODS, *EXPERIMENTS])
