@@ -272,8 +272,7 @@ def filter_data(args):
     if not pairs:
         raise UserError(f"--data {args.data} has no captions to filter, or no readable picture")
     rules = filter_rules(pictures, hashes, args.min_side, args.common_tokens)
-    dropped = {name: [] for name in rules}
-    rows, left = [], 0
+    dropped, rows, left = {name: [] for name in rules}, [], 0
     for picture in pictures:
         stay = []
         for text in picture.captions:
@@ -287,7 +286,8 @@ def filter_data(args):
             rows.append({"index": picture.index, "key": picture.key, "captions": stay})
             left += len(stay)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(kept, "".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    replace_text(kept, "".join(lines).encode(errors="backslashreplace").decode())  # odd file names
     for name, found in dropped.items():
         print(f"{name}: {len(found)} of {pairs} pairs ({len(found) / pairs:.1%})")
         for text in found[:: len(found) // 3 + 1]:

@@ -129,7 +129,7 @@ OWN = {
         ("for x, f in zip(outputs, features) if x.requires_grad]", "for x, f in zip(outputs[::-1], features) if x.requires_grad]", "tests/test_align.py -k frozen_image_side"),
         ("for i, part in enumerate(x.split(self.group)):", "for i, part in enumerate(x.split(len(x))):"),
         ("if torch.is_grad_enabled():", "if True:"),
-        ("module.running_mean.lerp_(mean, module.momentum)", "module.running_mean.lerp_(mean, 1 - module.momentum)"),
+        ("module.running_mean.lerp_(mean / passes, module.momentum)", "module.running_mean.lerp_(mean / passes, 1 - module.momentum)"),
         ("        update_statistics(model)\n", ""),
         ("mean, var, passes = all_reduce_mean(module.seen)", "mean, var, passes = module.seen", "tests/test_world_size.py -k align"),
     ],
