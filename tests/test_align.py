@@ -414,6 +414,8 @@ def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(tmp_path
     assert done.returncode == 0, done.stderr
     assert "5 of 6 pictures read, compared with 0 test images" in done.stdout and not done.stderr
     before = (tmp_path / "kept/kept.jsonl").read_bytes()
+    done = command("align.py", *flags, processes=2)
+    assert "--filter-only is work for one process" in done.stderr and done.returncode
     done = command("align.py", *flags, "--common-tokens", "3")
     assert done.returncode == 2 and "is there already" in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "kept/kept.jsonl").read_bytes() == before
@@ -503,9 +505,14 @@ def test_word_pieces_of_bert(photos, tmp_path):
         close(net.model.eval().encode_text(short), net.model.encode_text(padded), atol=1e-5)
 
 
+def test_without_warm_up_the_first_step_has_the_full_rate(photos, tmp_path):
+    train_here("align", photos, tmp_path / "run", "--warmup-epochs", "0", "--max-steps", "1", "--lr", "0.002", "--eval-every", "0")
+    assert rows(tmp_path / "run")[0]["lr"] == pytest.approx(0.002)
+
+
 # ------------------------------------------------ errors, paste ------------------------------------------------
 @pytest.mark.parametrize("flags, word", [
-    (["--accum-steps", "2"], "add --bn-group 16"), (["--bn-group", "3"], "--bn-group 3 do not fit in the 8 samples"),
+    (["--bn-group", "1"], "--bn-group 1 leaves batch norm nothing to average"), (["--accum-steps", "2"], "add --bn-group 16"), (["--bn-group", "3"], "--bn-group 3 do not fit in the 8 samples"),
     (["--bn-group", "4", "--accum-steps", "4"], "--accum-steps 4 pieces of whole"), (["--bn-group", "0", "--accum-steps", "3"], "--accum-steps"),
     (["--arch", "resnet50"], "--arch"), (["--text-width", "65"], "--text-width"),
     (["--keep", "/nothing"], "--keep")])  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -289,6 +290,10 @@ def test_mask_token(plain, tokenizer):
     bert = re.sub(r"<\|startoftext\|>", "[SEP]", re.sub(r"<\|endoftext\|>", "[CLS]", plain.to_json()))
     with pytest.raises(UserError, match="--tokenizer"):
         declip.add_mask_token(Tokenizer(bert, 24))
+    model = tokenizers.models.WordPiece({"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "a": 3}, unk_token="[UNK]")
+    first = tokenizers.Tokenizer(model)  # the start has id 0
+    with pytest.raises(UserError, match="the last two ids of --tokenizer are not its start and end tokens"):
+        declip.add_mask_token(Tokenizer(first.to_str(), 24))
 
 
 def test_mask_token_of_the_published_vocabulary():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+import common
 import runs
 from command import main
 from common import UserError, init_distributed, rank, user_errors
@@ -167,6 +168,23 @@ def differ(which, root):
     args = types.SimpleNamespace(data="set", eval_data="", data_dir="")
     args.data = str(root)
     os.write(1, f"found {len(evaluation_set(args))}\n".encode())  # in one piece, as two processes write at once
+
+
+def test_one_process_on_a_mac(monkeypatch):
+    """gloo, which torchrun's processes talk through there, has no collective on its devices: one process needs none."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        assert init_distributed() == torch.device("mps") and torch.distributed.is_initialized()
+        x = torch.ones(2, requires_grad=True, device="meta")  # a device without collectives, too
+        assert common.all_gather(x) is x and common.all_reduce_mean(x).shape == (2,)
+    finally:
+        torch.distributed.destroy_process_group()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device mps is not available here, use cpu"):
+        init_distributed("mps")
 
 
 if __name__ == "__main__":

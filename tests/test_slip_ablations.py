@@ -229,16 +229,15 @@ def test_views_apply_what_they_draw():
 
 def images_of(photos, directory, monkeypatch, *flags):
     """-> {name of a view: indices of the samples that the loader cropped for it}, of one epoch."""
-    seen, loader = {}, slip_ablations.Loader
+    seen, plain = {}, slip_ablations.Loader.__getitem__
 
-    class Watched(loader):
-        def __getitem__(self, item):
-            for name in self.views:
-                found = getattr(self.dataset, "indices", None)
-                seen.setdefault(name, []).append(item[1] if found is None else int(found[item[1]]))
-            return super().__getitem__(item)
+    def watched(self, item):
+        for name in self.views:
+            found = getattr(self.dataset, "indices", None)
+            seen.setdefault(name, []).append(item[1] if found is None else int(found[item[1]]))
+        return plain(self, item)
 
-    monkeypatch.setattr(slip_ablations, "Loader", Watched)
+    monkeypatch.setattr(slip_ablations.Loader, "__getitem__", watched)
     train_here(NAME, photos, directory, "--epochs", "1", "--eval-every", "0", *flags)
     return {name: set(indices) for name, indices in seen.items()}
 
@@ -329,6 +328,19 @@ def test_a_run_is_continued(variant, photos, tmp_path, capsys):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_decoupled_images_are_one_loader(photos):
+    """Its waiting is that of both halves, and a bad sample of either counts."""
+    views = {name: slip_ablations.View(32) for name in ("image", "view1")}
+    dataset = slip_ablations.open_dataset(str(photos))
+    loader = slip_ablations.Decoupled(dataset, {"image": views["image"]}, {"view1": views["view1"]}, {}, 8, 0, 0, "cpu")
+    (_, batch), *_ = loader.batches(0, 2)
+    assert {"image", "view1", "index", "label"} == set(batch) and loader.wait > 0 == loader.others.wait
+    loader.check_bad()
+    loader.others.bad = 5
+    with pytest.raises(UserError, match="5 samples of photos.* are bad"):
+        loader.check_bad()
+
+
 def test_the_loss_is_the_weighted_sum(photos, tmp_path):
     train_here(NAME, photos, tmp_path / "run", *VARIANTS["beit"], "--max-steps", "2", "--eval-every", "0")
     for row in (row for row in rows(tmp_path / "run") if "loss" in row):
@@ -368,6 +380,7 @@ def test_its_checkpoints_are_evaluated(photos, tmp_path):
     ("--ssl none --clip-scale 0", "leaves no loss"),
     ("--ssl none --images decoupled", "here is one"),
     ("--clip-scale 0 --images decoupled", "here is one"),
+    ("--clip-scale 0 --probe linear", "--probe has no use here"),
     ("--arch vit_huge_patch8", "is unknown, choose"),
     ("--image-size 36", "is not a multiple of 8"),
     ("--text-width 60", "is not a multiple of 64"),
