@@ -423,15 +423,20 @@ def seeds(prefix, data):
 
 def ablations(prefix):
     """A row for each of ROWS in ablations.py: what is published, what its runs on `shapes` came to,
-    all seeds."""
+    all seeds, and its run on Flickr8k."""
     rows, paper, small = [], "", ""
     for name, row in ROWS.items():
         runs = with_seeds(record_name(name))
         cells = cells_of_seeds(prefix, runs) if runs else ["not run yet", "", "", "", ""]
-        rows.append([row.what, row.published, *cells])
+        photos = ROOT / f"results/{record_name(name)}_flickr8k.json"
+        recall = "not run yet"
+        if photos.exists():
+            found = json.loads(photos.read_text())["metrics"]["retrieval flickr8k test"]
+            recall = f"[{found['mean_recall']:.2f}]({prefix}results/{photos.name})"
+        rows.append([row.what, row.published, *cells, recall])
         paper += f"- {row.what}: `{PAPER} {row.paper}`\n"
         small += f"- {row.what}: `{runs[0]['command']}`\n" if runs else ""
-    header = ["row", "published", *SEEDS]
+    header = ["row", "published", *SEEDS, "Flickr8k, mean recall"]
     if small:
         small = f"\nThe measured ones, other seeds with `--seed` in addition:\n\n{small}"
     return f"{table(header, rows)}\nThe paper's runs:\n\n{paper}{small}"
