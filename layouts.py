@@ -740,7 +740,7 @@ class Rows:
         self.root, self.rows, self.classes, position = root, rows, classes, 0
         if not isinstance(rows, Path):
             self.rows = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        starts, lost, indexed = array("q"), 0, str(rows).endswith(".idx")
+        starts, lost, indexed = array("q"), 0, getattr(rows, "suffix", "") == ".idx"
         with open(rows, "rb") if isinstance(rows, Path) else io.BytesIO(self.rows) as lines:
             for line in lines:
                 frame = indexed and line[:1] == b"["  # the stamp and the end of an index
