@@ -124,8 +124,6 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
     args = Args(**(values | vars(given)))
     for name, value in vars(args).items():
         if isinstance(value, str):
-            if re.search("[\ud800-\udfff]", value):  # a checkpoint could not be read with it
-                refuse(f"--{name.replace('_', '-')} {value!a} is not UTF-8: rename or link it")
             setattr(args, name, os.path.expanduser(value))  # bash leaves --flag=~/path as it is
         default = getattr(Args, name)
         takes_zero = name == "workers" or "(0:" in comments.get(name, "")  # it says what 0 does
@@ -184,6 +182,11 @@ def replace_text(path: Path, text: str):
     """Writes a file under another name and then renames it, so that a crash leaves the old one."""
     path.with_suffix(".tmp").write_text(text, encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def replace_escaped(text):
+    """A name as the system gave it, where bytes that are not UTF-8 become U+FFFD."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def hold(file):
@@ -513,7 +516,9 @@ class Run:
         if dist.is_initialized():
             dist.all_gather_object(rngs, rngs[0])
         if rank() == 0:
-            content |= {"method": self.method, "args": vars(self.args), "step": self.step}
+            args = vars(self.args)  # with names of files that are not UTF-8 they could not be read
+            args = {k: replace_escaped(v) if isinstance(v, str) else v for k, v in args.items()}
+            content |= {"method": self.method, "args": args, "step": self.step}
             content |= {"rng": rngs, "data": self.data, **self.extra}
             try:
                 with open(temporary, "wb") as file:
