@@ -31,7 +31,8 @@ of the paper. With --released the following is done as in the released code:
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
 Never reproduced, even with --released: per-process batch norm and queue; a queue that is lost at a
 restart and drops entries that do not fit before its end; L_TSS averaged over processes, not over
-tokens. All of these would make a run depend on the number of processes or restarts.
+tokens. All of these would make a run depend on the number of processes or restarts. Nor are the
+class token and the biases of attention's in_proj decayed, as they are there.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -87,7 +88,7 @@ class Args(RunArgs):
     lr: float = 1e-3  # peak learning rate (official code)
     min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
     warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
-    weight_decay: float = 0.1  # of everything but gains and biases (official code)
+    weight_decay: float = 0.1  # of everything but gains, biases and the class token
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it

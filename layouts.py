@@ -211,8 +211,9 @@ def captions_of(row):
     for found in (*map(row.get, CAPTION_KEYS), [row.get("title"), row.get("description")]):
         found = found if isinstance(found, list) else [found]
         if any(isinstance(caption, str) and caption.strip() for caption in found):
-            found = [caption for caption in found if isinstance(caption, str)]
-            return [caption.encode(errors="replace").decode() for caption in found]  # halves of 😀
+            # JSON may hold half of an emoji, which cannot be written as UTF-8: it becomes "?"
+            texts = [caption for caption in found if isinstance(caption, str)]
+            return [text.encode(errors="replace").decode() for text in texts]
     return []
 
 
