@@ -32,10 +32,9 @@ def user_errors():
     except Exception as error:
         if not (text := trouble.sentence(error)):
             raise
-        # Most errors occur in all processes alike, and the first one reports them for all.
-        first = "MASTER_ADDR" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
-        if first or getattr(error, "alone", not isinstance(error, UserError)):
-            print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=err, flush=True)
+        if not getattr(error, "alone", not isinstance(error, UserError)):
+            trouble.let_the_first_report_it()
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=err, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
     finally:
         out.flush()

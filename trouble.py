@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,14 @@ def sentence(error):
     if isinstance(error, dist.DistError):
         return f"the processes do not find each other: {first}"
     return ""
+
+
+def let_the_first_report_it():
+    """Most mistakes occur in all processes alike. The first process of a machine reports one, and
+    torchrun then ends the others while they wait here. Without torchrun, ten seconds are enough."""
+    if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
 
 
 def smaller():

@@ -25,6 +25,8 @@ class Row(NamedTuple):
     published: str  # ImageNet zero-shot / linear / fine-tuned, ViT-B/16, YFCC15M, 25 epochs
     paper: str  # flags of the paper's run
     small: str  # flags of ours, beside BUDGET
+    paper_first: str = ""  # flags of the paper's run whose image encoder this one starts from
+    small_first: str = ""  # flags of ours, which has the same budget
 
 
 ROWS = {
@@ -42,17 +44,24 @@ ROWS = {
                     f"{RATES} --clip-views ssl", "--ssl none --clip-views ssl"),
     "decoupled": Row("SLIP, decoupled", "42.7 / 72.0 / 82.8",
                      "--images decoupled --epochs 50 --warmup-epochs 2", "--images decoupled"),
+    "two_runs": Row("SimCLR first, CLIP second", "41.1 / 68.2 / 82.3",
+                    f"{RATES} --init runs/simclr_first", "--ssl none",
+                    "--recipe yfcc15m-simclr", "--clip-scale 0"),
 }  # fmt: skip
 
 
 def small_flags(name):
-    """Flags of a row's run on `shapes`; of two values of one flag the last counts."""
+    """Flags of a row's run on `shapes`, but for those of a run before it."""
     budget = BUDGET.replace("--images half ", "") if "--images" in ROWS[name].small else BUDGET
     return f"{ROWS[name].small} {budget}"
 
 
 def record_name(name, seed=0):
     return f"slip_ablations_{name}" + (f"_s{seed}" if seed else "")
+
+
+def train(*flags):
+    subprocess.run([sys.executable, "slip_ablations.py", *flags], cwd=ROOT, check=True)
 
 
 def main(argv=None):
@@ -69,9 +78,13 @@ def main(argv=None):
         record = record_name(name, args.seed)
         if (ROOT / f"results/{record}.json").exists():
             continue
-        flags = small_flags(name).split() + (["--seed", str(args.seed)] if args.seed else [])
-        quiet = ["--eval-every", "0", "--output-dir", str(args.runs / record)]
-        subprocess.run([sys.executable, "slip_ablations.py", *flags, *quiet], cwd=ROOT, check=True)
+        seed = ["--eval-every", "0", *(["--seed", str(args.seed)] if args.seed else [])]
+        flags = [*small_flags(name).split(), *seed]
+        if ROWS[name].small_first:
+            first = str(args.runs / f"{record}_first")
+            train(*f"{ROWS[name].small_first} {BUDGET}".split(), *seed, "--output-dir", first)
+            flags += ["--init", first]
+        train(*flags, "--output-dir", str(args.runs / record))
         command = [sys.executable, "benchmarks/record.py", str(args.runs / record)]
         subprocess.run([*command, "--name", record], cwd=ROOT, check=True)
 

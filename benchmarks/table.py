@@ -33,7 +33,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from ablations import PAPER, ROWS, record_name
+from ablations import BUDGET, PAPER, ROWS, record_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Tables: those that are named by one word, and those of data, a prefix or a method
@@ -421,6 +421,13 @@ def seeds(prefix, data):
     return table(["method", "epochs", "steps", *SEEDS], rows)
 
 
+def with_first(script, flags, command):
+    """`command`, after the run that its --init names, if it does: that of `script` with `flags`."""
+    start = re.search(r"--init (\S+)", command)
+    before = f"`{script} {flags} --output-dir {start[1]}`, then " if start else ""
+    return f"{before}`{command}`"
+
+
 def ablations(prefix):
     """A row for each of ROWS in ablations.py: what is published, what its runs on `shapes` came to,
     all seeds, and its run on Flickr8k."""
@@ -434,8 +441,11 @@ def ablations(prefix):
             found = json.loads(photos.read_text())["metrics"]["retrieval flickr8k test"]
             recall = f"[{found['mean_recall']:.2f}]({prefix}results/{photos.name})"
         rows.append([row.what, row.published, *cells, recall])
-        paper += f"- {row.what}: `{PAPER} {row.paper}`\n"
-        small += f"- {row.what}: `{runs[0]['command']}`\n" if runs else ""
+        paper += f"- {row.what}: {with_first(PAPER, row.paper_first, f'{PAPER} {row.paper}')}\n"
+        if runs:
+            first = f"{row.small_first} {BUDGET} --eval-every 0"
+            command = with_first("python slip_ablations.py", first, runs[0]["command"])
+            small += f"- {row.what}: {command}\n"
     header = ["row", "published", *SEEDS, "Flickr8k, mean recall"]
     if small:
         small = f"\nThe measured ones, other seeds with `--seed` in addition:\n\n{small}"

@@ -531,6 +531,29 @@ def test_processes_that_torchrun_did_not_start(server, photos, tmp_path, env, se
     assert not (tmp_path / "run").exists()
 
 
+SLOW = """
+import os, time, common
+with common.user_errors():
+    time.sleep({0: %s, 1: %s}[int(os.environ["LOCAL_RANK"])])
+    raise common.UserError("there is no such thing, choose another")
+"""
+
+
+@pytest.mark.parametrize("seconds", [(0, 0), (3, 0)])
+def test_a_mistake_of_all_processes_is_said_once(tmp_path, seconds):
+    """torchrun ends all processes as soon as one has ended, which must neither be silent nor one of two that say it."""
+    (tmp_path / "slow.py").write_text(SLOW % seconds)
+    done = subprocess.run(argv_of(tmp_path / "slow.py", processes=2), env=environment(), capture_output=True, text=True)
+    assert done.stderr.count("slow.py: error: there is no such thing, choose another") == 1 and done.returncode
+
+
+def test_a_mistake_that_the_first_process_does_not_report_is_said_too(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW % (0, 0))
+    env = environment() | {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1"}
+    done = subprocess.run(argv_of(tmp_path / "slow.py"), env=env, capture_output=True, text=True)
+    assert done.stderr == "slow.py: error: there is no such thing, choose another\n" and done.returncode == 2
+
+
 def test_one_task_of_slurm_is_enough_to_train():
     assert not trouble.launched({"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"})
 

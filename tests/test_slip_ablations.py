@@ -67,10 +67,16 @@ def test_measured_rows_differ_in_what_they_say():
     for name in ablations.ROWS:
         words = ablations.small_flags(name).split()
         args = vars(slip_ablations.parse_args(slip_ablations.Args, slip_ablations.RECIPES, words))
-        questions.add((args.pop("ssl"), args.pop("clip_views"), args.pop("images")))
+        first = ablations.ROWS[name].small_first
+        questions.add((args.pop("ssl"), args.pop("clip_views"), args.pop("images"), bool(first)))
         budgets.append(args)
-    assert len(questions) == len(ablations.ROWS) == 9
-    assert {images for *_, images in questions} == {"half", "decoupled"}
+        if first:  # and the run that it starts from
+            words = f"{first} {ablations.BUDGET}".split()
+            args = vars(slip_ablations.parse_args(slip_ablations.Args, slip_ablations.RECIPES, words))
+            assert (args.pop("ssl"), args.pop("clip_views"), args.pop("images")) == ("simclr", "crop", "half")
+            assert args == budgets[0] | {"clip_scale": 0.0}
+    assert len(questions) == len(ablations.ROWS) == 10
+    assert {images for *_, images, _ in questions} == {"half", "decoupled"}
     assert all(budget == budgets[0] for budget in budgets)
 
 
