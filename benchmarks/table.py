@@ -26,6 +26,7 @@ and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables
 import argparse
 import ast
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -271,6 +272,8 @@ def knn_of_all(prefix, data):
     runs = [results()[name] for name in curves]
     times = Counter(images for points in curves.values() for images in points)
     seen = sorted(images for images, runs_then in times.items() if runs_then > 1 or len(runs) == 1)
+    every = math.ceil(len(seen) / 6)  # columns, of which the last stays
+    seen = sorted({*seen[:1], *seen[::-every]})
     columns = [f"{images:,} images" if images else "random weights" for images in seen]
     # those whose end gets a column
     longer = [name for name, points in curves.items() if max(points) not in seen]
