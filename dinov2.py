@@ -608,30 +608,30 @@ def train(args: Args) -> dict:
     if args.drop_path:
         depth = len(blocks)
     side = args.image_size // int(args.arch.partition("_patch")[2])  # patches
-    mask = dict(side=side, prob=args.mask_prob, ratio=args.mask_ratio, var=args.mask_ratio_var)
+    masking = dict(side=side, prob=args.mask_prob, ratio=args.mask_ratio, var=args.mask_ratio_var)
     large = args.crop_split, 1.0  # shares of the area
     small = args.crop_min, args.crop_split
     s = args.jitter_strength
     local = DINOv2View(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
-        "global1": DINOv2View(args.image_size, large, 0.0, 0.0, depth, mask, s),
-        "global2": DINOv2View(args.image_size, large, 0.9 * args.blur, 0.2, depth, mask, s),
+        "global1": DINOv2View(args.image_size, large, 0.0, 0.0, depth, masking, s),
+        "global2": DINOv2View(args.image_size, large, 0.9 * args.blur, 0.2, depth, masking, s),
     }
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    group = args.koleo_group
-    if group == 1 or group and args.batch_size % group:
-        raise UserError(f"--koleo-group {group} must be at least 2 and divide --batch-size "
+    samples = args.koleo_group
+    if samples == 1 or samples and args.batch_size % samples:
+        raise UserError(f"--koleo-group {samples} must be at least 2 and divide --batch-size "
                         f"{args.batch_size}, or be 0 for the global batch")
     b = args.batch_size // world_size()
     steps = f"--accum-steps {args.accum_steps}"
     if b % args.accum_steps:
         raise UserError(f"{steps} does not divide the {b} samples of a process")
     piece = b // args.accum_steps
-    if args.accum_steps > 1 and (not group or piece % group):  # KoLeo sees one piece at a time
+    if args.accum_steps > 1 and (not samples or piece % samples):  # KoLeo sees one piece at a time
         raise UserError(f"{steps} needs a --koleo-group that divides a piece of {piece} samples")
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
@@ -715,7 +715,7 @@ def train(args: Args) -> dict:
             sums = sums + losses.detach()
         if args.clip_grad:
             scaler.unscale_(optimizer)
-            for module in model.student.values():  # backbone and heads, each by itself
+            for module in model.student.children():  # backbone and heads, each by itself and once
                 nn.utils.clip_grad_norm_(module.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()

@@ -67,7 +67,7 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
     local_crops: int = 10  # L, number of local crops (0: none; --crop-split 0.14 goes with it)
-    crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (App. B)
+    crop_split: float = 0.25  # s: areas (s, 1), local (crop_min, s) (README; 0.32 in App. B)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
@@ -564,7 +564,7 @@ def train(args: Args) -> dict:
     if args.drop_path:
         depth = len(model.student.backbone.blocks)
     patch_size = int(args.arch.partition("_patch")[2])
-    mask = dict(
+    masking = dict(
         side=args.image_size // patch_size, shape=args.mask_shape, prob=args.mask_prob,
         ratio=args.mask_ratio, var=args.mask_ratio_var,
     )
@@ -572,8 +572,8 @@ def train(args: Args) -> dict:
     s = args.jitter_strength
     local = IBOTView(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
-        "global1": IBOTView(args.image_size, large, 1.0 * args.blur, 0.0, depth, mask, s),
-        "global2": IBOTView(args.image_size, large, 0.1 * args.blur, 0.2, depth, mask, s),
+        "global1": IBOTView(args.image_size, large, 1.0 * args.blur, 0.0, depth, masking, s),
+        "global2": IBOTView(args.image_size, large, 0.1 * args.blur, 0.2, depth, masking, s),
     }
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local

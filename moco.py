@@ -73,7 +73,7 @@ class Args(RunArgs):
     batch_size: int = 256  # images of a step, over all processes (Sec. 3.3)
     accum_steps: int = 1  # more is refused: the queue makes small batches enough
     lr: float = 0.03  # learning rate at the start, for batch 256 (Sec. 3.3); it is not scaled here
-    min_lr: float = 0.0  # learning rate at the end of the cosine
+    min_lr: float = 0.0  # version 2: rate that the cosine reaches after the last whole epoch
     warmup_epochs: float = 0.0  # linear warm-up from 0; none in the papers
     momentum: float = 0.9  # momentum of SGD (Sec. 3.3)
     weight_decay: float = 1e-4  # weight decay of every parameter (Sec. 3.3)
@@ -443,6 +443,7 @@ def train(args: Args) -> dict:
     init_weights(model, args)
     if args.compile:
         model.compile()
+        model.encoder_k.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but encoder_k's
     groups = [{"params": trained, "weight_decay": args.weight_decay}]  # norms and biases too
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)

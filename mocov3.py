@@ -184,8 +184,8 @@ def eval_view(args) -> EvalView:
 
 
 # ---------------------------------------- backbone ----------------------------------------
-ARCHS = {"vit_nano": (96, 3, 3), "vit_micro": (192, 4, 3), "vit_small": (384, 12, 12),
-         "vit_base": (768, 12, 12)}  # D, blocks, heads; nano and micro are our own
+ARCHS = {"vit_nano": (3, 96, 3), "vit_micro": (4, 128, 4), "vit_small": (12, 384, 12),
+         "vit_base": (12, 768, 12)}  # layers, width D, heads; nano and micro are our own
 
 
 # Copied from slip.py: Attention
@@ -334,13 +334,13 @@ def chosen_stem(args):
 def make_encoder(args):
     """-> network without head, name of the attribute its head goes to, D."""
     name, _, patch = args.arch.partition("_patch")
-    if name in ARCHS and patch.isdecimal() and int(patch):
+    if name in ARCHS and patch.lstrip("0").isdecimal():
         size, patch = args.image_size, int(patch)
         if size % patch:
             raise UserError(f"--image-size {size} is not a multiple of {patch} ({args.arch})")
-        dim, depth, heads = ARCHS[name]
-        vit = VisionTransformer(size, patch, dim, depth, heads, args.freeze_patch_embed)
-        return vit, "head", dim
+        layers, width, heads = ARCHS[name]
+        vit = VisionTransformer(size, patch, width, layers, heads, args.freeze_patch_embed)
+        return vit, "head", width
     if not args.arch.startswith("resnet"):
         vits = ", ".join(f"{name}_patch16" for name in ARCHS)
         raise UserError(f"--arch {args.arch} is unknown, choose {vits} or resnet50")
@@ -465,6 +465,7 @@ def train(args: Args) -> dict:
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
         model.compile()
+        model.momentum_encoder.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but momentum_encoder's
     peak = args.base_lr * args.batch_size / 256
     if args.optimizer == "lars":

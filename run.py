@@ -58,9 +58,10 @@ RANGES = {name: (least, most) for names, least, most in [
     ("ssl_dim", 2, 2**20),
     ("text_layers head_layers projector_layers local_crops", 0, 1000),
     ("momentum key_momentum center_momentum bn_momentum teacher_momentum tau tau_end ema", 0, 1),
-    ("teacher_momentum_end mass mask_prob mask_ratio crop_min crop_split label_smoothing", 0, 1),
+    ("teacher_momentum_end mass mask_prob mask_ratio crop_min crop_split", 0, 1),
+    ("label_smoothing alpha", 0, 1),
     ("drop_path drop_connect erase beta2", 0, 0.9999),
-    ("temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
+    ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
 ] for name in names.split()}
 

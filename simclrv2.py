@@ -63,7 +63,7 @@ from common import sync_batchnorm, user_errors, warmup_cosine, world_size
 from data import Loader, hflip, open_dataset, random_resized_crop, to_float
 from monitor import EvalView, evaluation_set, extract, labelled, refuse_labels_beyond
 from monitor import say_evaluation, zeroshot_metrics
-from run import Run, RunArgs, init_weights, load_checkpoint, parse_args
+from run import Run, RunArgs, fingerprint, init_weights, load_checkpoint, parse_args
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -397,9 +397,8 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
         raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
-    if not 0 < args.label_fraction <= 1 or args.alpha > 1 or not args.temperature:
-        ranges = "--label-fraction must be in (0, 1], --temperature above 0, --alpha in [0, 1]"
-        raise UserError(ranges)
+    if not 0 < args.label_fraction <= 1:
+        raise UserError(f"--label-fraction {args.label_fraction:g} must be above 0 and at most 1")
     if args.probe != "knn":
         raise UserError("--probe has no use here, where a classifier is trained: leave it out")
     pretrained, taught = earlier_stages(args)
@@ -408,13 +407,16 @@ def train(args: Args) -> dict:
 
     # data
     dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
-    known = [dataset.classes, args.label_fraction, args.seed]
+    known = [dataset.classes, args.label_fraction, args.seed, fingerprint(dataset)]
     if taught:  # a student may use the labels that its teacher had, and no others
         known = json.loads(taught["labels"])
-    classes, args.label_fraction, label_seed = known
+    classes, args.label_fraction, label_seed, *images = known  # older teachers do not say which
     labels_used = not taught or args.alpha < 1
     if not classes or (labels_used and dataset.classes != classes):
         raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")
+    if labels_used and images not in ([], [fingerprint(dataset)]):
+        wrong = "are not those whose labels the teacher had"
+        raise UserError(f"the images of {dataset.name} {wrong}: leave --alpha at 1 for others")
     args.num_classes = len(classes)  # not a flag, but build_model needs it
     if labels_used:
         dataset = WithinClasses(dataset)
@@ -447,6 +449,8 @@ def train(args: Args) -> dict:
     init_weights(model, args)
     if args.compile:
         model.compile()
+        if teacher:
+            teacher.compile()
     update_scale, weight_decay = 1.0, args.weight_decay
     if taught:
         update_scale = args.temperature**2  # see the top of this file

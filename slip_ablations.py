@@ -24,8 +24,8 @@ experiments was never published. What is known to differ:
  - BEiT predicts tokens of DALL-E's dVAE, the weights of another project. Here it is pixels, with
    MAE's random masks: like tokens they are a fixed function of the image, where online targets
    (ibot.py) would be a network of their own that learns, and so another experiment.
- - --images decoupled gives each loss a half of the data. In the paper L_ssl has as many images as
-   L_clip, and those are all of these: compare it with --images half, both losses on one half.
+ - --images decoupled gives each loss a half of the data. In the paper L_clip keeps all of its
+   pairs, and L_ssl has as many other images: here compare it with --images half.
  - MoCo v3 and BYOL have SLIP's learning rate and weights of the losses. The paper tuned both and
    does not give them.
 
@@ -59,7 +59,7 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     ssl: Literal["simclr", "mocov3", "byol", "beit", "none"] = "simclr"  # L_ssl; none: CLIP
     clip_views: Literal["crop", "color", "resize", "ssl"] = "crop"  # augmentation beside a caption
-    images: Literal["all", "half", "decoupled"] = "all"  # decoupled: a half of the data a loss
+    images: Literal["all", "half", "decoupled"] = "all"  # half: of both; decoupled: one each
     clip_scale: float = 1.0  # weight a of L_clip (0: self-supervision alone, without captions)
     ssl_scale: float = 1.0  # weight c of L_ssl (official main.py)
     arch: str = "vit_base_patch16"  # image encoder: a key of ARCHS and _patchP (official models.py)
@@ -521,7 +521,7 @@ ARCHS = {
 def build_model(args) -> SLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
+    if name not in ARCHS or not patch.lstrip("0").isdecimal():
         names = ", ".join(ARCHS)
         raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {names}")
     size, patch = args.image_size, int(patch)
@@ -666,6 +666,8 @@ def train(args: Args) -> dict:
     language = args.clip_scale > 0
     if not language and args.ssl == "none":
         raise UserError("--ssl none with --clip-scale 0 leaves no loss, drop one of them")
+    if args.ssl != "none" and not args.ssl_scale:
+        raise UserError("--ssl-scale 0 leaves out L_ssl, which is --ssl none here")
 
     # data
     model = build_model(args)

@@ -14,7 +14,7 @@ from torch import nn
 import moco
 from evaluation.weights import open_network
 from run import load_checkpoint
-from runs import FLAGS, argv_of, environment, make_photos, rows, train_here
+from runs import FLAGS, argv_of, environment, make_photos, module_of, rows, train_here
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -296,6 +296,17 @@ def test_checkpoint_opens_in_evaluate(tmp_path):
     train_here("moco", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
     net = open_network(tmp_path / "run", torch.device("cpu"))
     assert net.method == "moco" and net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize("name, second", [("moco", "encoder_k"), ("mocov3", "momentum_encoder")])
+def test_the_network_of_the_keys_is_compiled_too(name, second, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    module, build = module_of(name), module_of(name).build_model
+    models = []
+    monkeypatch.setattr(module, "build_model", lambda args: models.append(build(args)) or models[-1])
+    train_here(name, make_photos(tmp_path / "photos"), tmp_path / "run", "--max-steps", "1", "--eval-every", "0", "--compile")
+    assert compiled == [models[0], getattr(models[0], second)]
 
 
 # ------------------------------------------------ paste ------------------------------------------------

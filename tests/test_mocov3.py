@@ -141,7 +141,7 @@ def test_backbones_go_into_timm_and_torchvision():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
     vit = mocov3.image_encoder(mocov3.build_model(mocov3.Args(arch="vit_micro_patch16", image_size=32, mlp_dim=32)))
-    other = timm.models.vision_transformer.VisionTransformer(32, 16, num_classes=0, embed_dim=192, depth=4, num_heads=3)
+    other = timm.models.vision_transformer.VisionTransformer(32, 16, num_classes=0, embed_dim=128, depth=4, num_heads=4)
     res = mocov3.image_encoder(mocov3.build_model(mocov3.Args(arch="resnet18", image_size=64, mlp_dim=32)))
     third = torchvision.models.resnet18()
     third.fc = nn.Identity()

@@ -524,6 +524,10 @@ def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
     assert "--label-fraction" in refused("finetune", "--label-fraction", "0")
     assert "--accum-steps" in refused("finetune", "--accum-steps", "2")
     assert "4 samples" in refused("finetune", "--label-fraction", "0.01")
+    other = shutil.copytree(photos, tmp_path / "other")  # the same classes, but the labels of other images
+    lines = (other / "train.jsonl").read_text().splitlines()
+    (other / "train.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    assert "are not those whose labels the teacher had" in refused("distill", "--data", str(other))
     assert "labels" in refused("finetune", "--data", str(make_photos(tmp_path / "unlabelled")))
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no checkpoint")

@@ -384,6 +384,8 @@ def test_its_checkpoints_are_evaluated(photos, tmp_path):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--ssl none --clip-scale 0", "leaves no loss"),
+    ("--clip-scale 0 --ssl-scale 0", "--ssl-scale 0 leaves out L_ssl, which is --ssl none here"),
+    ("--ssl mocov3 --key-temperature 0", "--key-temperature 0.0 must lie between 0.001 and 1000"),
     ("--ssl none --images decoupled", "here is one"),
     ("--clip-scale 0 --images decoupled", "here is one"),
     ("--clip-scale 0 --probe linear", "--probe has no use here"),
