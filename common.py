@@ -28,12 +28,13 @@ def user_errors():
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
     except KeyboardInterrupt:  # it comes before a Run handles signals, so there is nothing to save
+        out.flush()
         os._exit(130)
     except Exception as error:
         if not (text := trouble.sentence(error)):
             raise
-        if not getattr(error, "alone", not isinstance(error, UserError)):
-            trouble.let_the_first_report_it()
+        out.flush()
+        trouble.let_the_first_report(error)
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=err, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
     finally:

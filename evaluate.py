@@ -19,7 +19,6 @@ and every picture is a PNG there.
 Scores are in percent. evaluation/protocols.py says which protocol each of them follows; a score
 means nothing without its protocol."""
 
-import contextlib
 import os
 import re
 import shlex
@@ -109,15 +108,6 @@ class Args:
     to: Project = "timm"  # export: the project, or format, that the weights are for
 
 
-def read_flags(flags, recipes):
-    """parse_args, with the home folder in the place of ~ in files and folders, which a shell leaves
-    alone in --flag=~/x. Raises UserError."""
-    args = parse_args(Args, recipes, flags)
-    for name in ("out", "tokenizer", "templates", "classnames"):
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
-    return args
-
-
 def split_words(argv):
     """-> the words before the first flag, the flags with their values, the words behind those:
     evaluate.py search CHECKPOINT --data NAME "a dog" """
@@ -181,17 +171,26 @@ def open_splits(protocol, args):
 
 def open_splits_for_picture(protocol, args):
     """A picture can be drawn of a folder of photos too, which has one split, called train."""
+    train = None
     try:
         test = open_dataset(args.data, args.data_dir, args.split)
-    except UserError:
+    except UserError as error:
         if args.split != "val":
             raise
-        return None, open_dataset(args.data, args.data_dir, "train")
-    train = None
+        test = open_dataset(args.data, args.data_dir, "train")
+        say(f"{error}: the picture is of the split train")
+        return train, test
     if protocol == "neighbors" and args.split != "train":
-        with contextlib.suppress(UserError):
+        try:
             train = open_dataset(args.data, args.data_dir, "train")
+        except UserError as error:
+            say(f"{error}: the neighbours are of the same split")
     return train, test
+
+
+def say(text):
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def export(args, path, *others):
@@ -214,7 +213,7 @@ def main(argv: list[str]):
     if queries and protocol not in WITH_TEXT:
         raise UserError(f"{queries[0]} is no flag: checkpoints come first (--help lists the flags)")
     flags += [word for query in queries for word in ("--text", query)]
-    args = read_flags(flags, {})
+    args = parse_args(Args, {}, flags)
     paths = [os.path.expanduser(path) for path in paths]
     if protocol == "export" and paths:
         export(args, *paths)
@@ -255,7 +254,7 @@ def main(argv: list[str]):
                     )
                 if tuning:  # the defaults depend on the architecture, and flags win over them
                     recipe = finetune.recipe(net.encoder, len(train), args.labels or 1.0)
-                    args = read_flags(flags, {args.data: recipe})
+                    args = parse_args(Args, {args.data: recipe}, flags)
                     result["settings"] = {name: getattr(args, name) for name in recipe}
                 options = {"view": net.view, "device": device, "dtype": args.dtype}
                 options |= {"batch_size": args.batch_size, "workers": args.workers}
@@ -264,7 +263,7 @@ def main(argv: list[str]):
                 if protocol in PICTURES:
                     net.path = path
                     picture = PICTURES[protocol](net, train, test, args, options)
-                    save_picture(picture, path, protocol, kind, args, own_name * (len(paths) > 1))
+                    save_picture(picture, path, protocol, kind, args, own_name)
                     continue
                 result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
                 name = f"{path}, {kind}" if random_weights else str(path)

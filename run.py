@@ -63,6 +63,7 @@ RANGES = {name: (least, most) for names, least, most in [
     ("drop_path drop_connect erase beta2", 0, 0.9999),
     ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
+    ("threshold", -1000, 1000),
 ] for name in names.split()}
 
 
@@ -110,7 +111,7 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
     chosen = first.parse_known_args(argv)[0]
     if chosen.recipe and hasattr(Args, "recipe") and chosen.recipe not in recipes:
         refuse(f"unknown recipe {chosen.recipe}, choose one of {', '.join(recipes)}")
-    recipe = chosen.recipe or chosen.data
+    recipe = chosen.recipe or os.path.expanduser(chosen.data)
     values = recipes.get(recipe, {})
     source = "".join(map(inspect.getsource, reversed(Args.__mro__[:-1])))  # of Args and its bases
     comments = dict(re.findall(r"^ +(\w+):.*?  # (.*)$", source, re.M))
@@ -129,6 +130,7 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         default = getattr(Args, name)
         takes_zero = name == "workers" or "(0:" in comments.get(name, "")  # it says what 0 does
         least = int(type(default) is int and default > 0 and not takes_zero)
+        least = min(least, RANGES.get(name, (0,))[0])  # few flags may be negative
         if isinstance(value, int | float) and not least <= value < 2**63:
             bound = "above" if least else "at least"
             refuse(f"--{name.replace('_', '-')} {value} must be {bound} 0 and finite")
@@ -153,7 +155,8 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         mapped = os.name != "nt" and zipfile.is_zipfile(path)  # processes share it in memory
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        if isinstance(saved, dict) and "method" in saved and zipfile.ZipFile(path).testzip():
+        ours = isinstance(saved, dict) and ("method" in saved or "features" in saved)
+        if ours and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not fit")
         return saved
     except Exception as error:
@@ -345,9 +348,9 @@ class Run:
             git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         env |= {name: importlib.metadata.version(name) for name in ("ftfy", "tokenizers", "pillow")}
-        replace_text(self.dir / "env.json", json.dumps(env, indent=1))
         args = {"method": self.method, **vars(self.args)}
-        replace_text(self.dir / "args.json", json.dumps(args, indent=1))
+        replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: it marks a run
+        replace_text(self.dir / "env.json", json.dumps(env, indent=1))
         for name, text in self.extra.items():  # the tokenizer, for example
             replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"

@@ -43,9 +43,11 @@ def sentence(error):
     return ""
 
 
-def let_the_first_report_it():
+def let_the_first_report(error):
     """Most mistakes occur in all processes alike. The first process of a machine reports one, and
     torchrun then ends the others while they wait here. Without torchrun, ten seconds are enough."""
+    if getattr(error, "alone", type(error).__name__ != "UserError"):
+        return  # others may not have it
     if "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
@@ -54,7 +56,7 @@ def let_the_first_report_it():
 def smaller():
     """The flags of this script that say how much memory it takes."""
     Args = getattr(sys.modules["__main__"], "Args", None)
-    names = ["batch_size", "train_batch", "image_size", "embed_dim", "vocab_size"]
+    names = ["batch_size", "train_batch", "size", "image_size", "embed_dim", "vocab_size"]
     flags = ["--" + name.replace("_", "-") for name in names if hasattr(Args, name)]
     return " or ".join(flags[:3]) or "--batch-size"
 

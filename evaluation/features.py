@@ -63,7 +63,7 @@ def cached_features(encoder, dataset, view, device, cache="", **options):
     if cache:
         name = f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
         file = Path(cache) / name
-        if all_reduce_mean(torch.tensor(float(file.is_file()))) == 1:  # every process sees it
+        if all_reduce_mean(torch.tensor(float(file.is_file()))) > 0.999:  # every process sees it
             with contextlib.suppress(UserError):  # a damaged file is written anew
                 saved = load_checkpoint(file)
                 say_left_out(dataset, options.get("indices"), saved["index"], file)
@@ -71,9 +71,10 @@ def cached_features(encoder, dataset, view, device, cache="", **options):
     found = extract_features(encoder, encoder, dataset, view, device, **options)
     if cache and rank() == 0:
         kept = {"features": found.images, "labels": found.labels, "index": found.index}
+        whole = file.with_suffix(f".{os.getpid()}.tmp")  # another command may write the same file
         try:
-            torch.save(kept, file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
+            torch.save(kept, whole)
+            os.replace(whole, file)
         except (OSError, RuntimeError) as error:
             print(f"features are not kept: {error}", file=sys.stderr)
     return found.images, found.labels, found.index

@@ -37,6 +37,7 @@ from common import UserError, all_reduce_mean, mixed_precision, rank, sync_batch
 from common import world_size
 from data import Loader, hflip, random_resized_crop
 from evaluation.features import refuse_small
+from monitor import say_without
 
 # -------------------------------------------- recipes --------------------------------------------
 # SLIP's fine-tuning of a ViT-B, which follows BEiT; its rate of 4e-3 is for a batch of 1024
@@ -361,7 +362,7 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
     bar = tqdm(total=total, desc=title, leave=False, disable=rank() > 0 or not sys.stderr.isatty())
 
     model.train()
-    losses, rows, clock = [], [], time.time()
+    losses, counts, rows, clock = [], [], [], time.time()
     for step, batch in loader.batches(0, total):
         lr = warmup_cosine(step, total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
@@ -387,6 +388,7 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
             update_ema(ema, model, args.ema)
 
         losses.append(loss.detach())
+        counts.append(labelled)
         bar.update()
         if (step + 1) % loader.steps_per_epoch == 0:
             loader.check_bad()
@@ -394,13 +396,17 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} in epoch {len(rows) + 1}, lower --base-lr")
             speed = len(losses) * args.train_batch / (time.time() - clock)
+            if not rows:
+                seen = len(counts) * args.train_batch
+                with_label = round(torch.stack(counts).sum().item() * world_size())
+                say_without("label", f"{train_set.name}, epoch 1", seen - with_label, seen)
             rows.append({"epoch": len(rows) + 1, "loss": loss, "lr": lr})
             text = f"loss {loss:.3f} (chance {chance:.3f}), {speed:.0f} images/s"
             bar.set_postfix_str(text)
             if bar.disable and rank() == 0:
                 head = f"{title}\n" if len(rows) == 1 else ""
                 print(f"{head}epoch {len(rows)}/{args.epochs} {text}", file=sys.stderr, flush=True)
-            losses, clock = [], time.time()
+            losses, counts, clock = [], [], time.time()
     bar.close()
     return ema or model, rows
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from common import UserError, rank
+from common import UserError, all_gather, rank
 from data import Loader, decode, open_dataset
 from evaluation import pictures
 from evaluation.features import cached_features
@@ -171,12 +171,12 @@ def search_picture(net, train, test, args, options):
     for text in args.text or [""]:
         first = [embedded(net, text, device)] if text else []
         query = combined([*first, *plus], minus).cpu()
-        cosines, found = (images @ query).topk(min(most, len(images)))
+        cosines, found = (images @ query).sort(descending=True, stable=True)
         words = [*([text] if text else []), *args.plus]
         name = " + ".join(words) + "".join(f" - {word}" for word in args.minus)
         hits = []
         row = [(Image.new("RGB", (net.view.size, net.view.size), "white"), name, None)]
-        for cosine, place in zip(cosines.tolist(), found.tolist()):
+        for cosine, place in zip(cosines[:most].tolist(), found[:most].tolist()):
             i = int(index[place])
             sample = test[i]
             picture = fit_image(decode(sample.image), net.view.size, 1, net.view.filter)
@@ -210,7 +210,7 @@ def queued_ids(saved, tokenizer, data_dir):
     loader = Loader(dataset, {}, {"text": tokenizer}, batch_size, args["seed"])
     first, ids = max(0, saved["step"] - rows // batch_size), {}
     for step, batch in loader.batches(first, saved["step"]):
-        for i, row in enumerate(batch["text"].tolist()):
+        for i, row in enumerate(all_gather(batch["text"]).tolist()):
             ids[(step * batch_size + i) % rows] = row[: row.index(tokenizer.eot) + 1]
     return ids
 

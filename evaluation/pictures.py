@@ -44,9 +44,10 @@ def fit_image(image, size, patch, filter=Image.Resampling.BICUBIC):
 
 
 @contextlib.contextmanager
-def recorded_attention():
+def recorded_attention(last_only=False):
     """-> a list that grows by the weights of every attention that is computed in the block, after
-    the softmax, (b, heads, N, N). They carry gradient. Causal attention, as of texts, is left out.
+    the softmax, (b, heads, N, N), or that has the last ones alone: those of all blocks may be
+    gigabytes. They carry gradient. Causal attention, as of texts, is left out.
 
     All networks here call PyTorch's function, which keeps no weights; meanwhile this one stands in
     its place. The fast path of nn.MultiheadAttention would go around it."""
@@ -57,6 +58,8 @@ def recorded_attention():
         if attn_mask is not None or is_causal:
             return fused(q, k, v, attn_mask, dropout_p, is_causal, **options)
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        if last_only:
+            seen.clear()
         seen.append(weights)
         return weights @ v
 
@@ -112,7 +115,7 @@ def attention_and_features(vit, x):
         last, norm = vit.blocks[-1], vit.norm
     hook = last.register_forward_hook(lambda module, args, out: seen.update(tokens=out))
     try:
-        with recorded_attention() as attention:
+        with recorded_attention(last_only=True) as attention:
             functional_call(vit, resized_positions(vit, rows, columns), (x,))
     finally:
         hook.remove()
@@ -175,7 +178,7 @@ def matches(a, b, weight, k):
     picture, where the weight is the attention of the class token; the official code takes the dot
     product in place of the cosine."""
     flat_a, flat_b = F.normalize(a.flatten(0, 1), dim=1), F.normalize(b.flatten(0, 1), dim=1)
-    chosen = weight.flatten().topk(min(k, weight.numel())).indices
+    chosen = weight.flatten().sort(descending=True, stable=True).indices[:k]
     cosine, found = (flat_a[chosen] @ flat_b.T).max(1)
     out = []
     for i, j, c in zip(chosen.tolist(), found.tolist(), cosine.tolist()):
@@ -408,7 +411,8 @@ def neighbors_picture(net, train, test, args, options):
     def cell(dataset, i, text, query=None):
         sample = dataset[i]
         picture = fit_image(decode(sample.image), size, 1, net.view.filter)
-        right = None if query is None or query.label < 0 else query.label == sample.label
+        comparable = query is not None and query.label >= 0 and dataset.classes == test.classes
+        right = query.label == sample.label if comparable else None
         return picture, f"{text}{title(dataset, i, sample.label)}", right
 
     rows = []
@@ -422,9 +426,10 @@ def neighbors_picture(net, train, test, args, options):
         if not candidates:
             only = f"{bank.name} has only one image that can be read"
             raise UserError(f"neighbors needs another image to show, {only}")
-        nearest = cosine.topk(min(parse_numbers(args.k, int)[0], candidates))
+        nearest = cosine.sort(descending=True, stable=True)
+        most = min(parse_numbers(args.k, int)[0], candidates)
         row = [cell(test, i, "")]
-        for c, j in zip(*nearest):
+        for c, j in zip(nearest.values[:most], nearest.indices[:most]):
             row.append(cell(bank, int(found_in_bank.index[j]), f"{c:.3f}\n", sample))
         rows.append(row)
     return neighbors_page(rows)

@@ -7,11 +7,12 @@ percent, the headline first."""
 import importlib
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
 
-from common import UserError
+from common import UserError, rank
 from evaluation import finetune, robustness
 from evaluation.features import LastBlocks, NamedSubset, cached_extract
 from evaluation.probes import best_exponent, block_count, linear_probe, logistic_regression
@@ -97,7 +98,9 @@ def chosen_names(test, args):
             names = [names[group[0]] for group in groups]
     elif args.classnames:
         lines = read_lines(args.classnames, "--classnames")
-        names = [re.split(r"\s*\|\s*", line) for line in lines]  # synonyms of each class
+        names = [[word.strip() for word in line.split("|") if word.strip()] for line in lines]
+        if not all(names):  # synonyms of each class
+            raise UserError(f"--classnames {args.classnames} has a line without a name")
     elif all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
         kind = "numbers" if names[0].isdecimal() else "WordNet ids"
         raise UserError(
@@ -146,6 +149,8 @@ def retrieval(net, train, test, args, options):
     --prefix before each caption."""
     data = Prefixed(test, args.prefix) if args.prefix else test
     _, metrics, images = language_scores(net.model, net.tokenizer, data, captions=True, **options)
+    if not metrics:
+        raise UserError(f"{test.name} has no captions")
     return {"mean_recall": metrics.pop("mean_recall"), **metrics, "chance@1": 100 / len(images)}
 
 
@@ -158,6 +163,9 @@ def knn(net, train, test, args, options):
         inputs += labelled(dataset, *cached_extract(net.encoder, dataset, **options))
     inputs = [x.to(options["device"]) for x in inputs]
     ks, temperatures = parse_numbers(args.k, int), parse_numbers(args.temperature)
+    if max(ks) > len(inputs[0]) and rank() == 0:
+        few = f"{train.name} has {len(inputs[0])} samples with a label"
+        print(f"{few}, so that of --k {max(ks)} neighbours only these vote", file=sys.stderr)
     found = knn_sweep(*inputs, ks, temperatures, len(train.classes))
     if len(found) == 1:
         (top1, top5), *_ = found.values()

@@ -90,14 +90,14 @@ def drawn_by(path):
         return picture.info.get("Software")
 
 
-def save_picture(picture, path, protocol, kind, args, own_name=""):
+def save_picture(picture, path, protocol, kind, args, own_name):
     """Writes a PNG beside the checkpoint or into --out. It is named after the protocol, the data
-    and the texts and, unless the checkpoint is that of a run, after its file. own_name: what tells
-    it in --out from the pictures of the command's other checkpoints."""
+    and the texts. own_name: what tells it in --out from the pictures of other checkpoints. Beside
+    the checkpoint it is named after its file, unless that is the one of a run."""
     folder = Path(args.out) if args.out else folder_of(path)
     data = Path(os.path.abspath(args.data))
     words = [protocol, data.name if data.is_dir() else data.stem]
-    if args.out and own_name:
+    if args.out:
         words.insert(0, own_name)
     elif not (path.is_dir() or path.name == "checkpoint.pt"):
         words.insert(0, path.stem)

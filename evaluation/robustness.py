@@ -50,9 +50,11 @@ def listed_ids(root):
 def imagenet_classes(name, dataset, ids, count, root):
     """-> for each class of one of SHIFTED, the list of ImageNet's classes that it stands for, empty
     for one that ImageNet does not have. Raises UserError."""
+    folders = getattr(dataset, "folders", None)
+    if not folders:
+        raise UserError(f"{name} must be a folder with a folder of images for each class")
     if name == "objectnet":
-        return objectnet_classes(dataset.folders, count, root)
-    folders = dataset.folders
+        return objectnet_classes(folders, count, root)
     if all(folder.isdecimal() for folder in folders):
         groups = [[int(folder)] for folder in folders]
     elif not ids:
@@ -117,13 +119,16 @@ def grouped_hits(logits, labels, groups):
 
 def compare(logits, labels, groups, imagenet_logits, imagenet_labels):
     """-> top-1 accuracy in percent on a set, on ImageNet's images of the same classes among the
-    same classes, and the second minus the first."""
+    same classes, and the second minus the first. Raises UserError if one of the two has no images
+    of these classes."""
     known = torch.tensor([bool(group) for group in groups])[labels]
-    on_set = percent(grouped_hits(logits[known], labels[known], groups))
     owner = torch.full((imagenet_logits.shape[1],), -1)
     for place, group in enumerate(groups):
         owner[group] = place
     same = owner[imagenet_labels.cpu()]
+    if not known.any() or not (same >= 0).any():
+        raise UserError("no image has a class that ImageNet's images have too")
+    on_set = percent(grouped_hits(logits[known], labels[known], groups))
     hits = grouped_hits(imagenet_logits[same >= 0], same[same >= 0], groups)
     return on_set, percent(hits), percent(hits) - on_set
 
@@ -165,12 +170,12 @@ def robustness(net, imagenet, args, options, names, templates):
         try:
             path = root / "images" if name == "objectnet" and root.is_dir() else name
             dataset = open_dataset(str(path), args.data_dir, "train" if path != name else "val")
+            groups = imagenet_classes(name, dataset, ids, len(names), root)
+            view = WithoutBorder(net.view, BORDER) if name == "objectnet" else net.view
+            found = compare(*logits_of(dataset, view), groups, logits, labels)
         except UserError as error:
             missing.append(f"{name} ({error})")
             continue
-        groups = imagenet_classes(name, dataset, ids, len(names), root)
-        view = WithoutBorder(net.view, BORDER) if name == "objectnet" else net.view
-        found = compare(*logits_of(dataset, view), groups, logits, labels)
         rows[name] = dict(zip(columns, (*found, sum(map(bool, groups)))))
     if missing and rank() == 0:
         text = f"left out {len(missing)} of {len(SHIFTED)} sets: {'; '.join(missing)}"

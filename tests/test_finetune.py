@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -350,11 +351,12 @@ class HalfLabelled(Toy):
         return sample._replace(label=-1) if i % 2 else sample
 
 
-def test_loss_is_a_mean_over_samples_with_a_label():
+def test_loss_is_a_mean_over_samples_with_a_label(capsys):
     """With a rate of 0 it is that of the start, near ln 3; as a mean over all samples it would be half of that."""
     args = Args(**{**QUICK, "epochs": 1, "base_lr": 0.0})
     _, rows = finetune.fine_tune(vit(), HalfLabelled(64), VIEW, 3, args, CPU)
     assert rows[0]["loss"] == pytest.approx(math.log(3), abs=0.1)
+    assert re.search(r"epoch 1: 3\d of 64 samples have no label", capsys.readouterr().err)
 
 
 def test_resnet_learns_and_batch_norm_follows():

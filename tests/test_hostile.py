@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -529,6 +530,14 @@ def test_processes_that_torchrun_did_not_start(server, photos, tmp_path, env, se
     done = server.run(*run_of("simclr", photos, tmp_path / "run"), env=env)
     assert_sentence(done, "simclr.py", sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_printed_stays_before_an_error(tmp_path):
+    """Into a file, which Python writes in blocks."""
+    code = "import common\nwith common.user_errors():\n    print('a table')\n    raise common.UserError('no more')"
+    env = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "a table\n" and done.stderr.endswith("error: no more\n") and done.returncode == 2
 
 
 SLOW = """

@@ -177,7 +177,7 @@ def command(folder, protocol, name, *words):
     flags = ["--device", "cpu", "--workers", "0", "--out", str(folder / "out")]
     shutil.rmtree(folder / "out", ignore_errors=True)
     main([protocol, str(folder / name), "--data", str(folder / "photos"), *flags, *words])
-    (file,) = (folder / "out").glob(f"{protocol}_photos*.png")
+    (file,) = (folder / "out").glob(f"{name}_{protocol}_photos*.png")
     return file
 
 
@@ -209,6 +209,9 @@ def test_recorded_attention_changes_nothing(make):
     assert len(seen) == 2 and seen[0].shape == (2, 2, 17, 17)
     close(torch.stack(seen).sum(-1), torch.ones(2, 2, 2, 17), atol=1e-5)
     assert F.scaled_dot_product_attention is fused and torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), pictures.recorded_attention(last_only=True) as last:
+        vit(x)
+    assert len(last) == 1 and torch.equal(last[0], seen[-1])
     attention, features = pictures.attention_and_features(vit, x)
     close(attention.flatten(2), seen[-1][:, :, 0, 1:], atol=1e-5)
     assert features.shape == (2, 4, 4, 128)
@@ -298,10 +301,10 @@ def test_search_of_a_real_network(folder, capsys):
 
 
 def test_texts_are_in_the_name_and_may_be_long(folder):
-    assert command(folder, "search", "clip", "a dog", "--minus", "snow!").name == "search_photos_a-dog-minus-snow.png"
+    assert command(folder, "search", "clip", "a dog", "--minus", "snow!").name == "clip_search_photos_a-dog-minus-snow.png"
     names = [command(folder, "search", "clip", "a dog, " * 50 + last).name for last in ("", "snow")]
-    assert names[0] != names[1] and all(name.startswith("search_photos_a-dog-a-dog") and len(name) < 80 for name in names)
-    assert command(folder, "explain", "clip", "--text", "a dog", "--images", "1").name == "explain_photos_a-dog.png"
+    assert names[0] != names[1] and all(name.startswith("clip_search_photos_a-dog-a-dog") and len(name) < 85 for name in names)
+    assert command(folder, "explain", "clip", "--text", "a dog", "--images", "1").name == "clip_explain_photos_a-dog.png"
 
 
 @pytest.mark.parametrize("words", [["search", ""], ["search", "--plus", " "], ["search", "x", "--minus", ""], ["explain", "--text", ""]])

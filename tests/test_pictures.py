@@ -20,7 +20,7 @@ import runs
 import slip
 from command import Args, main
 from common import UserError, init_distributed, user_errors
-from data import open_dataset
+from data import Sample, open_dataset
 from evaluation import pictures
 from test_golden import close, golden
 
@@ -213,14 +213,13 @@ def folder(tmp_path_factory):
 def run(folder, protocol, checkpoint, *flags, data="classes"):
     flags = ["--device", "cpu", "--workers", "0", "--out", str(folder / "out"), *flags]
     main([protocol, str(folder / checkpoint), "--data", str(folder / data), *flags])
-    return folder / "out" / f"{protocol}_{data}.png"
+    return folder / "out" / f"{checkpoint.removesuffix('.pth')}_{protocol}_{data}.png"
 
 
 @pytest.mark.parametrize("checkpoint", ["dino", "ibot", "dinov2", "slip", "mocov3"])
 def test_every_picture_of_every_transformer(folder, checkpoint, capsys):
-    heads = 3 if checkpoint == "mocov3" else 4
     width, height = Image.open(run(folder, "attention", checkpoint, "--images", "2")).size
-    columns = heads + 2
+    columns = 4 + 2  # heads, their mean and the picture
     assert (width - 4) % columns == 0 and (width - 4) // columns >= 132
     file = run(folder, "pca", checkpoint, "--images", "3", "--size", "96")
     patch = 16 if checkpoint in ("slip", "mocov3") else 8
@@ -231,13 +230,12 @@ def test_every_picture_of_every_transformer(folder, checkpoint, capsys):
 
 
 def test_published_weights_give_the_same_picture(folder):
-    ours = run(folder, "attention", "dino", "--size", "64").read_bytes()
-    run(folder, "attention", "dino_published.pth", "--size", "64")
-    assert (folder / "out/dino_published_attention_classes.png").read_bytes() == ours
+    ours, theirs = (run(folder, "attention", name, "--size", "64") for name in ("dino", "dino_published.pth"))
+    assert theirs != ours and theirs.read_bytes() == ours.read_bytes()
 
 
 def test_a_file_of_the_users_own_stays(folder, tmp_path):
-    file = tmp_path / "attention_classes.png"
+    file = tmp_path / "dino_attention_classes.png"
     words = ["attention", str(folder / "dino"), "--data", str(folder / "classes"), "--device", "cpu", "--out", str(tmp_path)]
     for content in (b"mine", picture_bytes()):
         file.write_bytes(content)
@@ -335,6 +333,37 @@ def test_pictures_of_nothing(folder, tmp_path, capsys):
     assert capsys.readouterr().err.count("photos: the picture leaves out 1 that cannot be read, sample 6 (broken image") == 1
 
 
+def test_another_split_is_said(folder, tmp_path, capsys):
+    """A val split that is there and broken is not the same as none."""
+    run(folder, "neighbors", "dino", "--images", "1", data="photos")
+    assert "photos has no val split" in (said := capsys.readouterr().err) and said.count("the picture is of the split train") == 1
+    shutil.copytree(folder / "classes/val", tmp_path / "both")
+    picture = next((tmp_path / "both").rglob("*.png")).relative_to(tmp_path / "both")
+    (tmp_path / "both/train.csv").write_text(f"image,caption\n{picture},a dog\n")
+    (tmp_path / "both/val.csv").write_text(f"image,caption\n{picture},a dog, wet\n")
+    run(folder, "attention", "dino", "--images", "1", data=tmp_path / "both")
+    assert "val.csv cannot be read: line 2 has 3 fields" in (said := capsys.readouterr().err) and "the picture is of the split train" in said
+
+
+def test_labels_of_other_classes_are_neither_right_nor_wrong(monkeypatch):
+    """train has the classes a, b, c, val has b, c: label 0 is not the same class in both."""
+    seen, photo = [], picture_bytes()
+    monkeypatch.setattr(pictures, "neighbors_page", lambda rows: seen.extend(rows))
+    monkeypatch.setattr(pictures, "extract_features", lambda *args, indices=None, **rest: types.SimpleNamespace(
+        images=torch.eye(2)[indices or [0, 1]], index=torch.tensor([0, 1])))  # fmt: skip
+
+    class Two(list):
+        name = "two"
+
+    val, train = (Two(Sample(photo, (), label, "x") for label in (0, 1)) for _ in range(2))
+    view = types.SimpleNamespace(size=8, filter=Image.Resampling.BICUBIC)
+    for classes, right in ((["b", "c"], [True, False]), (["a", "b", "c"], [None, None])):
+        val.classes, train.classes = ["b", "c"], classes
+        args = types.SimpleNamespace(samples="0", images=1, size=0, k="2")
+        pictures.neighbors_picture(types.SimpleNamespace(encoder=None, view=view), train, val, args, {})
+        assert [cell[2] for cell in seen.pop()] == [None, *right]
+
+
 def test_title_of_a_label_without_a_name():
     data = types.SimpleNamespace(classes=["red", "green"])
     assert [pictures.title(data, 3, label) for label in (-1, 1, 2)] == ["3", "3, green", "3, 2"]
@@ -359,7 +388,7 @@ def test_two_processes_draw_the_same(folder):
     one = run(folder, "neighbors", "dino", "--images", "2").read_bytes()
     done = runs.command("tests/test_pictures.py", folder, processes=2)
     assert done.returncode == 0, done.stderr
-    assert (folder / "out/neighbors_classes.png").read_bytes() == one and done.stdout.count(".png") == 1
+    assert (folder / "out/dino_neighbors_classes.png").read_bytes() == one and done.stdout.count(".png") == 1
 
 
 if __name__ == "__main__":

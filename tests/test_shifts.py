@@ -88,6 +88,10 @@ def test_what_cannot_be_matched_is_said(data, tmp_path):
         robustness.imagenet_classes("imagenet-r", found, IDS, 4, tmp_path)
     with pytest.raises(UserError, match=r"put LOC_synset_mapping.txt into its folder"):
         robustness.imagenet_classes("imagenet-r", found, [], 4, tmp_path)
+    with pytest.raises(UserError, match="imagenet-r must be a folder with a folder of images for each class"):
+        robustness.imagenet_classes("imagenet-r", types.SimpleNamespace(name="imagenet-r"), IDS, 4, tmp_path)  # as of a tar
+    with pytest.raises(UserError, match="no image has a class that ImageNet's images have too"):
+        robustness.compare(torch.eye(2), torch.tensor([0, 1]), [[], []], torch.eye(2), torch.tensor([0, 1]))
     with pytest.raises(UserError, match="objectnet needs its archive's folder mappings"):
         robustness.objectnet_classes(["fish"], 4, tmp_path)
     with pytest.raises(UserError, match="tench, Tinca tinca, which is in no line"):
