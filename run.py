@@ -63,7 +63,6 @@ RANGES = {name: (least, most) for names, least, most in [
     ("drop_path drop_connect erase beta2", 0, 0.9999),
     ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
-    ("threshold", -1000, 1000),
 ] for name in names.split()}
 
 
@@ -130,7 +129,6 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         default = getattr(Args, name)
         takes_zero = name == "workers" or "(0:" in comments.get(name, "")  # it says what 0 does
         least = int(type(default) is int and default > 0 and not takes_zero)
-        least = min(least, RANGES.get(name, (0,))[0])  # few flags may be negative
         if isinstance(value, int | float) and not least <= value < 2**63:
             bound = "above" if least else "at least"
             refuse(f"--{name.replace('_', '-')} {value} must be {bound} 0 and finite")

@@ -756,7 +756,6 @@ def test_a_recipe_is_found_under_a_folder_of_the_user(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for word in ("--data=~/photos", "--data=/home/me/photos"):
         assert parse_args(Args, {"/home/me/photos": {"train_batch": 7}}, [word]).train_batch == 7
-    assert parse_args(Args, {}, ["--threshold", "-0.5"]).threshold == -0.5
 
 
 def test_class_names_between_bars(tmp_path):

@@ -272,7 +272,8 @@ def test_search_finds_the_colour(folder, words, first, monkeypatch, capsys):
     file = command(folder, "search", "clip", *words, "--k", "3", "--json", "--no-cache")
     printed = capsys.readouterr()
     hits = json.loads(printed.out)["hits"]  # lines of JSON alone, the picture's path is beside them
-    assert [hit["sample"] for hit in hits][0] == first and len(hits) == 3 and printed.err == f"{file}\n"
+    assert [hit["sample"] for hit in hits][0] == first and len(hits) == 3
+    assert printed.err.endswith(f": the picture is of the split train\n{file}\n") and printed.err.count("\n") == 2
     assert [hit["cosine"] for hit in hits] == sorted((hit["cosine"] for hit in hits), reverse=True)
     assert hits[0]["key"].endswith(f"{first}.png")
     file = command(folder, "search", "clip", *words, "--k", "3", "--no-cache")
