@@ -164,6 +164,7 @@ OWN = {
         ("if label >= 0 and missing[label]:", "if missing[label]:"),
         ("            missing[label] -= 1\n", ""),
         ('known = json.loads(taught["labels"])', "pass"),
+        ("if labels_used and images not in ([], [fingerprint(dataset)]):", "if False:"),
         ('state = {name: pretrained["model"][name] for name in names}', "state = {}"),
         ("teacher.requires_grad_(False).eval()", "teacher.requires_grad_(False)"),
         ("update_scale = args.temperature**2", "update_scale = args.temperature"),
@@ -182,6 +183,7 @@ OWN = {
         ("        optimizer.zero_grad()\n", ""),
     ],
     "moco.py": [
+        ("        model.encoder_k.compile()\n", ""),
         ("        model.update_key_encoder(args.key_momentum)", "        0 and model.update_key_encoder(args.key_momentum)"),
         ("model.update_key_encoder(args.key_momentum)", "model.update_key_encoder(1 - args.key_momentum)"),
         ("        model.enqueue(torch.cat(keys))", "        0 and model.enqueue(torch.cat(keys))"),
@@ -198,6 +200,7 @@ OWN = {
         ("(0.4, 1.0) if self.version", "(0.1, 1.0) if self.version"),
     ],
     "mocov3.py": [
+        ("        model.momentum_encoder.compile()\n", "", "tests/test_moco.py -k compiled"),
         ("        model.update_momentum_encoder(m)", "        0 and model.update_momentum_encoder(m)"),
         ("model.update_momentum_encoder(m)", "model.update_momentum_encoder(1 - m)"),
         ("            k1, k2 = model.momentum_encoder(view1), model.momentum_encoder(view2)", "            k1, k2 = model.base_encoder(view1), model.base_encoder(view2)"),
@@ -272,7 +275,7 @@ OWN = {
         ("teacher, teacher_patches = map(torch.cat, zip(*targets))", "teacher, teacher_patches = map(torch.cat, zip(*targets[::-1]))"),
         ("p_t = p_t.split(2 * piece)", "p_t = [p_t[: 2 * piece]] * args.accum_steps"),
         ("losses = torch.stack([loss, cls, patch, koleo, entropy, kl]) / args.accum_steps", "losses = torch.stack([loss, cls, patch, koleo, entropy, kl])"),
-        ("if args.accum_steps > 1 and (not group or piece % group):", "if args.accum_steps > 1 and group and piece % group:"),
+        ("if args.accum_steps > 1 and (not samples or piece % samples):", "if args.accum_steps > 1 and samples and piece % samples:"),
     ],
     "common.py": [
         ('re.search("mm|attention", op.name())', 're.search("attention", op.name())', "tests/test_memory.py"),
