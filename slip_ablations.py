@@ -59,7 +59,7 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     ssl: Literal["simclr", "mocov3", "byol", "beit", "none"] = "simclr"  # L_ssl; none: CLIP
     clip_views: Literal["crop", "color", "resize", "ssl"] = "crop"  # augmentation beside a caption
-    images: Literal["all", "half", "decoupled"] = "all"  # half: of both; decoupled: one each
+    images: Literal["all", "half", "decoupled"] = "all"  # half: one for both losses; decoupled: two
     clip_scale: float = 1.0  # weight a of L_clip (0: self-supervision alone, without captions)
     ssl_scale: float = 1.0  # weight c of L_ssl (official main.py)
     arch: str = "vit_base_patch16"  # image encoder: a key of ARCHS and _patchP (official models.py)

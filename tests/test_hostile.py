@@ -448,7 +448,7 @@ def test_defaults_and_recipes_lie_within_the_ranges(name):
 def test_ranges_are_of_flags_that_exist():
     import command
 
-    known = {name for method in (*METHODS, "simclrv2") for name in vars(module_of(method).Args())}
+    known = {name for method in (*METHODS, "simclrv2", "slip_ablations") for name in vars(module_of(method).Args())}
     assert set(RANGES) <= known | set(vars(command.Args()))
 
 
