@@ -188,7 +188,7 @@ def test_a_vit_of_timm_at_another_size(tmp_path, capsys, monkeypatch):
         for name in "slip", "dino", "mocov3":
             arch = ["--arch", "vit_tiny_patch16" if name != "mocov3" else "vit_test_patch16"]
             if name == "mocov3":
-                monkeypatch.setitem(module_of(name).ARCHS, "vit_test", (192, 12, 3))
+                monkeypatch.setitem(module_of(name).ARCHS, "vit_test", (12, 192, 3))
             model = started(tmp_path / "vit.pth", name, *arch, "--image-size", "64", tokenizer=Tokens())
             torch.testing.assert_close(module_of(name).image_encoder(model).eval()(image), want, rtol=1e-4, atol=1e-4)
     assert "resized" not in capsys.readouterr().out
