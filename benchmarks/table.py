@@ -272,7 +272,7 @@ def knn_of_all(prefix, data):
     runs = [results()[name] for name in curves]
     times = Counter(images for points in curves.values() for images in points)
     seen = sorted(images for images, runs_then in times.items() if runs_then > 1 or len(runs) == 1)
-    every = math.ceil(len(seen) / 6)  # columns, of which the last stays
+    every = max(1, math.ceil(len(seen) / 6))  # at most seven columns, the last one among them
     seen = sorted({*seen[:1], *seen[::-every]})
     columns = [f"{images:,} images" if images else "random weights" for images in seen]
     # those whose end gets a column

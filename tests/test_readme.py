@@ -397,6 +397,11 @@ def test_longer_runs_and_other_seeds_have_columns_of_their_own(monkeypatch):
     assert header == "| method | random weights | 18 images | end of a longer run | other seeds | minutes |"
     assert byol == "| [BYOL](results/byol_x.json) | 15.0 | 17.0 |  | 12.5 | 1.0 |"
     assert dino == "| [DINO](results/dino_x.json) | 16.0 | 18.0 | 19.0 (198) |  | 1.0 |"
+    runs.clear()  # of eleven evaluations every second one has a column, and the last one always
+    runs.update([run("byol", "byol_x", *((5 * i, 10.0 + i) for i in range(11)))])
+    header, _, byol = table.knn_of_all("", "x").splitlines()
+    assert header == "| method | random weights | 20 images | 40 images | 60 images | 80 images | 100 images | minutes |"
+    assert byol == "| [BYOL](results/byol_x.json) | 10.0 | 12.0 | 14.0 | 16.0 | 18.0 | 20.0 | 1.0 |"
 
 
 def test_tables_hold_what_is_recorded(run, monkeypatch):
