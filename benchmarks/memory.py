@@ -130,6 +130,9 @@ class Unread:
     def __len__(self):
         return SAMPLES.get(self.name, 100_000)
 
+    def __getitem__(self, i):
+        raise ValueError("no sample is read")
+
 
 class Labelled:
     """Stands for the mask that simclrv2.labelled_part() makes: the first images have labels."""

@@ -161,6 +161,6 @@ def test_every_documented_command_for_eight_gpus_has_its_gib():
                     kept.append(word)
             if kept[0] != "evaluate.py":
                 documented.add(" ".join(kept))
-    assert len(documented) >= 39 and documented <= set(recorded), documented - set(recorded)
+    assert len(documented) >= 37 and documented <= set(recorded), documented - set(recorded)
     shown = [command for command, peak in recorded.items() if peak + 4 > 79.6]  # of an H100 or A100 of 80 GB
     assert shown == ["slip.py --data yfcc15m --grad-checkpointing none"]
