@@ -67,7 +67,7 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
     local_crops: int = 10  # L, number of local crops (0: none; --crop-split 0.14 goes with it)
-    crop_split: float = 0.25  # s: areas (s, 1), local (crop_min, s) (README; 0.32 in App. B)
+    crop_split: float = 0.25  # s: global crops (s, 1), local (crop_min, s) of the area (README)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10

@@ -108,7 +108,7 @@ RECIPES = {
                    warmup_epochs=0.2),
     # There: 93.1% (linear, trained along), of which a user of its script got about 90% (issue 385)
     "cifar10": dict(SMALL, epochs=1000, batch_size=256),
-    # our own, for half an hour of one core
+    # our own, for 45 minutes of one core
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", mlp_dim=1024,
                         head_dim=128, key_momentum=0.95, epochs=10, batch_size=128, base_lr=0.3,
                         warmup_epochs=0.6),
