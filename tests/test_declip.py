@@ -461,7 +461,7 @@ def test_captions_of_the_queue_are_found_again(photos, tmp_path, capsys):
     flags = ["--queue", "--images", "3", "--device", "cpu", "--workers", "0", "--out", str(tmp_path)]
     main(["neighbors", str(tmp_path / "run"), "--data", str(photos), *flags])
     lines = capsys.readouterr().out.splitlines()
-    assert Image.open(tmp_path / f"neighbors_{photos.stem}.png").width > 100
+    assert Image.open(tmp_path / f"run_neighbors_{photos.stem}.png").width > 100
     pairs = [line for line in lines if "  ->  " in line]
     assert len(pairs) == 3 and all(-1 <= float(line.split("(")[-1][:-1]) <= 1 for line in pairs)
 
