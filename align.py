@@ -14,7 +14,7 @@ Laptop        torchrun align.py
 1 GPU         torchrun align.py --data flickr8k
 8 GPUs        torchrun --nproc_per_node=8 align.py --data cc3m
 Own data      python align.py --data path/to/shards --filter-only --output-dir filtered
-              torchrun align.py --data path/to/shards --keep filtered/kept.jsonl
+              torchrun align.py --data path/to/shards --keep filtered/kept.jsonl --recipe flickr8k
 
 Google published neither code nor weights. Where the paper leaves something open, this file does
 what coyo-align (kakaobrain) does, whose weights load from Hugging Face's AlignModel and go back
@@ -39,6 +39,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -180,10 +181,15 @@ class Picture(NamedTuple):
     captions: list
 
 
+# accents and vowel signs stand within the words of Hindi, Tamil or Arabic, but are no \w
+MARKS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+CHINESE = r"\u3040-\u30ff\u3400-\u9fff"  # and Japanese
+WORD = re.compile(rf"[{CHINESE}]|(?:[^\W{CHINESE}][{MARKS}]*)+")
+
+
 def unigrams(caption):
     """Words in lower case; a Chinese or Japanese character is one: these scripts have no spaces."""
-    characters = r"\u3040-\u30ff\u3400-\u9fff"
-    return re.findall(rf"[{characters}]|[^\W{characters}]+", caption.lower())
+    return WORD.findall(unicodedata.normalize("NFC", caption.lower()))
 
 
 def grams(caption):
@@ -430,7 +436,7 @@ class BERT(nn.Module):
             self.layers.append(layer)
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                nn.init.trunc_normal_(p, std=0.02)
+                nn.init.trunc_normal_(p, std=0.02, a=-0.04, b=0.04)  # as TensorFlow cuts it
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

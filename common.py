@@ -22,7 +22,7 @@ class UserError(Exception):
 @contextlib.contextmanager
 def user_errors():
     """Around a script's work: a mistake ends it with one sentence and status 2, not a traceback."""
-    import trouble  # only here: scripts need it, functions that were pasted elsewhere do not
+    import trouble  # not above: scripts need it, functions that were pasted elsewhere do not
     out, err = trouble.Stream(1, sys.stdout), trouble.Stream(2, sys.stderr)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

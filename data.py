@@ -190,8 +190,8 @@ class Loader:
             batch[name] = crops, stacked
         for name, text in self.texts.items():
             length = max(len(s[name]) for s in samples)
-            if self.device.type == "cuda":  # few lengths, which suit tensor cores
-                length = min(-(-length // 8) * 8, getattr(text, "context_length", 2**31))
+            if self.device.type == "cuda":  # multiples of 8: few lengths, which suit tensor cores
+                length = min(length + -length % 8, getattr(text, "context_length", 2**31))
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
         return share(batch)
 

@@ -66,11 +66,11 @@ class Args(RunArgs):
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the val split of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_base_patch32"  # image encoder: a key of ARCHS, a ViT with _patchP behind it
-    embed_dim: int = 0  # width of the joint embedding (0: the architecture's; 3072 in the 88M ViT)
+    embed_dim: int = 0  # width of the joint embedding (0: the arch's; paper: 1024; 88M ViT: 3072)
     text_width: int = 512  # width of the text transformer, with heads of 64 (CLIP Sec. 2.4)
     text_layers: int = 12  # blocks of the text transformer (CLIP Sec. 2.4)
     context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
-    ssl_dim: int = 1024  # width of the projector, twice the predictor's (SimSiam Sec. 3)
+    ssl_dim: int = 1024  # width of the projector; the predictor has half (SimSiam: a quarter)
     ssl_weight: float = 0.2  # alpha, weight of L_ISS and of L_TSS (Sec. 3)
     mvs_weight: float = 0.2  # beta, weight of L_MVS (--released: part of C's; 0 in its 88M ViT)
     nns_weight: float = 0.2  # gamma, weight of L_NNS (Sec. 3)
@@ -577,8 +577,9 @@ def train(args: Args) -> dict:
     autocast, scaler = mixed_precision(args.dtype, device)
     mvs_weight = args.mvs_weight
     clip_weight = 1 - args.ssl_weight - mvs_weight - args.nns_weight
-    if clip_weight < 0:
+    if clip_weight < -1e-6:  # beyond rounding
         raise UserError("--ssl-weight, --mvs-weight, --nns-weight are above 1 in sum, lower them")
+    clip_weight = max(0.0, clip_weight)
     if args.released:  # all four pairs alike
         clip_weight = mvs_weight = clip_weight / 4
     if args.accum_steps > 1:
@@ -590,11 +591,11 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     val = language_set(args)
-    text_source = captions(dataset) if args.tokenizer == "train" else None
-    most = args.vocab_size
+    source = captions(dataset) if args.tokenizer == "train" else None
+    vocab_size = args.vocab_size
     if args.tokenizer == "train":
-        most -= 1  # the mask token is one more
-    tokenizer = Tokenizer(args.tokenizer, args.context_length, text_source, most, args.data_dir)
+        vocab_size -= 1  # the mask token is one more
+    tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)
     tokenizer = add_mask_token(tokenizer)
     if tokenizer.vocab_size > args.vocab_size:
         raise UserError(
@@ -623,7 +624,7 @@ def train(args: Args) -> dict:
     checkpoint_blocks(model, args.grad_checkpointing, ResidualAttentionBlock)
     if args.compile:
         model.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
     no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
     groups = [

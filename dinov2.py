@@ -1,8 +1,9 @@
 """DINOv2: Learning Robust Visual Features without Supervision (2023, arXiv 2304.07193).
 
 DINO's loss on class tokens and iBOT's on masked patches, plus changes for scale (Table 1): KoLeo
-spreads features; LayerScale, strong stochastic depth and lower rates for lower layers stabilise
-training; Sinkhorn-Knopp may replace centers; registers (arXiv 2309.16588) keep patches clean.
+spreads features; LayerScale and strong stochastic depth stabilise training; Sinkhorn-Knopp may
+replace centers. The official short run has lower rates for lower layers too. Registers (arXiv
+2309.16588) keep patches clean.
 
 Loss (Sec. 4), symbols as in ibot.py, f the student's class token of unit length, before the head:
     P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t) or Sinkhorn-Knopp of g_t / tau_t
@@ -58,7 +59,7 @@ class Args(RunArgs):
     layer_scale: float = 1e-5  # factor of each residual branch at the start (official code)
     drop_path: float = 0.3  # stochastic depth of every block of the student (official code)
     hidden_dim: int = 2048  # hidden width of the heads
-    bottleneck_dim: int = 256  # width behind it, class tokens' (384 for large data; official)
+    bottleneck_dim: int = 256  # bottleneck of the head; untied: of class tokens' (large data: 384)
     out_dim: int = 65536  # K, number of prototypes (official code)
     shared_head: bool = True  # one head for both losses; off ("untied") for large data (Sec. 4)
     freeze_last_layer: float = 2.0  # epochs in which the prototypes stay fixed (0: none; official)
@@ -83,7 +84,7 @@ class Args(RunArgs):
     epochs: int = 200  # passes over the data; official: 100 of 1,250 steps
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 2048  # images of a step, over all processes and pieces
-    accum_steps: int = 1  # encode a batch in so many pieces, exactly, which hold whole KoLeo groups
+    accum_steps: int = 1  # encode a batch in so many pieces, exactly; each holds whole KoLeo groups
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 4e-3  # peak learning rate: lr = base_lr * sqrt(batch / 1024)
     min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled

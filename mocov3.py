@@ -54,23 +54,23 @@ class Args(RunArgs):
     arch: str = "vit_small_patch16"  # or vit_{nano,micro,base}_patchP, resnet{10,18,34,50,101,152}
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 4.1)
-    head_dim: int = 256  # output width of projector and predictor (Sec. 4.1)
+    mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 5)
+    head_dim: int = 256  # output width of projector and predictor (Sec. 5)
     key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
     freeze_patch_embed: bool = True  # a transformer's patch embedding stays as initialised (Sec. 4)
     image_size: int = 224  # side of a view in pixels
-    crop_min: float = 0.08  # smallest area of a crop, of the image's; ResNets: 0.2 (official)
+    crop_min: float = 0.08  # smallest area of a crop, as a share of the image; ResNets: 0.2
     jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur view 1 always and view 2 with probability 0.1
     temperature: float = 0.2  # tau; 1.0 for ResNets (official code)
     epochs: int = 300  # passes over the data (Table 4)
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
-    batch_size: int = 4096  # images of a step, over all processes (Sec. 4.1)
+    batch_size: int = 4096  # images of a step, over all processes (Sec. 5)
     accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 1.5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 4.1)
     min_lr: float = 0.0  # learning rate at the end of the cosine
-    warmup_epochs: float = 40.0  # linear warm-up from 0 (Sec. 4.1)
+    warmup_epochs: float = 40.0  # linear warm-up from 0 (Sec. 5)
     optimizer: Literal["adamw", "lars"] = "adamw"  # lars for ResNets
     trust: float = 1e-3  # trust coefficient of LARS
     weight_decay: float = 0.1  # AdamW: of all parameters; LARS: not of biases and norms
@@ -350,7 +350,7 @@ def make_encoder(args):
 
 # ---------------------------------------- model ----------------------------------------
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
-    """Projector and predictor (Sec. 4.1): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
+    """Projector and predictor (Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
     without scale and offset. No biases."""
     sizes = [dim] + [hidden] * (layers - 1)
     modules = []

@@ -259,7 +259,7 @@ def percent(hits):
 
 def tokenize(tokenizer, texts, device):
     """T strings -> int64 (T, L), where L is the longest text's length rounded up to a multiple of
-    8, as in training; shorter texts are padded with 0."""
+    8; shorter texts are padded with 0."""
     ids = tokenizer.batch(texts)
     longest = int(ids.ne(0).any(0).nonzero().max()) + 1
     return ids[:, : 8 * math.ceil(longest / 8)].to(device)

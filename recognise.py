@@ -365,6 +365,6 @@ def beside(file, name):
             found |= {"text_heads": text.get("heads"), "file": "open_clip_config.json"}
             if isinstance(vision.get("width"), int) and vision.get("patch_size"):
                 found["heads"] = vision["width"] // vision.get("head_width", 64)
-            kept = ("interpolation", "mean", "std")
+            kept = ("interpolation", "mean", "std", "resize_mode")
             found["view"] = {key: pictures[key] for key in kept if key in pictures}
     return found

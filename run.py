@@ -3,6 +3,7 @@
 Nothing here knows a method or changes a number, but for --init. Method files show its use."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -254,6 +255,7 @@ class Run:
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
                 on_trace_ready=lambda p: p.export_chrome_trace(str(self.dir / "trace.json")))
             self.profiler.start()
+            atexit.register(self.profiler.stop)  # where a run ends within these steps
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed

@@ -60,7 +60,7 @@ class Args(RunArgs):
     arch: str = "resnet50"  # resnet{10,18,34,50,101,152}, with x2, x3, x4 behind it wider
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    head_layers: int = 2  # layers of the projection head; 3 in version 2 (its Sec. 2)
+    head_layers: int = 2  # layers of the projection head; 3 in version 2 (its Sec. 3.1)
     head_dim: int = 128  # output width of the projection head (Sec. 2.3)
     image_size: int = 224  # side of a view in pixels
     crop_min: float = 0.08  # smallest area of a crop, as a share of the image (App. A)

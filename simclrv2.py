@@ -18,7 +18,7 @@ Laptop     python simclrv2.py (without flags: all three stages, see whole_sequen
            torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_...
 1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN
 8 GPUs     torchrun --nproc_per_node=8 simclrv2.py --data imagenet --checkpoint RUN
-           (then with --recipe cifar10-distill or imagenet-distill, and --teacher RUN)
+           (then with --recipe cifar10-distill or imagenet-self-distill, and --teacher RUN)
 
 Differences from the official code:
  - When distilling, the update takes tau^2 times the loss, as in the official notebook (where tau is
@@ -76,13 +76,13 @@ class Args(RunArgs):
     checkpoint: str = ""  # run of simclr.py to start from (distill: default is a new network)
     teacher: str = ""  # distill: run of this file to learn from
     label_fraction: float = 0.01  # class-balanced part of the labels (distill: that of the teacher)
-    head_layer: int = 1  # layers of the head to keep (0: none, all labels, students; Sec. 3.1)
+    head_layer: int = 1  # layers of the head to keep (0: none; all labels, students: 0; Sec. 3.1)
     temperature: float = 1.0  # distill: tau; 0.1 for a student as large as its teacher (Sec. 3.1)
     alpha: float = 1.0  # distill: weight of the teacher in Eq. 3; 1 needs no labels
-    arch: str = ""  # resnet{10,18,34,50,101,152}, maybe x2, x3, x4 (default: that of the start)
-    width: float = 0.0  # factor of the channels of a ResNet (0: that of the start)
-    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # auto: that of the start
-    image_size: int | None = None  # side of a view in pixels (default: that of the start)
+    arch: str = ""  # resnet{10,18,34,50,101,152}, maybe x2, x3, x4 (default: the earlier run's)
+    width: float = 0.0  # factor of the channels of a ResNet (0: that of the earlier run)
+    stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # auto: the earlier run's
+    image_size: int | None = None  # side of a view in pixels (default: that of the earlier run)
     epochs: int = 60  # passes over the data (Sec. 3.1); 30 with 10% or all labels, 400 to distill
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 1024  # images of a step, over all processes (Sec. 3.1)
@@ -356,8 +356,10 @@ def earlier_stages(args):
     if stages.get(args.recipe or args.data, "finetune") != args.stage:
         fitting = ", ".join(name for name, stage in stages.items() if stage == args.stage)
         raise UserError(f"--stage {args.stage} needs a --recipe of its own: {fitting}")
-    if args.stage == "finetune" and (args.teacher or not (args.checkpoint or args.init)):
-        raise UserError("fine-tuning needs --checkpoint, and --teacher a --recipe NAME-distill")
+    if args.stage == "finetune" and args.teacher:
+        raise UserError("--teacher is for distilling: choose a --recipe NAME-distill")
+    if args.stage == "finetune" and not (args.checkpoint or args.init):
+        raise UserError("fine-tuning needs --checkpoint, a run of simclr.py, or --init")
     if args.checkpoint and args.init:
         raise UserError("--checkpoint and --init both say where training starts: give one of them")
     if args.stage == "distill" and not args.teacher:
@@ -520,15 +522,15 @@ def train(args: Args) -> dict:
             run.save()
 
     hint = ""
-    if not taught:  # the next stage teaches a student
+    if not taught:  # the next stage teaches a student as large as this network
         words = ["--data", args.data, "--teacher", run.dir, "--recipe"]
         recipe = args.recipe or args.data
-        if f"{recipe}-distill" in RECIPES:
+        if recipe.startswith("imagenet"):
+            words += ["imagenet-self-distill"]
+        elif f"{recipe}-distill" in RECIPES:
             words += [f"{recipe}-distill"]
-        elif recipe.startswith("imagenet-"):
-            words += ["imagenet-distill"]
         else:
-            words += ["imagenet-distill", "--batch-size", args.batch_size]
+            words += ["imagenet-self-distill", "--batch-size", args.batch_size]
         if args.eval_data:
             words += ["--eval-data", args.eval_data]
         hint = run.command("torchrun", "simclrv2.py", *words)

@@ -166,7 +166,7 @@ class View:
 
 def pair_view(args) -> View:
     """The view beside a caption. --clip-views: a light crop as in slip.py, or SimCLR's colours and
-    blur with the crop of CLIP's ViTs, SimCLR's crop and flip, or all of SimCLR's."""
+    blur with the CLIP paper's random square, SimCLR's crop and flip, or all of SimCLR's."""
     plain = dict(jitter=0.0, gray=0.0, blur=0.0)
     options = {
         "crop": dict(plain, area=(0.5, 1.0), flip=0.0),
@@ -213,7 +213,8 @@ def half_of(dataset, which):
 class Decoupled(Loader):
     """Pairs from one half of the images, and views from the other half (Sec. 5.3)."""
 
-    def __init__(self, dataset, pair_views, other_views, texts, *rest):
+    def __init__(self, dataset, pair_views, other_views, texts, batch_size, seed, workers, device):
+        rest = batch_size, seed, (workers + 1) // 2, device  # half of the workers for each
         super().__init__(half_of(dataset, 0), pair_views, texts, *rest)
         self.others = Loader(half_of(dataset, 1), other_views, {}, *rest)
 
@@ -355,7 +356,7 @@ class Transformer(nn.Module):
 # ---------------------------------------- model ----------------------------------------
 # Copied from mocov3.py: mlp
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
-    """Projector and predictor (Sec. 4.1): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
+    """Projector and predictor (Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
     without scale and offset. No biases."""
     sizes = [dim] + [hidden] * (layers - 1)
     modules = []
@@ -679,8 +680,9 @@ def train(args: Args) -> dict:
     if language:
         val = language_set(args)
         source = captions(dataset) if args.tokenizer == "train" else None
-        size = args.vocab_size
-        tokenizer = Tokenizer(args.tokenizer, args.context_length, source, size, args.data_dir)
+        tokenizer = Tokenizer(
+            args.tokenizer, args.context_length, source, args.vocab_size, args.data_dir
+        )
         if tokenizer.eot != tokenizer.vocab_size - 1:
             wrong = "has an end token that is not its largest id"
             raise UserError(f"--tokenizer {args.tokenizer} {wrong}")

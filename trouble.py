@@ -1,6 +1,7 @@
 """When something is wrong that is neither a UserError nor a mistake in this project: a machine with
 too little memory, a full disk, processes that were started in a way that cannot work, nobody who
-reads what is printed. Only user_errors and init_distributed (common.py) use it."""
+reads what is printed. Only user_errors and init_distributed (common.py)
+and Loader (data.py) use it."""
 
 import contextlib
 import errno

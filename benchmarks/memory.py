@@ -46,7 +46,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from common import user_errors  # noqa: E402
+from common import UserError, user_errors  # noqa: E402
 from data import Loader  # noqa: E402
 from run import parse_args  # noqa: E402
 
@@ -381,6 +381,8 @@ def measure(module, args, gpus):
 # ---------------------------------------- commands ----------------------------------------
 def resolve(method, words):
     """-> module and Args of a command line. --recipe alone also names the data."""
+    if not method.isidentifier() or not (ROOT / f"{method}.py").exists():
+        raise UserError(f"{method} is no method file, name one without its .py, such as slip")
     module = importlib.import_module(method)
     if "--recipe" in words and "--data" not in words:
         words = [*words, "--data", words[words.index("--recipe") + 1].split("-")[0]]

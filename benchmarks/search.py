@@ -54,6 +54,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "results/search_flocks.jsonl")
     parser.add_argument("rest", nargs="*", metavar="-- FLAGS", help="the same for all runs")
     args = parser.parse_args()
+    if wrong := [text for text in args.tried if "=" not in text]:
+        parser.error(f"--try {wrong[0]} has no values: --try FLAG=VALUE,VALUE")
     names = [text.split("=")[0] for text in args.tried]
     choices = [text.split("=")[1].split(",") for text in args.tried]
     folder = ROOT / "runs" / f"search_{args.method}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
@@ -70,6 +72,8 @@ def main():
             trial["cpu_seconds"] += train(args.method, [*args.rest, *words], directory, steps)
             trial["knn"] = curve(directory)
             print(trial["flags"], trial["knn"], f"{trial['cpu_seconds']:.0f} s", flush=True)
+        if not any(trial["knn"] for trial in going):
+            sys.exit(f"no run of {args.method}.py came to an evaluation, {folder} has their logs")
         going.sort(key=lambda trial: -trial["knn"][-1][1] if trial["knn"] else 0)
         going, steps = going[: (len(going) + 1) // 2], 2 * steps
     with open(args.out, "a") as out:

@@ -157,9 +157,7 @@ def mix(x, targets, mixup, cutmix, seed):
             column, row = torch.randint(width, (1,)).item(), torch.randint(height, (1,)).item()
 
     others = swap_pairs(x)
-    if (
-        cut
-    ):  # a rectangle around (row, column) that has 1 - lambda of the area, as far as it is inside
+    if cut:  # a rectangle around (row, column) with 1 - lambda of the area, as far as it is inside
         half = 0.5 * math.sqrt(1 - share)
         half_height, half_width = int(half * height), int(half * width)
         rows = slice(max(0, row - half_height), min(height, row + half_height))

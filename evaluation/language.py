@@ -5,6 +5,7 @@ Letters: R rows and C columns of patches, N tokens, T texts, E width of an embed
 """
 
 import json
+import math
 import os
 import sys
 import textwrap
@@ -95,7 +96,7 @@ def supported(model, pixels, texts):
 def overlay(picture, relevance):
     """The picture under a heat map (R, C) of the same extent, both enlarged to 192 pixels or
     more."""
-    scale = -(-192 // picture.width)
+    scale = math.ceil(192 / picture.width)
     size = picture.width * scale, picture.height * scale
     colors = heat(relevance).resize(size, Image.Resampling.BICUBIC)
     return Image.blend(picture.resize(size, Image.Resampling.NEAREST).convert("RGB"), colors, 0.6)
@@ -210,7 +211,9 @@ def queued_ids(saved, tokenizer, data_dir):
     loader = Loader(dataset, {}, {"text": tokenizer}, batch_size, args["seed"])
     first, ids = max(0, saved["step"] - rows // batch_size), {}
     for step, batch in loader.batches(first, saved["step"]):
-        for i, row in enumerate(all_gather(batch["text"]).tolist()):
+        lacking = tokenizer.context_length - batch["text"].shape[1]  # processes differ in it
+        text = all_gather(F.pad(batch["text"], (0, lacking)))
+        for i, row in enumerate(text.tolist()):
             ids[(step * batch_size + i) % rows] = row[: row.index(tokenizer.eot) + 1]
     return ids
 
@@ -247,7 +250,7 @@ def queue_picture(net, train, test, args, options):
 def pairs_page(samples, captions, found, cosines):
     """Two columns of images, each with its caption and the one that was found beside it."""
     width, height = 3 * CELL + 10, CELL + 10
-    sheet = Image.new("RGB", (2 * width, -(-len(samples) // 2) * height), "white")
+    sheet = Image.new("RGB", (2 * width, math.ceil(len(samples) / 2) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (_, _, image) in enumerate(samples):
         left, top = i % 2 * width, i // 2 * height

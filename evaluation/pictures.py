@@ -230,9 +230,7 @@ def page(rows):
         for i, (picture, text) in enumerate(cells):
             x = margin + i * (width + margin)
             for n, words in enumerate(text.split("\n")):
-                words = words.encode(
-                    "ascii", "replace"
-                ).decode()  # the letters that Pillow's font has
+                words = words.encode("ascii", "replace").decode()  # what Pillow's font has
                 while len(words) > 4 and draw.textlength(words) > width:
                     words = words[:-4] + "..."
                 draw.text((x, y + n * line), words, fill="black")

@@ -62,6 +62,8 @@ def augmented_batches(encoder, loader, view, args):
         with evaluating(encoder), torch.no_grad(), mixed_precision(args.dtype, images.device)[0]:
             features = encoder(view(images, params)).float()
         yield step / loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
+        if (step + 1) % loader.steps_per_epoch == 0:
+            loader.check_bad()
 
 
 # -------------------------------------------- heads by SGD ----------------------------------------

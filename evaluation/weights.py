@@ -439,6 +439,9 @@ def open_published(path, state, random_weights, known):
     view = module.eval_view(types.SimpleNamespace(image_size=size))
     view = view_of(known.beside.get("view", {}), view)
     known.notes.append(f"{view.size} px")
+    mode = known.beside.get("view", {}).get("resize_mode", "shortest")
+    if mode != "shortest":
+        known.notes.append(f"cropped, where they were trained on images resized by {mode!r}")
     if not random_weights:
         report(path, name, known)
     encoder = module.image_encoder(model) if name in LANGUAGE_IMAGE else model
@@ -451,7 +454,10 @@ def view_of(said, view):
     """The evaluation view of a method, changed as files beside the weights say."""
     size = said.get("size", view.size)
     resize = said.get("resize", view.resize if size == view.size else size)
-    interpolation = said.get("interpolation", view.filter.name.lower())
+    own = view.filter.name.lower()
+    interpolation = said.get("interpolation", own)
+    if interpolation not in ("bilinear", "bicubic"):  # open_clip's "random" is for training
+        interpolation = own
     mean, std = (tuple(said.get(key, getattr(view, key))) for key in ("mean", "std"))
     return EvalView(size, resize, interpolation, mean, std)
 

@@ -361,6 +361,10 @@ def test_words_of_any_script():
     assert align.unigrams("犬が走る 🐕") == list("犬が走る")
     assert align.unigrams("كلب يركض على العشب") == ["كلب", "يركض", "على", "العشب"]
     assert align.unigrams("Straße №5, naïve café") == ["straße", "5", "naïve", "café"]
+    assert align.unigrams("हरे मैदान में खेल") == ["हरे", "मैदान", "में", "खेल"]  # vowel signs are no letters, and end no word
+    assert align.unigrams("ஒரு நாய் ஓடுகிறது") == ["ஒரு", "நாய்", "ஓடுகிறது"]
+    assert align.unigrams("كَلْبٌ يَرْكُضُ") == ["كَلْبٌ", "يَرْكُضُ"]
+    assert align.unigrams("un cafe\u0301 \u2764\ufe0f") == ["un", "café"]  # composed, and no word of a mark alone
 
 
 def test_near_duplicates_of_test_images():

@@ -400,6 +400,19 @@ def test_labels_of_an_npz_below_0_are_none(tmp_path):
     np.savez(tmp_path / "t.npz", jpeg=np.frombuffer(b"".join(JPEG[:3]), np.uint8), offsets=offsets, labels=[-5, -1, 2])
     dataset = open_dataset(str(tmp_path / "t.npz"))
     assert [dataset[i].label for i in range(3)] == [-1, -1, 2]
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")  # labels may be names of classes
+    named = {"offsets": offsets, "labels": ["dog", "cat", "cow"]}
+    np.savez(tmp_path / "train.npz", jpeg=np.frombuffer(b"".join(JPEG[:3]), np.uint8), **named)
+    (tmp_path / "t.npz").unlink()
+    dataset = open_dataset(str(tmp_path))
+    assert [dataset[i].label for i in range(3)] == [1, 0, -1]
+
+
+def test_a_picture_beside_class_folders_takes_all_labels_and_says_so(tmp_path, capsys):
+    pictures_in(tmp_path, [f"{'ab'[i % 2]}/{i}.jpg" if i else "cover.jpg" for i in range(N)])
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.classes is None and dataset[0].label == -1
+    assert "no labels, because 1 images are in no class folder (cover.jpg)" in capsys.readouterr().err
 
 
 def test_folders_that_are_numbers(tmp_path, capsys):
@@ -440,30 +453,45 @@ def test_names_of_wordnet_ids(tmp_path, file, text):
 
 def test_members_of_zips(tmp_path, monkeypatch):
     """Stored, deflated and unusual members, and what is missing or damaged. zipfile, which is slow, is only used for what
-    is unusual: bzip2, and a name that is in the comment."""
+    is unusual: bzip2, and a name that is in the comment; it parses the directory once."""
     path = str(tmp_path / "a.zip")
 
     def read_zip(path, name):
         return layouts.read_zip(path, name)
 
     content = {f"{i:03d}.jpg": os.urandom(200 + i) * 3 for i in range(300)}
-    for method, slow in ((zipfile.ZIP_STORED, 1), (zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_BZIP2, 300)):
+    for method, unusual in ((zipfile.ZIP_STORED, 1), (zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_BZIP2, 300)):
         with zipfile.ZipFile(path, "w", method) as archive:
             archive.comment = b"000.jpg" * 5
             for name, value in content.items():
                 archive.writestr(name, value)
-        opened, plain = [], zipfile.ZipFile
+        asked, plain = [], layouts.zip_of
+        layouts.handle.cache_clear()
+        layouts.zip_of.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(layouts.zipfile, "ZipFile", lambda file: opened.append(file) or plain(file))  # noqa: B023
-            layouts.handle.cache_clear()
+            patch.setattr(layouts, "zip_of", lambda *key: asked.append(key) or plain(*key))  # noqa: B023
             assert all(read_zip(path, name) == value for name, value in content.items())
-        assert len(opened) == slow
+        assert len(asked) == unusual and plain.cache_info().misses == 1
     with pytest.raises(ValueError, match="a.zip is damaged or does not hold 999.jpg"):
         read_zip(path, "999.jpg")
     Path(path).write_bytes(Path(path).read_bytes()[:1000])
     layouts.handle.cache_clear()
+    layouts.zip_of.cache_clear()
     with pytest.raises(ValueError, match="damaged"):
         read_zip(path, "000.jpg")
+
+
+def test_a_member_behind_4_gib(tmp_path):
+    """Its place is in the part of the entry that is for large zips. The file has a hole, and takes no space."""
+    with open(tmp_path / "large.zip", "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.jpg", JPEG[0])
+            file.seek(2**32 + 100)
+            archive.start_dir = file.tell()
+            archive.writestr("b.jpg", JPEG[1])
+    assert (tmp_path / "large.zip").stat().st_blocks * 512 < 2**20
+    for name, content in zip(("a.jpg", "b.jpg"), JPEG):
+        assert layouts.read_zip(str(tmp_path / "large.zip"), name) == content
 
 
 def test_only_the_indices_of_a_pickle_are_plain(tmp_path):

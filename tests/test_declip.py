@@ -463,6 +463,9 @@ def test_captions_of_the_queue_are_found_again(photos, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert Image.open(tmp_path / f"run_neighbors_{photos.stem}.png").width > 100
     pairs = [line for line in lines if "  ->  " in line]
+    done = command("evaluate.py", "neighbors", tmp_path / "run", "--data", photos, *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "  ->  " in line] == pairs
     assert len(pairs) == 3 and all(-1 <= float(line.split("(")[-1][:-1]) <= 1 for line in pairs)
 
 
@@ -504,6 +507,13 @@ def test_what_the_user_can_mend_is_one_sentence(photos, tmp_path, flags, word):
     with pytest.raises(UserError, match=word) as error:
         train_here("declip", photos, tmp_path / "run", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_weights_may_sum_to_1(photos, tmp_path):
+    """1 - 0.3 - 0.6 - 0.1 is below 0 in floating point."""
+    flags = "--ssl-weight 0.3 --mvs-weight 0.6 --nns-weight 0.1 --max-steps 1 --eval-every 0".split()
+    train_here("declip", photos, tmp_path / "run", *flags)
+    assert rows(tmp_path / "run")[0]["loss"] > 0
 
 
 def test_status_2(photos, tmp_path):

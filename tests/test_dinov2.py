@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -493,4 +494,8 @@ def test_curation_in_the_docs(photos, tmp_path):
     kept = doc["curate"](tmp_path / "run", web, NamedSubset(shapes, [3]), NamedSubset(shapes, [0, 1, 2, 4]), **alike, k=1)
     assert kept == [0, 1, 2, 5]
     doc["write"](tmp_path / "kept.jsonl", web, kept)
-    assert [json.loads(line) for line in open(tmp_path / "kept.jsonl")] == [shapes[i].key for i in (0, 1, 2, 4)]
+    assert [json.loads(line)["image"] for line in open(tmp_path / "kept.jsonl")] == [os.path.abspath(shapes[i].key) for i in (0, 1, 2, 4)]
+    files = open_dataset(str(photos))
+    doc["write"](tmp_path / "chosen.jsonl", files, [3, 1])
+    chosen = open_dataset(str(tmp_path / "chosen.jsonl"))
+    assert [chosen[i].image for i in range(2)] == [files[i].image for i in (3, 1)]

@@ -612,6 +612,9 @@ def test_batches_count_their_passes():
     loader = Loader(Toy(10), {"image": probes.ProbeView(VIEW)}, {}, 4)
     found = [passes for passes, _, _ in probes.augmented_batches(Pixels(), loader, VIEW, Args(epochs=2))]
     assert found == [0, 0.5, 1, 1.5]
+    loader = Loader(Toy(10, broken=True), {"image": probes.ProbeView(VIEW)}, {}, 4)
+    with pytest.raises(UserError, match="2 samples of toy are bad, over 1% of an epoch"):
+        list(probes.augmented_batches(Pixels(), loader, VIEW, Args(epochs=2)))
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import slip
 from common import UserError, checkpoint_blocks
-from runs import ROOT, make_photos, module_of, rows, train_here
+from runs import ROOT, command, make_photos, module_of, rows, train_here
 
 CHECKPOINTED = ["clip", "clip_resnet", "slip", "slip_ablations", "declip", "align", "mocov3", "dino", "ibot", "dinov2"]
 
@@ -141,6 +141,11 @@ def test_predicted_is_what_real_tensors_take(words, monkeypatch):
         args.device, args.dtype = "cpu", "bf16"
         peaks.append(count(module, args, 1))
     assert peaks[0] == pytest.approx(peaks[1], rel=1e-3)
+
+
+def test_a_method_that_is_none_is_one_sentence():
+    done = command("benchmarks/memory.py", "clp", "--gpus", "1")
+    assert done.returncode == 2 and done.stderr.endswith("error: clp is no method file, name one without its .py, such as slip\n")
 
 
 NEUTRAL = {"--data-dir", "--output-dir", "--epochs", "--warmup-epochs", "--lr", "--weight-decay", "--init", "--clip-views", "--images"}

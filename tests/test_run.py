@@ -12,7 +12,7 @@ import torch
 from common import UserError
 from pictures import next_command
 from run import Run, RunArgs, load_checkpoint, parse_args
-from runs import METHODS, ROOT, module_of
+from runs import METHODS, ROOT, command, module_of
 from test_readme import parse
 
 
@@ -119,3 +119,10 @@ def test_processes_share_the_memory_of_a_checkpoint_and_its_file_stays_as_it_is(
     assert private() - before < size / 4
     weight[0] = 5.0  # as an optimizer does with a state that it took over
     assert weight[0] == 5.0 and load_checkpoint(path)["model"]["weight"][0] == 1.0
+
+
+def test_a_run_may_end_while_it_is_profiled(tmp_path):
+    """The trace is of steps 10 to 14; a profiler that is not stopped takes the process with it."""
+    flags = ["--max-steps", "11", "--batch-size", "8", "--eval-every", "0", "--device", "cpu", "--workers", "0"]
+    done = command("simclr.py", *flags, "--profile", "--output-dir", tmp_path / "run")
+    assert done.returncode == 0 and (tmp_path / "run/trace.json").stat().st_size > 1000, done.stderr

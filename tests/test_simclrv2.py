@@ -450,8 +450,8 @@ def test_whole_sequence(monkeypatch, tmp_path, capfd):
 
 @pytest.mark.parametrize("recipe, following", [
     ("cifar10-cpu", "--recipe cifar10-cpu-distill"),
-    ("imagenet-10", "--recipe imagenet-distill"),
-    ("", "--recipe imagenet-distill --batch-size 8"),
+    ("imagenet-10", "--recipe imagenet-self-distill"),
+    ("", "--recipe imagenet-self-distill --batch-size 8"),
 ])  # fmt: skip
 def test_the_next_line_names_the_recipe_that_distils(recipe, following, photos, stages, tmp_path, capsys):
     """That of the same data; ImageNet's where there is none, and then with the batch of the small data."""

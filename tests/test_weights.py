@@ -289,6 +289,12 @@ def test_laions_clip_has_gelu(tmp_path, capsys):
         assert all(same())
         view = open_network(folder, CPU, text=False).view
         assert view.mean == (0.5, 0.5, 0.5) and view.filter.name == "BILINEAR" and view.size == 32
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["preprocess_cfg"] |= {"resize_mode": "squash", "interpolation": "random"}  # as CLIPA and DFN have them
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        assert open_network(folder, CPU, text=False).view.filter.name == "BICUBIC"
+        assert "cropped, where they were trained on images resized by 'squash'" in capsys.readouterr().err
     with pytest.raises(UserError, match="--text-heads and --gelu are for language-image weights"):
         open_network(saved(tmp_path / "vit.pth", dino.VisionTransformer(16, 8, 192, 1, 3).state_dict()), CPU, gelu="exact")
 
