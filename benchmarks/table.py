@@ -258,8 +258,8 @@ def curves(prefix, method):
 
 def knn_of_all(prefix, data):
     """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images
-    seen, its last point with other seeds (the runs NAME_DATA_sSEED), evaluate.py's kNN, and that of
-    the same network with random weights."""
+    seen, its last point with other seeds (the runs NAME_DATA_sSEED), what evaluate.py measured, that
+    of other seeds behind it, and its kNN of the same network with random weights."""
     curves, again = {}, defaultdict(list)
     for r in results().values():
         evals = [(step, row["knn_top1"]) for step, row in r["curve"] if "knn_top1" in row]
@@ -268,7 +268,7 @@ def knn_of_all(prefix, data):
         if r["name"] == name and points:
             curves[name] = points
         elif points and re.fullmatch(rf"{name}_s\d+", r["name"]):
-            again[name].append(number(points[max(points)]))
+            again[name].append((points[max(points)], r))
     runs = [results()[name] for name in curves]
     times = Counter(images for points in curves.values() for images in points)
     seen = sorted(images for images, runs_then in times.items() if runs_then > 1 or len(runs) == 1)
@@ -296,9 +296,12 @@ def knn_of_all(prefix, data):
         if longer:
             last = max(points)
             cells.append(f"{number(points[last])} ({last:,})" if r["name"] in longer else "")
-        cells += [", ".join(again[r["name"]])] if again else []
-        found = [r["metrics"].get(p.format(r["data"]), {}).get("top1") for p in scored]
-        cells += ["" if x is None else number(x) for x in found]
+        others = again.get(r["name"], [])
+        cells += [", ".join(number(end) for end, _ in others)] if again else []
+        for protocol in scored:
+            label, same = protocol.format(r["data"]), [r, *(other for _, other in others)]
+            found = [number(x["metrics"][label]["top1"]) for x in same if label in x["metrics"]]
+            cells.append(", ".join(found[:1] if "random" in label else found))
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
         rows.append([link, *cells, f"{r['minutes']:.1f}"])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"

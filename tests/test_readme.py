@@ -397,6 +397,11 @@ def test_longer_runs_and_other_seeds_have_columns_of_their_own(monkeypatch):
     assert header == "| method | random weights | 18 images | end of a longer run | other seeds | minutes |"
     assert byol == "| [BYOL](results/byol_x.json) | 15.0 | 17.0 |  | 12.5 | 1.0 |"
     assert dino == "| [DINO](results/dino_x.json) | 16.0 | 18.0 | 19.0 (198) |  | 1.0 |"
+    for name, score in (("byol_x", 20.0), ("byol_x_s1", 21.5)):
+        runs[name]["metrics"] = {"knn x val": {"top1": score}, "knn x val, random weights": {"top1": 11.0}}
+    header, _, byol, dino = table.knn_of_all("", "x").splitlines()
+    assert header.endswith("| other seeds | evaluate.py | evaluate.py, random weights | minutes |")
+    assert byol.endswith("|  | 12.5 | 20.0, 21.5 | 11.0 | 1.0 |") and dino.endswith("| 19.0 (198) |  |  |  | 1.0 |")
     runs.clear()  # of eleven evaluations every second one has a column, and the last one always
     runs.update([run("byol", "byol_x", *((5 * i, 10.0 + i) for i in range(11)))])
     header, _, byol = table.knn_of_all("", "x").splitlines()
