@@ -258,8 +258,8 @@ def curves(prefix, method):
 
 def knn_of_all(prefix, data):
     """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images
-    seen, its last point with other seeds (the runs NAME_DATA_sSEED), what evaluate.py measured, that
-    of other seeds behind it, and its kNN of the same network with random weights."""
+    seen, its last point with other seeds (the runs NAME_DATA_sSEED), what evaluate.py measured of
+    all seeds, and kNN of the same network with random weights."""
     curves, again = {}, defaultdict(list)
     for r in results().values():
         evals = [(step, row["knn_top1"]) for step, row in r["curve"] if "knn_top1" in row]

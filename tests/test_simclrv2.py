@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import simclr
@@ -22,7 +24,7 @@ from common import LARS, UserError, user_errors
 from data import Loader, decode, open_dataset
 from evaluation.weights import open_network
 from run import load_checkpoint
-from runs import COMMON, argv_of, command, environment, make_photos, rows
+from runs import COMMON, ROOT, argv_of, command, environment, make_photos, rows
 from runs import train_here as train_method
 from test_resume import assert_same_run
 from test_structure import BANNER, SECTIONS, backward, cut
@@ -458,6 +460,15 @@ def test_the_next_line_names_the_recipe_that_distils(recipe, following, photos, 
     train_here(argv_for("finetune", photos, stages, tmp_path, "--recipe", recipe, "--max-steps", "1", "--eval-every", "0"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
     assert line.endswith(following)
+
+
+def test_the_program_of_the_page(stages, tmp_path, monkeypatch, capsys):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/simclrv2.md").read_text(), re.S)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(program.replace("runs/simclrv2_cifar10_resnet18_s0_...", str(stages / "finetune")), found := {})
+    assert found["features"].shape == (1, 128) and capsys.readouterr().out.strip() in found["classes"]
 
 
 def test_weight_decay_reaches_the_classifier_once(photos, stages, tmp_path):
