@@ -182,9 +182,10 @@ class Picture(NamedTuple):
 
 
 # accents and vowel signs stand within the words of Hindi, Tamil or Arabic, but are no \w
-MARKS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
+MARKS += "\u200c\u200d"  # joiners, as in Persian
 CHINESE = r"\u3040-\u30ff\u3400-\u9fff"  # and Japanese
-WORD = re.compile(rf"[{CHINESE}]|(?:[^\W{CHINESE}][{MARKS}]*)+")
+WORD = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+(?:[{MARKS}]+[^\W{CHINESE}]*)*")
 
 
 def unigrams(caption):

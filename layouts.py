@@ -632,6 +632,7 @@ def open_root(root, split, words, kind, whole, Sample):
     words: names of the split, the first that is there counts; kind: torchvision's class of this
     set; whole: the split may be all that is there."""
     handle.cache_clear()  # files may have been replaced since they were opened
+    zip_of.cache_clear()
     if not root.is_dir() and root.exists():
         if not root.is_file() or ending_of(root.name) not in (".tar", *TABLES):
             kinds = f"{' '.join(TABLES)} .tar"
@@ -721,7 +722,7 @@ def open_files(folder, names, root, Sample):
     loose = [path for path in paths if os.sep not in path]
     labelled = len(tops) > 1 and not loose  # one folder per class
     if loose and len(tops) > len(loose) + 1 and rank() == 0:
-        text = f"no labels, because {len(loose):,} images are in no class folder ({loose[0]})"
+        text = f"no labels, because of images beside the class folders: {len(loose):,} ({loose[0]})"
         print(f"{folder}: {text}", file=sys.stderr, flush=True)
     if labelled and tops != sorted(tops) and rank() == 0:
         text = "class folders are numbers, and labels follow their values: 2 comes before 10"

@@ -525,7 +525,7 @@ def train(args: Args) -> dict:
     if not taught:  # the next stage teaches a student as large as this network
         words = ["--data", args.data, "--teacher", run.dir, "--recipe"]
         recipe = args.recipe or args.data
-        if recipe.startswith("imagenet"):
+        if recipe in RECIPES and recipe.startswith("imagenet"):
             words += ["imagenet-self-distill"]
         elif f"{recipe}-distill" in RECIPES:
             words += [f"{recipe}-distill"]

@@ -381,9 +381,10 @@ def measure(module, args, gpus):
 # ---------------------------------------- commands ----------------------------------------
 def resolve(method, words):
     """-> module and Args of a command line. --recipe alone also names the data."""
-    if not method.isidentifier() or not (ROOT / f"{method}.py").exists():
-        raise UserError(f"{method} is no method file, name one without its .py, such as slip")
-    module = importlib.import_module(method)
+    known = method.isidentifier() and (ROOT / f"{method}.py").exists()
+    module = importlib.import_module(method) if known else None
+    if not hasattr(module, "RECIPES"):
+        raise UserError(f"{method} is not a method file: name one without .py, for example slip")
     if "--recipe" in words and "--data" not in words:
         words = [*words, "--data", words[words.index("--recipe") + 1].split("-")[0]]
     return module, parse_args(module.Args, module.RECIPES, words)

@@ -73,7 +73,7 @@ def main():
             trial["knn"] = curve(directory)
             print(trial["flags"], trial["knn"], f"{trial['cpu_seconds']:.0f} s", flush=True)
         if not any(trial["knn"] for trial in going):
-            sys.exit(f"no run of {args.method}.py came to an evaluation, {folder} has their logs")
+            sys.exit(f"no run of {args.method}.py reached an evaluation: {folder} has their logs")
         going.sort(key=lambda trial: -trial["knn"][-1][1] if trial["knn"] else 0)
         going, steps = going[: (len(going) + 1) // 2], 2 * steps
     with open(args.out, "a") as out:

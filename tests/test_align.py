@@ -365,6 +365,7 @@ def test_words_of_any_script():
     assert align.unigrams("हरे मैदान में खेल") == ["हरे", "मैदान", "में", "खेल"]  # vowel signs are no letters, and end no word
     assert align.unigrams("ஒரு நாய் ஓடுகிறது") == ["ஒரு", "நாய்", "ஓடுகிறது"]
     assert align.unigrams("كَلْبٌ يَرْكُضُ") == ["كَلْبٌ", "يَرْكُضُ"]
+    assert align.unigrams("می\u200cخواهم بروم") == ["می\u200cخواهم", "بروم"]
     assert align.unigrams("un cafe\u0301 \u2764\ufe0f") == ["un", "café"]  # composed, and no word of a mark alone
 
 

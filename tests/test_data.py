@@ -412,7 +412,7 @@ def test_a_picture_beside_class_folders_takes_all_labels_and_says_so(tmp_path, c
     pictures_in(tmp_path, [f"{'ab'[i % 2]}/{i}.jpg" if i else "cover.jpg" for i in range(N)])
     dataset = open_dataset(str(tmp_path))
     assert dataset.classes is None and dataset[0].label == -1
-    assert "no labels, because 1 images are in no class folder (cover.jpg)" in capsys.readouterr().err
+    assert "no labels, because of images beside the class folders: 1 (cover.jpg)" in capsys.readouterr().err
 
 
 def test_folders_that_are_numbers(tmp_path, capsys):
@@ -479,6 +479,14 @@ def test_members_of_zips(tmp_path, monkeypatch):
     layouts.zip_of.cache_clear()
     with pytest.raises(ValueError, match="damaged"):
         read_zip(path, "000.jpg")
+
+
+def test_a_zip_that_was_replaced_is_read_again(tmp_path):
+    for content in JPEG[:2]:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as archive:
+            archive.writestr("1.jpg", content)
+        (tmp_path / "train.csv").write_text("image,caption\na.zip/1.jpg,a dog\n")
+        assert open_dataset(str(tmp_path))[0].image == content
 
 
 def test_a_member_behind_4_gib(tmp_path):

@@ -144,8 +144,10 @@ def test_predicted_is_what_real_tensors_take(words, monkeypatch):
 
 
 def test_a_method_that_is_none_is_one_sentence():
-    done = command("benchmarks/memory.py", "clp", "--gpus", "1")
-    assert done.returncode == 2 and done.stderr.endswith("error: clp is no method file, name one without its .py, such as slip\n")
+    for name in ("clp", "common"):
+        done = command("benchmarks/memory.py", name, "--gpus", "1")
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"error: {name} is not a method file: name one without .py, for example slip\n")
 
 
 NEUTRAL = {"--data-dir", "--output-dir", "--epochs", "--warmup-epochs", "--lr", "--weight-decay", "--init", "--clip-views", "--images"}
