@@ -76,7 +76,7 @@ class Args(RunArgs):
     checkpoint: str = ""  # run of simclr.py to start from (distill: default is a new network)
     teacher: str = ""  # distill: run of this file to learn from
     label_fraction: float = 0.01  # class-balanced part of the labels (distill: that of the teacher)
-    head_layer: int = 1  # layers of the head to keep (0: none; all labels, students: 0; Sec. 3.1)
+    head_layer: int = 1  # layers of the head to keep (0: none: all labels, students; Sec. 3.1)
     temperature: float = 1.0  # distill: tau; 0.1 for a student as large as its teacher (Sec. 3.1)
     alpha: float = 1.0  # distill: weight of the teacher in Eq. 3; 1 needs no labels
     arch: str = ""  # resnet{10,18,34,50,101,152}, maybe x2, x3, x4 (default: the earlier run's)
