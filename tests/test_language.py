@@ -218,7 +218,8 @@ def test_recorded_attention_changes_nothing(make):
 
 
 def test_gradient_reaches_every_parameter_s_attention():
-    """Real CLIPs and ALIGNs: maps are finite, differ between texts and are not zero everywhere."""
+    """Real CLIPs and ALIGNs: maps are finite, differ between texts and are not zero everywhere. With few cells and random
+    weights a map may well be 0, so that several texts are asked."""
     torch.manual_seed(0)
     small = runs.FLAGS["align"]
     models = [clip.CLIP(16, 32, 2, 64, 8, 8, 100, 64, 1, 1), clip.CLIP(16, 64, (1, 1, 1, 1), 8, None, 8, 100, 64, 1, 1),
@@ -229,9 +230,9 @@ def test_gradient_reaches_every_parameter_s_attention():
                 module.weight.data.fill_(1)
         size = 32 if models[0] is model else 64
         dim = 16 if model is not models[2] else model.encode_image(torch.zeros(2, 3, 64, 64)).shape[1]
-        cosines, maps = language.supported(model, torch.randn(1, 3, size, size), F.normalize(torch.randn(3, dim), dim=1))
-        assert cosines.shape == (3,) and maps.isfinite().all() and (maps >= 0).all()
-        assert not torch.equal(maps[0], maps[1]) and maps.sum() > 0
+        cosines, maps = language.supported(model, torch.randn(1, 3, size, size), F.normalize(torch.randn(12, dim), dim=1))
+        assert cosines.shape == (12,) and maps.isfinite().all() and (maps >= 0).all()
+        assert len(maps.flatten(1).unique(dim=0)) >= 4 and (maps.flatten(1).sum(1) > 0).sum() >= 4
 
 
 # ------------------------------------------------ search ------------------------------------------------
