@@ -181,7 +181,7 @@ class Picture(NamedTuple):
     captions: list
 
 
-# accents and vowel signs stand within the words of Hindi, Tamil or Arabic, but are no \w
+# accents and vowel signs stand within the words of Hindi, Tamil or Arabic, but are not \w
 MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
 MARKS += "\u200c\u200d"  # joiners, as in Persian
 CHINESE = r"\u3040-\u30ff\u3400-\u9fff"  # and Japanese

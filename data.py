@@ -191,7 +191,7 @@ class Loader:
         for name, text in self.texts.items():
             length = max(len(s[name]) for s in samples)
             if self.device.type == "cuda":  # multiples of 8: few lengths, which suit tensor cores
-                length = min(length + -length % 8, getattr(text, "context_length", 2**31))
+                length = min((length + 7) // 8 * 8, getattr(text, "context_length", 2**31))
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
         return share(batch)
 

@@ -214,9 +214,9 @@ class Decoupled(Loader):
     """Pairs from one half of the images, and views from the other half (Sec. 5.3)."""
 
     def __init__(self, dataset, pair_views, other_views, texts, batch_size, seed, workers, device):
-        rest = batch_size, seed, (workers + 1) // 2, device  # half of the workers for each
-        super().__init__(half_of(dataset, 0), pair_views, texts, *rest)
-        self.others = Loader(half_of(dataset, 1), other_views, {}, *rest)
+        step = batch_size, seed  # and half of the workers for each
+        super().__init__(half_of(dataset, 0), pair_views, texts, *step, (workers + 1) // 2, device)
+        self.others = Loader(half_of(dataset, 1), other_views, {}, *step, workers // 2, device)
 
     def batches(self, start, stop):
         pairs, others = super().batches(start, stop), self.others.batches(start, stop)

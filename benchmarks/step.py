@@ -107,7 +107,7 @@ def clip_rows(batch_size, device, compiled):
     criterion = open_clip.ClipLoss()
     image = torch.randn(batch_size, 3, 112, 112, device=device)
     ids, longest = caption_ids(batch_size, 49408)
-    cut = longest + -longest % 8 if device.type == "cuda" else longest  # as data.Loader does
+    cut = (longest + 7) // 8 * 8 if device.type == "cuda" else longest  # as data.Loader does
     ids = ids.to(device)
 
     def row(name, model):
