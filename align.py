@@ -686,8 +686,8 @@ def train(args: Args) -> dict:
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        image = views["image"](*batch["image"])
-        inputs = image, batch["text"], batch["image"][1]["depth"]  # the last: see DropConnect
+        depth = batch["params"]["image"]["depth"]  # see DropConnect
+        inputs = batch["image"], batch["text"], depth
         rise = step / warmup if warmup else 1.0  # linear from 0, then linear to 0 (Sec. 5)
         fall = (run.total - step) / max(1, run.total - warmup)
         for group in optimizer.param_groups:

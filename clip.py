@@ -546,8 +546,7 @@ def train(args: Args) -> dict:
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        image = views["image"](*batch["image"])
-        inputs = image, batch["text"]
+        inputs = batch["image"], batch["text"]
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(
                 step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True

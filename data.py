@@ -5,8 +5,7 @@ A method file opens a dataset (of sources.py), names its views and texts, and ta
     dataset = open_dataset("yfcc15m")                 # dataset[7]: image, captions, label, key
     loader = Loader(dataset, {"view1": view, "view2": view}, {"text": tokenizer}, batch_size=4096)
     for step, batch in loader.batches(0, 10 * loader.steps_per_epoch):
-        pixels, params = batch["view1"]               # uint8 (b, 3, S, S), {"flip": bool (b,), ...}
-        x, ids = view(pixels, params), batch["text"]  # float (b, 3, S, S), int64 (b, L)
+        x, ids = batch["view1"], batch["text"]        # float (b, 3, S, S), int64 (b, L)
 """
 
 import contextlib
@@ -71,9 +70,11 @@ class Loader:
     """Batches are a function of (seed, step): the same for any number of workers and after a
     restart, and together the same for any number of processes.
 
-    views: {name: object with crop(image, rng), sample(rng)}; texts: {name: function(caption, rng)
-    -> ids}; batch_size: of all processes. Each view and text of a sample has its own random.Random.
-    bad: replaced samples of this epoch and process. wait: seconds waited, to be reset."""
+    views: {name: object with crop(image, rng) and sample(rng), called for a sample in a worker, and
+    __call__(pixels, params), called for a batch on the GPU, or in a worker if there is none};
+    texts: {name: function(caption, rng) -> ids}; batch_size: of all processes. Each view and text
+    of a sample has its own random.Random. bad: replaced samples of this epoch and process. wait:
+    seconds waited, to be reset. threads: torch's in this process while it trains."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
         if batch_size % (world := world_size()):
@@ -91,20 +92,23 @@ class Loader:
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
     def batches(self, start, stop):
-        """Yields (step, batch), start <= step < stop. On the device are "index", "label" (b,); per
-        view uint8 (b, 3, S, S) channels last, {name: stacked parameters}; per text int64 (b, L)."""
+        """Yields (step, batch), start <= step < stop. On the device are "index", "label" (b,), per
+        view float (b, 3, S, S), per text int64 (b, L), and in "params" per view what was drawn for
+        its samples, {"flip": bool (b,), ...}."""
         start_by = "fork" if self.workers and sys.platform == "linux" else None
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.order(start, stop), collate_fn=self.collate,
             num_workers=self.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
             multiprocessing_context=start_by, pin_memory=self.device.type == "cuda")  # fmt: skip
         try:
-            batches, threads = iter(loader), torch.get_num_threads()
+            batches, usual = iter(loader), torch.get_num_threads()
         except OSError as error:
             raise UserError(f"{SHM_FULL}: {error}") from error
         if self.workers:  # torch's handler would raise a worker's death amid a step; next() sees it
             with contextlib.suppress(ValueError, AttributeError):  # in another thread, on Windows
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        busy = self.workers and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ
+        threads = max(1, usual - 1) if busy else usual  # threads that wait would take all cores
         for step in range(start, stop):
             begin = time.perf_counter()
             torch.set_num_threads(threads if self.workers else 1)  # several slow down small crops
@@ -128,7 +132,8 @@ class Loader:
                         text = f"{self.dataset.name}: sample {where} is replaced, {reason}"
                         print(text, file=sys.stderr)
                         self.named[where] = reason
-            yield step, self.to_device(batch)
+            yield step, self.finish(self.to_device(batch))
+        torch.set_num_threads(usual)
 
     def check_bad(self):
         """Called by all processes. UserError when over 1% of this or the last epoch was bad."""
@@ -180,20 +185,28 @@ class Loader:
         return out
 
     def collate(self, samples):
-        """In a worker: list of samples -> batch."""
-        batch = {"skipped": [s["skipped"] for s in samples]}
+        """In a worker: list of samples -> batch, with uint8 (b, 3, S, S), channels last, per view
+        in "pixels", for which finish() calls the views."""
+        batch = {"skipped": [s["skipped"] for s in samples], "pixels": {}, "params": {}}
         batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
         for name in self.views:
             crops, params = zip(*(s[name] for s in samples))
             crops = torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
             stacked = {k: torch.stack([torch.as_tensor(p[k]) for p in params]) for k in params[0]}
-            batch[name] = crops, stacked
+            batch["pixels"][name], batch["params"][name] = crops, stacked
         for name, text in self.texts.items():
             length = max(len(s[name]) for s in samples)
             if self.device.type == "cuda":  # multiples of 8: few lengths, which suit tensor cores
                 length = min((length + 7) // 8 * 8, getattr(text, "context_length", 2**31))
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
+        if self.device.type == "cpu" and torch.utils.data.get_worker_info():
+            self.finish(batch)  # a core for each worker, while several gain little here
         return share(batch)
+
+    def finish(self, batch):
+        for name, pixels in batch.pop("pixels", {}).items():
+            batch[name] = self.views[name](pixels, batch["params"][name])
+        return batch
 
     def to_device(self, x):
         if isinstance(x, dict):

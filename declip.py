@@ -649,7 +649,7 @@ def train(args: Args) -> dict:
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        view1, view2 = (views[name](*batch[name]) for name in views)
+        view1, view2 = batch["view1"], batch["view2"]
         text = batch["text"]
         text_aug = batch["text_aug"][:, : args.context_length]
         length = text.shape[1]  # of the longest caption

@@ -669,11 +669,12 @@ def train(args: Args) -> dict:
         run.log_evaluation(probe(encoder, bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        crops = [views[name](*batch[name]) for name in views]
+        crops = [batch[name] for name in views]
         drop_path = []
         if depth:
-            drop_path = [batch[name][1]["drop_path"] for name in views]
-        masks = [batch[name][1]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
+            drop_path = [batch["params"][name]["drop_path"] for name in views]
+        params = batch["params"]
+        masks = [params[name]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         start, end = args.weight_decay, args.weight_decay_end
         weight_decay = warmup_cosine(step, run.total, 0, start, end=end)

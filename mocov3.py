@@ -491,7 +491,7 @@ def train(args: Args) -> dict:
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        view1, view2 = (views[name](*batch[name]) for name in views)
+        view1, view2 = batch["view1"], batch["view2"]
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
 

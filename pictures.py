@@ -16,11 +16,7 @@ from common import UserError
 
 def save_batch(directory, batch, views):
     """Writes views.png of a batch of the loader."""
-    images = {}
-    for name, view in views.items():
-        pixels, params = batch[name]
-        images[name] = view(pixels[:8], {key: value[:8] for key, value in params.items()})
-    save_views(directory, images, views)
+    save_views(directory, {name: batch[name] for name in views}, views)
 
 
 def save_views(directory, images, views):

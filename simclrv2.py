@@ -487,7 +487,7 @@ def train(args: Args) -> dict:
     chance = math.log(len(classes))
 
     for step, batch in run.batches():
-        x, labels = view(*batch["view"]), batch["label"]
+        x, labels = batch["view"], batch["label"]
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
 

@@ -546,7 +546,7 @@ def train(args: Args) -> dict:
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        image, *augmented = (views[name](*batch[name]) for name in views)
+        image, *augmented = (batch[name] for name in views)
         inputs = image, batch["text"], *augmented
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(

@@ -223,7 +223,8 @@ class Decoupled(Loader):
         for (step, batch), (_, other) in zip(pairs, others):
             self.wait += self.others.wait
             self.others.wait = 0.0
-            yield step, batch | other
+            params = batch["params"] | other["params"]
+            yield step, {**batch, **other, "params": params}
 
     def check_bad(self):
         super().check_bad()
@@ -741,15 +742,14 @@ def train(args: Args) -> dict:
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        inputs = [views[name](*batch[name]) for name in other_views]
+        inputs = [batch[name] for name in other_views]
         pair = ()
         terms = {}
         numbers = {}
         if language:
-            image = views["image"](*batch["image"])
-            pair = image, batch["text"]
+            pair = batch["image"], batch["text"]
         if args.ssl == "beit":
-            inputs.append(batch["view1"][1]["mask"])
+            inputs.append(batch["params"]["view1"]["mask"])
         for group in optimizer.param_groups:
             group["lr"] = lr = warmup_cosine(
                 step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True

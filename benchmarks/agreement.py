@@ -37,7 +37,7 @@ def agreement(dataset, args):
     torch.manual_seed(args.seed)
     # in training mode: batch norm over the batch
     encoder = moco.image_encoder(moco.build_model(args))
-    features = [encoder(view(*batch[name])) for name in views]
+    features = [encoder(batch[name]) for name in views]
     a, b = (F.normalize(x - x.mean(0), dim=1) for x in features)
     cosines = a @ b.T
     own = torch.eye(len(a), dtype=torch.bool)

@@ -197,12 +197,14 @@ class Silent:
 
 
 def make_batch(loader, b, device):
-    """What the loader of a process yields, with random or no pixels."""
+    """What the loader of a process yields before it calls the views, with random or no pixels."""
     few = min(b, 64)
     repeated = torch.arange(b) % few
     batch = {
         "index": torch.arange(b, device=device),
         "label": torch.zeros(b, dtype=torch.int64, device=device),
+        "pixels": {},
+        "params": {},
     }
     for name, view in loader.views.items():
         draws = [view.sample(random.Random(f"{name} {i}")) for i in range(few)]
@@ -211,7 +213,7 @@ def make_batch(loader, b, device):
             values = [torch.as_tensor(draw[key]) for draw in draws]
             params[key] = torch.stack(values)[repeated].to(device)
         pixels = torch.randint(256, (b, view.size, view.size, 3), dtype=torch.uint8, device=device)
-        batch[name] = pixels.permute(0, 3, 1, 2), params
+        batch["pixels"][name], batch["params"][name] = pixels.permute(0, 3, 1, 2), params
     for name, text in loader.texts.items():
         batch[name] = torch.tensor([text("a b c", random.Random(0))] * b, device=device)
     return batch
@@ -242,7 +244,7 @@ def alone_among(module, gpus, device, marks, stages=()):
     class Repeated(Loader):
         def batches(self, start, stop):
             for step in range(start, stop):
-                yield step, make_batch(self, self.batch_size // gpus, device)
+                yield step, self.finish(make_batch(self, self.batch_size // gpus, device))
 
     def gather(x):
         parts = [torch.empty_like(x) for _ in range(gpus)]

@@ -365,7 +365,7 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
         lr = warmup_cosine(step, total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x = train_view(*batch["image"])
+        x = batch["image"]
         targets = smooth_targets(batch["label"], num_classes, args.label_smoothing)
         if args.mixup or args.cutmix:
             seed = seed_from(args.seed, step, "mix")

@@ -53,14 +53,14 @@ def cached_batches(features, labels, batch_size, args):
             yield epoch + first / whole, features[rows], labels[rows]
 
 
-def augmented_batches(encoder, loader, view, args):
+def augmented_batches(encoder, loader, args):
     """Features of freshly augmented images: passes over the data before this batch, (B, D), (B,).
     Every process yields the whole global batch, so that all train the same head."""
     steps = args.epochs * loader.steps_per_epoch
     for step, batch in bar(loader.batches(0, steps), "linear probe, steps", steps):
-        images, params = batch["image"]
-        with evaluating(encoder), torch.no_grad(), mixed_precision(args.dtype, images.device)[0]:
-            features = encoder(view(images, params)).float()
+        x = batch["image"]
+        with evaluating(encoder), torch.no_grad(), mixed_precision(args.dtype, x.device)[0]:
+            features = encoder(x).float()
         yield step / loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
         if (step + 1) % loader.steps_per_epoch == 0:
             loader.check_bad()
@@ -173,10 +173,10 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **options):
     elif args.grid:
         held_out, rest = split_off_tenth(len(train_set), args.seed)
         loader = loader_of(NamedSubset(train_set, rest.tolist()))
-        batches = augmented_batches(encoder, loader, probe_view, args)
+        batches = augmented_batches(encoder, loader, args)
         held_x, held_y = features_of(NamedSubset(train_set, held_out.tolist()))
     else:
-        batches = augmented_batches(encoder, loader_of(train_set), probe_view, args)
+        batches = augmented_batches(encoder, loader_of(train_set), args)
 
     lrs = [base_lr * batch / 256 for base_lr in base_lrs]
     heads = fit_heads(batches, dim, num_classes, lrs, args, device, columns)

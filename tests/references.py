@@ -60,7 +60,7 @@ def declip(trace, step, model, views, batch):
 
 
 def align(trace, step, model, views, batch):
-    image, text = model(views["image"], batch["text"], batch["image"][1]["depth"])
+    image, text = model(views["image"], batch["text"], batch["params"]["image"]["depth"])
     scale, smoothing = 1 / model.temperature, trace.args.label_smoothing
     return info_nce(image, text, scale, smoothing) + info_nce(text, image, scale, smoothing)
 
@@ -139,7 +139,7 @@ def teacher_temp(trace, step):
 
 
 def drawn(trace, batch, names):
-    return torch.cat([batch[name][1]["drop_path"] for name in names]) if trace.args.drop_path else None
+    return torch.cat([batch["params"][name]["drop_path"] for name in names]) if trace.args.drop_path else None
 
 
 def dino(trace, step, model, views, batch):
@@ -157,7 +157,7 @@ def dino(trace, step, model, views, batch):
 def student_and_teacher(trace, model, views, batch, tokens_of_teacher):
     """Tokens of the student's global crops, which are masked, and class tokens of its local ones; the mask."""
     large, small = ["global1", "global2"], list(views)[2:]
-    mask = torch.cat([batch[name][1]["mask"] for name in large]).flatten(1)
+    mask = torch.cat([batch["params"][name]["mask"] for name in large]).flatten(1)
     assert mask.any() and not mask.all()
     x = torch.cat([views[name] for name in large])
     tokens = model.student.backbone.tokens(x, mask, drawn(trace, batch, large))

@@ -531,7 +531,8 @@ def test_what_the_user_can_mend_is_one_sentence(photos, tmp_path, flags, word):
 def test_loader_gives_the_same_draws_to_any_number_of_workers(photos):
     dataset = open_dataset(str(photos))
     batches = [next(Loader(dataset, {"image": align.AlignView(32)}, {}, 8, workers=n).batches(0, 1))[1] for n in (0, 2)]
-    for a, b in zip(batches[0]["image"][1].values(), batches[1]["image"][1].values(), strict=True):
+    assert torch.equal(batches[0]["image"], batches[1]["image"])
+    for a, b in zip(*(batch["params"]["image"].values() for batch in batches), strict=True):
         assert torch.equal(a, b)
 
 

@@ -195,7 +195,8 @@ class Noise(Gradient):
 def batch_of(view, n, size):
     """Pixels and draws of n samples, stacked as the loader stacks them."""
     loader = data.Loader(Noise(n, size), {"view": view}, {}, n)
-    return next(iter(loader.batches(0, 1)))[1]["view"]
+    batch = loader.collate([loader[item] for item in next(loader.order(0, 1))])
+    return batch["pixels"]["view"], batch["params"]["view"]
 
 
 def by_torchvision(x, draw, kernel_size, norm=None):
@@ -270,9 +271,10 @@ def test_the_strong_views_do_flip():
     """What the test above would see if the language view flipped."""
     view = simclr.SimCLRView(32, strength=0.0, blur=False)
     loader = two_views(view, 300)
-    batch = loader.collate([loader[0, i] for i in range(300)])["view1"]
-    falling = view(*batch).mean(2)[:, 0].diff().mean(1) < 0
-    assert torch.equal(falling[~batch[1]["gray"]], batch[1]["flip"][~batch[1]["gray"]])
+    batch = loader.collate([loader[0, i] for i in range(300)])
+    draw = batch["params"]["view1"]
+    falling = view(batch["pixels"]["view1"], draw).mean(2)[:, 0].diff().mean(1) < 0
+    assert torch.equal(falling[~draw["gray"]], draw["flip"][~draw["gray"]])
 
 
 # -------------------------------------------- crops --------------------------------------------

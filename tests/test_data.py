@@ -1073,7 +1073,7 @@ class ToyView:
         }
 
     def __call__(self, x, draw):
-        return x.float()
+        return x * draw["sigma"].view(-1, 1, 1, 1)
 
 
 def toy_text(caption, rng):
@@ -1105,15 +1105,9 @@ def loader_of(dataset, batch_size=8, **options):
 
 def flat(batch):
     """{name: tensor} of a batch, whatever the depth."""
-    out = {}
-    for key, value in batch.items():
-        parts = (
-            {"": value}
-            if torch.is_tensor(value)
-            else {".pixels": value[0]} | {"." + k: v for k, v in value[1].items()}
-        )
-        out |= {key + name: part for name, part in parts.items()}
-    return out
+    if torch.is_tensor(batch):
+        return {"": batch}
+    return {f"{key}.{name}": part for key, value in batch.items() for name, part in flat(value).items()}
 
 
 def same(first, second):
@@ -1126,21 +1120,25 @@ def same(first, second):
 
 def test_batch():
     ((step, batch),) = loader_of(Toy(), seed=3).batches(2, 3)
-    assert step == 2 and set(batch) == {"index", "label", "a", "b", "text"}
+    assert step == 2 and set(batch) == {"index", "label", "a", "b", "text", "params"}
     assert batch["index"].dtype == torch.int64 and torch.equal(batch["label"], batch["index"] % 7)
-    pixels, draw = batch["a"]
+    loader = loader_of(Toy(), seed=3)
+    before = loader.collate([loader[item] for item in next(loader.order(2, 3))])
+    pixels, draw, params = before["pixels"]["a"], before["params"]["a"], batch["params"]
     assert pixels.shape == (8, 3, 16, 16) and pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert batch["a"].dtype == torch.float32 and torch.equal(batch["a"], ToyView()(pixels, draw))
+    assert draw.keys() == params["a"].keys() and all(torch.equal(draw[k], params["a"][k]) for k in draw)
     assert {k: (v.dtype, tuple(v.shape)) for k, v in draw.items()} == {
         "flip": (torch.bool, (8,)), "sigma": (torch.float32, (8,)), "order": (torch.int64, (8, 4)),
         "turn": (torch.int64, (8,)), "mask": (torch.float32, (8, 3))}  # fmt: skip
-    assert not torch.equal(pixels, batch["b"][0]) and not torch.equal(draw["sigma"], batch["b"][1]["sigma"])
+    assert not torch.equal(batch["a"], batch["b"]) and not torch.equal(draw["sigma"], params["b"]["sigma"])
     # every sample by itself: one generator per view, text and choice of caption
     for row, index in enumerate(batch["index"].tolist()):
         image, captions = decode(Toy()[index].image), Toy()[index].captions
         rng = random.Random(f"3 0 {index} b")
-        assert torch.equal(batch["b"][0][row], ToyView().crop(image, rng))
-        assert batch["b"][1]["sigma"][row].item() == torch.tensor(ToyView().sample(rng)["sigma"]).item()
+        assert torch.equal(before["pixels"]["b"][row], ToyView().crop(image, rng))
+        assert params["b"]["sigma"][row].item() == torch.tensor(ToyView().sample(rng)["sigma"]).item()
         caption = random.Random(f"3 0 {index} caption").choice(captions)
         ids = toy_text(caption, random.Random(f"3 0 {index} text"))
         padded = ids + [0] * (batch["text"].shape[1] - len(ids))
@@ -1169,7 +1167,7 @@ def test_captions_and_crops_change_from_epoch_to_epoch():
     rows = [{int(i): batch["text"][k].tolist() for k, i in enumerate(batch["index"])} for batch in seen]
     lengths = [{i: sum(t > 0 for t in row) for i, row in epoch.items()} for epoch in rows]
     assert len({tuple(sorted(epoch.items())) for epoch in lengths}) > 1
-    assert len({batch["a"][0].sum().item() for batch in seen}) == 6
+    assert len({batch["a"].sum().item() for batch in seen}) == 6
 
 
 @pytest.mark.parametrize("kind", ["toy", "tars"])
@@ -1187,6 +1185,37 @@ def test_any_number_of_workers_gives_the_same_batches(kind, tmp_path):
         runs.append([(batch, loader.bad) for _, batch in loader.batches(0, 2 * loader.steps_per_epoch)])
     assert len(runs[0]) == len(runs[1]) >= 10
     assert all(same(x, y) and bad == worse for (x, bad), (y, worse) in zip(*runs))
+
+
+def test_who_calls_the_views():
+    """Without a GPU the workers, which have a core each; else the process that trains, on its device."""
+
+    class Signed(ToyView):
+        def __call__(self, x, draw):
+            return torch.full(x.shape, float(os.getpid()))
+
+    def called(device="cpu", **options):
+        loader = Loader(Toy(), {"a": Signed()}, {}, 8, device=device, **options)
+        return next(loader.batches(0, 1))[1]["a"][0, 0, 0, 0].item()
+
+    assert called() == os.getpid() != called(workers=2) > 0
+    assert called("meta", workers=2) == os.getpid()  # it stands for a GPU
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("given", [True, False])
+def test_threads_leave_a_core_to_the_workers(workers, given, monkeypatch):
+    """Threads that wait for each other would take it. Who has set their number is obeyed."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = {torch.get_num_threads() for _ in loader_of(Toy(), workers=workers).batches(0, 7)}
+        assert seen == {2 if workers and not given else 3} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1211,7 +1240,7 @@ def test_processes_take_slices_of_the_same_batch(monkeypatch):
             joined = [flat(part[step]) for part in parts]
             for name, value in flat(batch).items():
                 pieces = [p[name] for p in joined]
-                if name == "text":  # padded to the longest of each part
+                if name == "text.":  # padded to the longest of each part
                     pieces = [torch.nn.functional.pad(p, (0, value.shape[1] - p.shape[1])) for p in pieces]
                 assert torch.equal(torch.cat(pieces), value), name
 
@@ -1244,7 +1273,7 @@ def test_bad_samples_are_replaced_counted_and_named_once(capfd):
         replaced = {7: 9, 8: 9, 30: 31}
         assert batch["index"].tolist() == [replaced.get(i, i) for i in expected["index"].tolist()]
         good = batch["index"] == expected["index"]
-        assert torch.equal(batch["a"][0][good], expected["a"][0][good])
+        assert torch.equal(batch["a"][good], expected["a"][good])
         loader.check_bad()
         if step % 10 == 9:
             assert loader.bad == 3

@@ -291,7 +291,7 @@ def test_draws_do_not_depend_on_the_batch():
     for size in (8, 4):
         for _, batch in Loader(dataset, views, {}, size).batches(0, 16 // size):
             for name in views:
-                u = batch[name][1]["drop_path"]
+                u = batch["params"][name]["drop_path"]
                 assert u.shape == (size, 3, 2)
                 for index, numbers in zip(batch["index"].tolist(), u):
                     assert torch.equal(drawn.setdefault((name, index), numbers), numbers)

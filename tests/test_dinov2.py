@@ -183,7 +183,7 @@ def test_draws_do_not_depend_on_the_batch():
     for size, workers in ((8, 0), (4, 0), (8, 2)):
         for _, batch in Loader(dataset, views, {}, size, 0, workers).batches(0, 16 // size):
             for name in views:
-                draw = batch[name][1]
+                draw = batch["params"][name]
                 for index, mask, u in zip(batch["index"].tolist(), draw["mask"], draw["drop_path"]):
                     numbers = mask.flatten().tolist() + u.flatten().tolist()
                     assert drawn.setdefault((name, index), numbers) == numbers
@@ -437,7 +437,8 @@ def test_views_png_shows_the_pictures(photos, tmp_path):
         pictures.save_views(tmp_path, {"v": torch.zeros(8, 3, 32, 32)}, {"v": object()})
     train_here("dinov2", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
     page = np.asarray(Image.open(tmp_path / "run/views.png"))
-    shown, _ = next(Loader(open_dataset(str(photos)), {"v": dinov2.DINOv2View(32, mask=dict(side=4))}, {}, 8).batches(0, 1))[1]["v"]
+    loader = Loader(open_dataset(str(photos)), {"v": dinov2.DINOv2View(32, mask=dict(side=4))}, {}, 8)
+    shown = loader.collate([loader[0, i] for i in range(8)])["pixels"]["v"]
     assert page[16:140].mean() == pytest.approx(shown.float().mean().item(), rel=0.5)
 
 

@@ -610,11 +610,11 @@ def test_batches_count_their_passes():
     found = [passes for passes, _, _ in probes.cached_batches(x, y, 4, Args(epochs=2))]
     assert found == [0, 0.5, 1, 1.5]
     loader = Loader(Toy(10), {"image": probes.ProbeView(VIEW)}, {}, 4)
-    found = [passes for passes, _, _ in probes.augmented_batches(Pixels(), loader, VIEW, Args(epochs=2))]
+    found = [passes for passes, _, _ in probes.augmented_batches(Pixels(), loader, Args(epochs=2))]
     assert found == [0, 0.5, 1, 1.5]
     loader = Loader(Toy(10, broken=True), {"image": probes.ProbeView(VIEW)}, {}, 4)
     with pytest.raises(UserError, match="2 samples of toy are bad, over 1% of an epoch"):
-        list(probes.augmented_batches(Pixels(), loader, VIEW, Args(epochs=2)))
+        list(probes.augmented_batches(Pixels(), loader, Args(epochs=2)))
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -221,7 +221,9 @@ VIEWS = {
 def test_augmentation_equals_the_cpu_s(name, photos):
     """Every sample with its own draws. A GPU computes all of a batch, the CPU only the chosen samples."""
     view, dataset = VIEWS[name](), data.open_dataset(str(photos))
-    pixels, draw = next(iter(data.Loader(dataset, {"view": view}, {}, 48).batches(0, 1)))[1]["view"]
+    loader = data.Loader(dataset, {"view": view}, {}, 48)
+    batch = loader.collate([loader[item] for item in next(loader.order(0, 1))])
+    pixels, draw = batch["pixels"]["view"], batch["params"]["view"]
     on_cpu = view(pixels, draw)
     pixels, draw = pixels.to(DEVICE), {key: value.to(DEVICE) for key, value in draw.items()}
     moved = view(pixels, draw)
@@ -233,8 +235,9 @@ def test_augmentation_equals_the_cpu_s(name, photos):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_arrive_whole(photos, workers):
+def test_batches_arrive_whole(photos, workers, monkeypatch):
     """Pinned and copied while the host goes on: the same numbers as on the CPU."""
+    monkeypatch.setattr(data.Loader, "finish", lambda self, batch: batch)
     dataset, tokenizer = data.open_dataset(str(photos)), data.Tokenizer("train", 24, ["a red star"] * 9, 600)
     views = {"view1": slip.SSLView(64), "view2": slip.SSLView(64)}
     wanted = dict(data.Loader(dataset, views, {"text": tokenizer}, 16).batches(0, 5))
@@ -243,7 +246,8 @@ def test_batches_arrive_whole(photos, workers):
         for key in ("index", "label", "text"):
             assert batch[key].device.type == DEVICE and torch.equal(batch[key].cpu(), wanted[step][key])
         for key in views:
-            (pixels, draw), (wanted_pixels, wanted_draw) = batch[key], wanted[step][key]
+            pixels, wanted_pixels = batch["pixels"][key], wanted[step]["pixels"][key]
+            draw, wanted_draw = batch["params"][key], wanted[step]["params"][key]
             assert pixels.device.type == DEVICE and pixels.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(pixels.cpu(), wanted_pixels)
             assert all(torch.equal(draw[k].cpu(), wanted_draw[k]) for k in wanted_draw)

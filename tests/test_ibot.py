@@ -233,9 +233,9 @@ def test_draws_do_not_depend_on_the_batch():
     def draws(size, first, seed=0, workers=0):
         loader = Loader(dataset, views, {}, size, seed, workers)
         for _, batch in loader.batches(first * 8 // size, first * 8 // size + 16 // size):
-            assert "mask" not in batch["local1"][1]
+            assert "mask" not in batch["params"]["local1"]
             for name in ("global1", "global2"):
-                draw = batch[name][1]
+                draw = batch["params"][name]
                 assert draw["mask"].shape == (size, 4, 4) and draw["mask"].dtype == torch.bool and draw["drop_path"].shape == (size, 3, 2)
                 for index, m, u in zip(batch["index"].tolist(), draw["mask"], draw["drop_path"]):
                     yield (name, index), (m.flatten().tolist(), u.flatten().tolist())

@@ -340,7 +340,7 @@ def test_decoupled_images_are_one_loader(photos):
     dataset = slip_ablations.open_dataset(str(photos))
     loader = slip_ablations.Decoupled(dataset, {"image": views["image"]}, {"view1": views["view1"]}, {}, 8, 0, 0, "cpu")
     (_, batch), *_ = loader.batches(0, 2)
-    assert {"image", "view1", "index", "label"} == set(batch) and loader.wait > 0 == loader.others.wait
+    assert {"image", "view1", "index", "label", "params"} == set(batch) and set(batch["params"]) == set(views) and loader.wait > 0 == loader.others.wait
     shared = slip_ablations.Decoupled(dataset, {"image": views["image"]}, {"view1": views["view1"]}, {}, 8, 0, 3, "cpu")
     assert 0 < shared.workers + shared.others.workers <= 3  # both together
     loader.check_bad()
