@@ -27,7 +27,7 @@ there (evaluation.weights.align_state). Differences:
  - Images are shrunk with antialiasing, as Hugging Face does. coyo shrinks without.
  - Convolutions start with coyo's variances. torchvision's depthwise ones would start 8 to 62 times
    smaller, because it divides their variance by the number of channels and TensorFlow does not.
- - tau >= 0.01, far below the 1/64 where it ends. coyo has no bound, and small runs could pass 0.
+ - tau >= 0.01, below the 1/64 where it ends. coyo has no bound, and small runs could pass 0.
  - --tokenizer train learns byte pairs, which spell any script. The paper has 100,000 word pieces
    of its texts.
 
@@ -151,7 +151,7 @@ class AlignView:
         return {"flip": flip, "depth": depth}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         return normalize(x, self.mean, self.std)
 
@@ -353,7 +353,7 @@ class GroupBatchNorm(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-# Adapted from moco.py: group_batchnorm
+# Copied from moco.py: group_batchnorm
 def group_batchnorm(model, group):
     """Makes every batch norm of `model` use statistics of `group` samples."""
     for module in model.modules():

@@ -27,8 +27,8 @@ Laptop        torchrun byol.py
 Backbones are torchvision's ResNets. Differences from the official code:
  - No linear classifier is trained along on the labels. It does not reach the encoder, and kNN shows
    the same.
- - Colour operations are torchvision's: brightness is a factor, contrast mixes with the mean grey
-   level; official: brightness is added, contrast is per channel.
+ - Colour operations are torchvision's: brightness is a factor, contrast and saturation mix with
+   grey; official: brightness is added, contrast is per channel, saturation is HSV's.
  - Crops are antialiased, and drawn again until they fit into the image; official: TensorFlow's
    resizing, and a crop that does not fit is clipped.
  - Convolutions start as in simclr.py; official: Haiku's default.
@@ -167,7 +167,7 @@ class BYOLView:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])

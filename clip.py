@@ -26,6 +26,7 @@ something open, this file does what open_clip does. Differences:
  - The crop is open_clip's RandomResizedCrop of 90 to 100% of the area; the paper says "a random
    square crop".
  - --accum-steps is exact, see replay_backward.
+ - Batch norm of a ResNet is over the global batch (open_clip: --use-bn-sync).
 
 Diff against: nothing, this is where the language-image files start.
 """
@@ -125,7 +126,7 @@ class LanguageView:
         return {}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
@@ -517,7 +518,7 @@ def train(args: Args) -> dict:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
-    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    no_decay = [p for p in trained if p.ndim < 2]  # norms, biases, logit scale, class token
     groups = [
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},

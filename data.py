@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from common import UserError, rank, world_size
 from sources import NAMES, Sample, open_dataset  # noqa: F401
 
+THREADS = torch.get_num_threads()  # of this process, before a loader lowers it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -71,10 +73,10 @@ class Loader:
     restart, and together the same for any number of processes.
 
     views: {name: object with crop(image, rng) and sample(rng), called for a sample in a worker, and
-    __call__(pixels, params), called for a batch on the GPU, or in a worker if there is none};
+    __call__(pixels, params), called for a batch on the GPU, or in a worker if training uses none};
     texts: {name: function(caption, rng) -> ids}; batch_size: of all processes. Each view and text
     of a sample has its own random.Random. bad: replaced samples of this epoch and process. wait:
-    seconds waited, to be reset. threads: torch's in this process while it trains."""
+    seconds waited, to be reset."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
         if batch_size % (world := world_size()):
@@ -88,6 +90,8 @@ class Loader:
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
         cores = max(1, len(usable(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # per process
         self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
+        if self.workers and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, THREADS - 1))  # threads that wait keep workers from a core
         self.steps_per_epoch = len(dataset) // batch_size  # the rest differs from epoch to epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
@@ -101,14 +105,12 @@ class Loader:
             num_workers=self.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
             multiprocessing_context=start_by, pin_memory=self.device.type == "cuda")  # fmt: skip
         try:
-            batches, usual = iter(loader), torch.get_num_threads()
+            batches, threads = iter(loader), torch.get_num_threads()
         except OSError as error:
             raise UserError(f"{SHM_FULL}: {error}") from error
         if self.workers:  # torch's handler would raise a worker's death amid a step; next() sees it
             with contextlib.suppress(ValueError, AttributeError):  # in another thread, on Windows
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        busy = self.workers and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ
-        threads = max(1, usual - 1) if busy else usual  # threads that wait would take all cores
         for step in range(start, stop):
             begin = time.perf_counter()
             torch.set_num_threads(threads if self.workers else 1)  # several slow down small crops
@@ -132,8 +134,7 @@ class Loader:
                         text = f"{self.dataset.name}: sample {where} is replaced, {reason}"
                         print(text, file=sys.stderr)
                         self.named[where] = reason
-            yield step, self.finish(self.to_device(batch))
-        torch.set_num_threads(usual)
+            yield step, self.call_views(self.to_device(batch))
 
     def check_bad(self):
         """Called by all processes. UserError when over 1% of this or the last epoch was bad."""
@@ -185,8 +186,8 @@ class Loader:
         return out
 
     def collate(self, samples):
-        """In a worker: list of samples -> batch, with uint8 (b, 3, S, S), channels last, per view
-        in "pixels", for which finish() calls the views."""
+        """In a worker: list of samples -> batch. For a GPU it has uint8 (b, 3, S, S), channels
+        last, per view in "pixels"; on a CPU the views are called at once."""
         batch = {"skipped": [s["skipped"] for s in samples], "pixels": {}, "params": {}}
         batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
         for name in self.views:
@@ -199,11 +200,20 @@ class Loader:
             if self.device.type == "cuda":  # multiples of 8: few lengths, which suit tensor cores
                 length = min((length + 7) // 8 * 8, getattr(text, "context_length", 2**31))
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
-        if self.device.type == "cpu" and torch.utils.data.get_worker_info():
-            self.finish(batch)  # a core for each worker, while several gain little here
+        if self.device.type == "cpu" and self.has_room(batch):
+            self.call_views(batch)
         return share(batch)
 
-    def finish(self, batch):
+    def has_room(self, batch):
+        """Whether /dev/shm, where workers put batches, can hold them as floats, and not only as
+        bytes. Docker gives it 64 MB; elsewhere it is half of the memory, of which this is half."""
+        if not self.workers or not os.path.isdir("/dev/shm"):
+            return True
+        size = sum(4 * pixels.numel() for pixels in batch["pixels"].values())
+        return shutil.disk_usage("/dev/shm").free > 4 * self.workers * size
+
+    def call_views(self, batch):
+        """"pixels" -> a float (b, 3, S, S) per view, in place, unless a worker has done it."""
         for name, pixels in batch.pop("pixels", {}).items():
             batch[name] = self.views[name](pixels, batch["params"][name])
         return batch
@@ -211,8 +221,6 @@ class Loader:
     def to_device(self, x):
         if isinstance(x, dict):
             return {key: self.to_device(value) for key, value in x.items()}
-        if isinstance(x, tuple | list):  # pinning makes lists of tuples
-            return tuple(map(self.to_device, x))
         return x.to(self.device, non_blocking=self.device.type == "cuda")
 
 

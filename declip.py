@@ -10,7 +10,7 @@ text, N and N' the entries of a queue nearest to T and T', s = exp(t), alpha = b
     L_MVS = C(I1, T') + C(I2, T) + C(I2, T'),  chance 3 ln B
     L_NNS = 1/2 [ C(I1, N) + C(I2, N) ],  chance ln B
     L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z), and no gradient
-        through z (SimSiam Eq. 2)
+        through z (SimSiam Eq. 4)
     L_TSS = mean over the masked tokens of -log p(token),  chance ln V
 B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K length of the
 queue, V number of tokens.
@@ -32,7 +32,8 @@ of the paper. With --released the following is done as in the released code:
 Never reproduced, even with --released: per-process batch norm and queue; a queue that is lost at a
 restart and drops entries that do not fit before its end; L_TSS averaged over processes, not over
 tokens. All of these would make a run depend on the number of processes or restarts. Nor are the
-class token and the biases of attention's in_proj decayed, as they are there.
+class token and the biases of attention's in_proj decayed, as they are there. One of a sample's
+captions is drawn, not the first taken, and a GPU computes in mixed precision, not in float32.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -88,7 +89,7 @@ class Args(RunArgs):
     lr: float = 1e-3  # peak learning rate (official code)
     min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
     warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
-    weight_decay: float = 0.1  # of everything but gains, biases and the class token
+    weight_decay: float = 0.1  # of all but gains, biases, class token and logit scale
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it
@@ -545,7 +546,7 @@ def info_nce(images, texts, logit_scale):
 
 
 def simsiam_loss(p1, p2, z1, z2):
-    """L_ISS (SimSiam Eq. 2): 0 for unrelated directions, -1 at best. (b, D) each, any length."""
+    """L_ISS (SimSiam Eq. 4): 0 for unrelated directions, -1 at best. (b, D) each, any length."""
     z1 = z1.detach().float()
     z2 = z2.detach().float()
     cosine1 = F.cosine_similarity(p1.float(), z2).mean()
@@ -626,7 +627,7 @@ def train(args: Args) -> dict:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
-    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    no_decay = [p for p in trained if p.ndim < 2]  # norms, biases, logit scale, class token
     groups = [
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
@@ -652,7 +653,7 @@ def train(args: Args) -> dict:
         view1, view2 = batch["view1"], batch["view2"]
         text = batch["text"]
         text_aug = batch["text_aug"][:, : args.context_length]
-        length = text.shape[1]  # of the longest caption
+        length = text.shape[1]  # of the longest caption, on a GPU rounded up
         masked = batch["masked"][:, :length]
         labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
         for group in optimizer.param_groups:

@@ -26,8 +26,8 @@ Differences from the official code:
  - The samples that stochastic depth leaves out are a function of seed, epoch, sample and crop, like
    everything random about a sample, so a run is the same on any number of processes. Official: the
    global random state of each process.
- - Crops are antialiased and blur is a true Gaussian of sigma pixels. Official: Pillow's resizing,
-   and its blur, which is made of box filters.
+ - Blur is a true Gaussian of sigma pixels, colours are floats. Official: Pillow's blur, which is
+   made of box filters, and bytes.
  - A GPU computes in mixed precision. The paper's runs are in float32 (--dtype fp32).
 
 Diff against: byol.py.
@@ -103,7 +103,7 @@ class Args(RunArgs):
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
 RECIPES = {
     # our own, for the drawn scenes: as cifar10 below, but with a smaller network, batch and K,
-    # milder crops, no jitter, a faster teacher, and a rate that hardly falls
+    # milder crops, no jitter, a faster teacher, and a rate that falls to a third
     "flocks": dict(
         arch="resnet10", width=0.25, stem="small", zero_init_residual=True, image_size=32,
         local_crops=0, crop_split=0.6, jitter_strength=0.0, blur=False, head_layers=2,
@@ -207,7 +207,7 @@ class DINOView:
         return params
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -219,7 +219,7 @@ class DINOView:
         return normalize(x, self.mean, self.std)
 
 
-# Adapted from simclr.py: eval_view, normalised
+# Copied from byol.py: eval_view
 def eval_view(args) -> EvalView:
     """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
     resize = round(args.image_size / 0.875)
@@ -532,15 +532,15 @@ def image_encoder(model: DINO) -> nn.Module:
 
 # ---------------------------------------- loss ----------------------------------------
 def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
-    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level
-    ln K.
+    """Cross-entropy of the student's crops to the teacher's two (DINO Eq. 3), in nats; chance
+    level ln K.
 
     student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first,
     any dtype; center: (1, K). Call it outside autocast. Returns loss, entropy of P_t and
-    KL(P_t, P_s) (Eq. 5), means over this process's b images: the means over processes are those of
-    the global batch, nothing needs to be gathered."""
+    KL(P_t, P_s) (DINO Eq. 5), means over this process's b images: the means over processes are
+    those of the global batch, nothing needs to be gathered."""
     n_views = 2 * len(student) // len(teacher)
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)  # Eq. 1
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)  # DINO Eq. 1
     centered = teacher.detach().float() - center
     log_p_t = F.log_softmax(centered / teacher_temp, dim=-1)  # sharpened
     p_t = log_p_t.exp().chunk(2)
@@ -551,14 +551,14 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
                 terms.append(-(p_t[x] * log_p_s[y]).sum(-1).mean())
     loss = sum(terms) / len(terms)
     entropy = -(log_p_t.exp() * log_p_t).sum(-1).mean()
-    kl = loss.detach() - entropy  # Eq. 5
+    kl = loss.detach() - entropy  # DINO Eq. 5
     return loss, entropy, kl
 
 
 @torch.no_grad()
 def update_center(center, teacher, momentum=0.9):
-    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in
-    place. To be called after the loss: a batch is centered by the batches before it."""
+    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (DINO
+    Eq. 4), in place. To be called after the loss: a batch is centered by the batches before it."""
     mean = teacher.float().mean(0, keepdim=True)  # (1, K), of this process
     mean = all_gather(mean).mean(0, keepdim=True)
     center.lerp_(mean, 1 - momentum)

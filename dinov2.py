@@ -204,7 +204,7 @@ class DINOv2View:
         return params
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -669,11 +669,10 @@ def train(args: Args) -> dict:
         run.log_evaluation(probe(encoder, bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        crops = [batch[name] for name in views]
+        crops, params = [batch[name] for name in views], batch["params"]
         drop_path = []
         if depth:
-            drop_path = [batch["params"][name]["drop_path"] for name in views]
-        params = batch["params"]
+            drop_path = [params[name]["drop_path"] for name in views]
         masks = [params[name]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         start, end = args.weight_decay, args.weight_decay_end

@@ -27,8 +27,8 @@ Differences from the official code:
    any number of processes. Official: the global random state, seeded alike on all processes.
  - Student and teacher either both share prototypes between class token and patches or both do not,
    and both losses have one tau_t, as in all released runs. Official: separate flags.
- - Crops are antialiased and blur is a true Gaussian of sigma pixels. Official: Pillow's resizing,
-   and its blur, which is made of box filters.
+ - Blur is a true Gaussian of sigma pixels, colours are floats, and a GPU computes in bfloat16 where
+   it can. Official: Pillow's blur, which is made of box filters, bytes, and float16.
 
 Diff against: dino.py.
 """
@@ -217,7 +217,7 @@ class IBOTView:
         return params
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -499,15 +499,15 @@ def image_encoder(model: IBOT) -> nn.Module:
 # ---------------------------------------- loss ----------------------------------------
 # Copied from dino.py: dino_loss
 def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
-    """Cross-entropy of the student's crops to the teacher's two (Eq. 3), in nats; chance level
-    ln K.
+    """Cross-entropy of the student's crops to the teacher's two (DINO Eq. 3), in nats; chance
+    level ln K.
 
     student: (V b, K) and teacher: (2 b, K) logits of this process, rows of the first crop first,
     any dtype; center: (1, K). Call it outside autocast. Returns loss, entropy of P_t and
-    KL(P_t, P_s) (Eq. 5), means over this process's b images: the means over processes are those of
-    the global batch, nothing needs to be gathered."""
+    KL(P_t, P_s) (DINO Eq. 5), means over this process's b images: the means over processes are
+    those of the global batch, nothing needs to be gathered."""
     n_views = 2 * len(student) // len(teacher)
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)  # Eq. 1
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)  # DINO Eq. 1
     centered = teacher.detach().float() - center
     log_p_t = F.log_softmax(centered / teacher_temp, dim=-1)  # sharpened
     p_t = log_p_t.exp().chunk(2)
@@ -518,7 +518,7 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
                 terms.append(-(p_t[x] * log_p_s[y]).sum(-1).mean())
     loss = sum(terms) / len(terms)
     entropy = -(log_p_t.exp() * log_p_t).sum(-1).mean()
-    kl = loss.detach() - entropy  # Eq. 5
+    kl = loss.detach() - entropy  # DINO Eq. 5
     return loss, entropy, kl
 
 
@@ -542,8 +542,8 @@ def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
 # Copied from dino.py: update_center
 @torch.no_grad()
 def update_center(center, teacher, momentum=0.9):
-    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (Eq. 4), in
-    place. To be called after the loss: a batch is centered by the batches before it."""
+    """c <- m c + (1 - m) mean of the teacher's logits (2 b, K) over the global batch (DINO
+    Eq. 4), in place. To be called after the loss: a batch is centered by the batches before it."""
     mean = teacher.float().mean(0, keepdim=True)  # (1, K), of this process
     mean = all_gather(mean).mean(0, keepdim=True)
     center.lerp_(mean, 1 - momentum)
@@ -613,11 +613,10 @@ def train(args: Args) -> dict:
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        crops = [batch[name] for name in views]
+        crops, params = [batch[name] for name in views], batch["params"]
         drop_path = []
         if depth:
-            drop_path = [batch["params"][name]["drop_path"] for name in views]
-        params = batch["params"]
+            drop_path = [params[name]["drop_path"] for name in views]
         masks = [params[name]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:

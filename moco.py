@@ -150,7 +150,7 @@ class MoCoView:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         if self.version == "1":  # before the jitter, whose hue and saturation leave grey as it is
             x = grayscale(x, params["gray"])

@@ -8,7 +8,8 @@ transformers train stably when their patch embedding stays as it was initialised
 Loss (Eq. 1, Algorithm 1), q and k of unit length, tau the temperature, B keys of the other view:
     ctr(q, k) = -2 tau log( exp(q.k_+ / tau) / sum_j exp(q.k_j / tau) ), mean over the batch
     L = ctr(q1, k2) + ctr(q2, k1), chance level 4 tau ln B
-    before the keys are computed: theta_k <- m theta_k + (1 - m) theta_q, m rises from 0.99 to 1
+    before the keys (official code; in Algorithm 1 after the step), with m from 0.99 to 1:
+        theta_k <- m theta_k + (1 - m) theta_q
 B global batch, b = B / processes, N tokens, D features of the backbone, E output of the heads, S
 image size in pixels.
 
@@ -162,7 +163,7 @@ class MoCoV3View:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -350,8 +351,8 @@ def make_encoder(args):
 
 # ---------------------------------------- model ----------------------------------------
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
-    """Projector and predictor (Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
-    without scale and offset. No biases."""
+    """Projector and predictor (MoCo v3 Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm,
+    BN without scale and offset. No biases."""
     sizes = [dim] + [hidden] * (layers - 1)
     modules = []
     for a, b in zip(sizes, sizes[1:]):
@@ -379,8 +380,8 @@ class MoCoV3(nn.Module):
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):
-        """theta_k <- m theta_k + (1 - m) theta_q (Algorithm 1). Only parameters move: the momentum
-        encoder's batch norm has statistics of its own forward passes."""
+        """theta_k <- m theta_k + (1 - m) theta_q. Only parameters move: the momentum encoder's
+        batch norm has statistics of its own forward passes."""
         theta_q = list(self.base_encoder.parameters())
         theta_k = list(self.momentum_encoder.parameters())
         torch._foreach_lerp_(theta_k, theta_q, 1 - m)
@@ -418,7 +419,7 @@ def image_encoder(model: MoCoV3) -> nn.Module:
 
 # ---------------------------------------- loss ----------------------------------------
 def contrastive_loss(q, k, temperature):
-    """ctr of Algorithm 1 over the global batch, 2 tau times nats; chance level 2 tau ln B. The
+    """ctr of MoCo v3's Algorithm 1 over the global batch, 2 tau times nats; chance 2 tau ln B. The
     factor keeps the size of the gradient when tau changes (BYOL's appendix).
 
     q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows

@@ -68,7 +68,7 @@ class EvalView:
         return {}
 
     def __call__(self, x, params=None):
-        """On the device: uint8 (b, 3, S, S) -> normalised float."""
+        """For a batch: uint8 (b, 3, S, S) -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 

@@ -148,7 +148,7 @@ class SimCLRView:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> float in [0, 1]."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> float in [0, 1]."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])

@@ -3,8 +3,8 @@
 
 Stages 2 and 3 of three; stage 1 is simclr.py. The pretrained network becomes a classifier with the
 labels of a small part of the images; that classifier then teaches a student on all images, without
-their labels. Two things make this work: fine-tuning from inside the projection head, and bigger
-networks where labels are fewer.
+their labels. Three things make this work: fine-tuning from inside the projection head, bigger
+networks where labels are fewer, and images without labels once the task is known.
 
 Losses, f(x) the C logits of an image x, tau the temperature, P(y|x; tau) = softmax(f(x) / tau)[y]:
     finetune   L = -mean over the labelled x of log P(y|x; 1)
@@ -159,7 +159,7 @@ class CropFlipView:
         return {"flip": rng.random() < 0.5}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> float in [0, 1]."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> float in [0, 1]."""
         return hflip(to_float(x), params["flip"])
 
 

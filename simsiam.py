@@ -141,7 +141,7 @@ class SimSiamView:
         }
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -152,7 +152,7 @@ class SimSiamView:
         return normalize(x, self.mean, self.std)
 
 
-# Adapted from byol.py: eval_view, bilinear
+# Copied from moco.py: eval_view
 def eval_view(args) -> EvalView:
     """The central 87.5% of the shorter side, or the whole of a small image (official code)."""
     resize = round(args.image_size / 0.875)

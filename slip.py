@@ -24,7 +24,8 @@ Parameter names are the official code's, so its checkpoints load strictly
    1 and 64 GPUs train differently (official issue 31). --no-gather-grad gives that back.
  - A caption that is too long keeps its end token, which the text encoder pools at; the official
    code truncates it away.
- - The blur is a true Gaussian of sigma pixels; the official code has Pillow's box filters instead.
+ - Blur is a true Gaussian, colours are floats, a GPU computes in bfloat16 where it can; official:
+   Pillow's box filters, bytes, and float16.
  - The three images of a pair go through the encoder in one batch, in the official code in three.
    There is no batch norm in it, so the numbers are the same.
  - Losses are computed in float32. --accum-steps is exact; officially a piece is a batch of its own.
@@ -132,7 +133,7 @@ class LanguageView:
         return {}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         return normalize(to_float(x), self.mean, self.std)
 
 
@@ -506,7 +507,7 @@ def train(args: Args) -> dict:
         model.image_mlp.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]  # all but those of --freeze
     decay = [p for p in trained if p.ndim >= 2]
-    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    no_decay = [p for p in trained if p.ndim < 2]  # norms, biases, logit scale
     groups = [
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},

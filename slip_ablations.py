@@ -214,9 +214,11 @@ class Decoupled(Loader):
     """Pairs from one half of the images, and views from the other half (Sec. 5.3)."""
 
     def __init__(self, dataset, pair_views, other_views, texts, batch_size, seed, workers, device):
-        step = batch_size, seed  # and half of the workers for each
-        super().__init__(half_of(dataset, 0), pair_views, texts, *step, (workers + 1) // 2, device)
-        self.others = Loader(half_of(dataset, 1), other_views, {}, *step, workers // 2, device)
+        step = batch_size, seed
+        super().__init__(half_of(dataset, 0), pair_views, texts, *step, workers, device)
+        half = self.workers // 2  # each has half of the workers
+        self.others = Loader(half_of(dataset, 1), other_views, {}, *step, half, device)
+        self.workers -= half
 
     def batches(self, start, stop):
         pairs, others = super().batches(start, stop), self.others.batches(start, stop)
@@ -357,8 +359,8 @@ class Transformer(nn.Module):
 # ---------------------------------------- model ----------------------------------------
 # Copied from mocov3.py: mlp
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
-    """Projector and predictor (Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm, BN
-    without scale and offset. No biases."""
+    """Projector and predictor (MoCo v3 Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm,
+    BN without scale and offset. No biases."""
     sizes = [dim] + [hidden] * (layers - 1)
     modules = []
     for a, b in zip(sizes, sizes[1:]):
@@ -595,7 +597,7 @@ def nt_xent_loss(z1, z2, temperature):
 
 # Copied from mocov3.py: contrastive_loss
 def contrastive_loss(q, k, temperature):
-    """ctr of Algorithm 1 over the global batch, 2 tau times nats; chance level 2 tau ln B. The
+    """ctr of MoCo v3's Algorithm 1 over the global batch, 2 tau times nats; chance 2 tau ln B. The
     factor keeps the size of the gradient when tau changes (BYOL's appendix).
 
     q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows
@@ -714,7 +716,7 @@ def train(args: Args) -> dict:
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]  # all but an EMA's
     decay = [p for p in trained if p.ndim >= 2]
-    no_decay = [p for p in trained if p.ndim < 2]  # norms and biases
+    no_decay = [p for p in trained if p.ndim < 2]  # norms, biases, logit scale
     groups = [
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},

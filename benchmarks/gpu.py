@@ -149,10 +149,9 @@ class Meter:
             cls.__call__ = original
         self.originals = {}
 
-    def steps(self, source, finish, job, warm):
-        """Yields batches of the source after finish(), which calls the views and belongs to the
-        step: `warm` of them, then as many as take job["seconds"]. Afterwards self.result describes
-        the latter."""
+    def steps(self, source, call_views, job, warm):
+        """Yields batches of the source after call_views(), which belongs to the step: `warm` of
+        them, then as many as take job["seconds"]. Afterwards self.result describes the latter."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,15 +159,15 @@ class Meter:
             if self.count_flops and i == 1:
                 self.flops = 0
                 with FlopCounterMode(display=False) as self.counter:
-                    yield finish(dict(next(source)))
+                    yield call_views(dict(next(source)))
                 self.flops += self.counter.get_total_flops()
                 self.counter = None
             else:
-                yield finish(dict(next(source)))
+                yield call_views(dict(next(source)))
         first_peak = torch.cuda.max_memory_allocated() if self.clock.gpu else 0  # compiler included
         self.clock.wait()
         begin = time.perf_counter()
-        yield finish(dict(next(source)))
+        yield call_views(dict(next(source)))
         self.clock.wait()
         number = job["seconds"] / (time.perf_counter() - begin)
         number = min(max(round(number), job["least"]), 400)
@@ -179,7 +178,7 @@ class Meter:
             asked = time.perf_counter()
             batch = next(source)
             waited += time.perf_counter() - asked
-            yield finish(dict(batch))
+            yield call_views(dict(batch))
             marks.append(self.clock.mark())
         self.clock.wait()
         seconds = [self.clock.between(a, b) for a, b in zip(marks, marks[1:])]
@@ -236,7 +235,11 @@ def synthetic_loader(meter, job):
     from data import Loader
 
     class Synthetic(Loader):
+        def call_views(self, batch):
+            return batch  # Meter.steps() does it, as a part of a step
+
         def batches(self, start, stop):
+            call_views = super().call_views
             rngs, samples = [random.Random(i) for i in range(self.batch_size)], []
             for i, rng in enumerate(rngs):
                 sample = {"index": i, "label": -1, "skipped": {}}
@@ -251,10 +254,10 @@ def synthetic_loader(meter, job):
             batch = self.to_device(batch)
             meter.watch(self.views.values())
             if job.get("warm"):  # only to fill the compiler's cache
-                yield from ((step, self.finish(dict(batch))) for step in range(2))
+                yield from ((step, call_views(dict(batch))) for step in range(2))
                 raise Measured
             source = itertools.repeat(batch)
-            yield from enumerate(meter.steps(source, self.finish, job, warm=4))
+            yield from enumerate(meter.steps(source, call_views, job, warm=4))
             raise Measured
 
         def check_bad(self):
@@ -269,11 +272,11 @@ def real_loader(meter, job):
     from data import Loader
 
     class Real(Loader):
-        def finish(self, batch):
-            return batch  # Meter.steps() calls the views, which belong to a step
+        def call_views(self, batch):
+            return batch  # Meter.steps() does it, as a part of a step
 
         def batches(self, start, stop):
-            finish = super().finish
+            call_views = super().call_views
             if job.pop("gate", False):
                 wait_for_go()
             real = (batch for _, batch in super().batches(0, 10**6))
@@ -281,19 +284,19 @@ def real_loader(meter, job):
             meter.watch(self.views.values())
             step = 0
             for _ in range(3):  # compiles, or not
-                yield step, finish(dict(batch))
+                yield step, call_views(dict(batch))
                 step += 1
             meter.clock.wait()
             for _ in range(2 * self.workers):
                 next(real)
-            for one in meter.steps(real, finish, job, warm=max(2, self.workers)):
+            for one in meter.steps(real, call_views, job, warm=max(2, self.workers)):
                 yield step, one
                 step += 1
             job["real"], job["real_steps"] = meter.result, (step - meter.result["steps"], step)
             real.close()
             if not job.get("real_only"):
                 time.sleep(job["pause"])  # until the workers have gone
-                for one in meter.steps(itertools.repeat(batch), finish, job, warm=2):
+                for one in meter.steps(itertools.repeat(batch), call_views, job, warm=2):
                     yield step, one
                     step += 1
             raise Measured

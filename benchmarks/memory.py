@@ -244,7 +244,7 @@ def alone_among(module, gpus, device, marks, stages=()):
     class Repeated(Loader):
         def batches(self, start, stop):
             for step in range(start, stop):
-                yield step, self.finish(make_batch(self, self.batch_size // gpus, device))
+                yield step, self.call_views(make_batch(self, self.batch_size // gpus, device))
 
     def gather(x):
         parts = [torch.empty_like(x) for _ in range(gpus)]

@@ -119,7 +119,7 @@ class FineTuneView:
         return {"flip": flip, "erase": seed if erased else 0}
 
     def __call__(self, x, params):
-        """On the device: uint8 (b, 3, S, S) and the stacked parameters -> normalised float."""
+        """For a batch: uint8 (b, 3, S, S) and the stacked parameters -> normalised float."""
         x = self.view(hflip(x, params["flip"]), {})
         if not self.erase:
             return x

@@ -127,8 +127,8 @@ class Gradient:
         return Sample(self.image, ["a caption"], -1, f"{i}")
 
 
-def two_views(view, n, seed=0):
-    return data.Loader(Gradient(n), {"view1": view, "view2": view}, {}, 4, seed=seed)
+def two_views(view, n, seed=0, device="cpu"):
+    return data.Loader(Gradient(n), {"view1": view, "view2": view}, {}, 4, seed=seed, device=device)
 
 
 @pytest.mark.parametrize("view", [slip.SSLView(8), simclr.SimCLRView(8)], ids=["slip", "simclr"])
@@ -194,7 +194,7 @@ class Noise(Gradient):
 
 def batch_of(view, n, size):
     """Pixels and draws of n samples, stacked as the loader stacks them."""
-    loader = data.Loader(Noise(n, size), {"view": view}, {}, n)
+    loader = data.Loader(Noise(n, size), {"view": view}, {}, n, device="meta")  # for a GPU views are called later
     batch = loader.collate([loader[item] for item in next(loader.order(0, 1))])
     return batch["pixels"]["view"], batch["params"]["view"]
 
@@ -270,11 +270,25 @@ def test_the_language_view_is_a_crop_and_nothing_else(name, norm):
 def test_the_strong_views_do_flip():
     """What the test above would see if the language view flipped."""
     view = simclr.SimCLRView(32, strength=0.0, blur=False)
-    loader = two_views(view, 300)
+    loader = two_views(view, 300, device="meta")
     batch = loader.collate([loader[0, i] for i in range(300)])
     draw = batch["params"]["view1"]
     falling = view(batch["pixels"]["view1"], draw).mean(2)[:, 0].diff().mean(1) < 0
     assert torch.equal(falling[~draw["gray"]], draw["flip"][~draw["gray"]])
+
+
+def test_views_do_not_depend_on_threads():
+    """The mean of a large image is a sum that several threads would take in parts: 0 workers and 2 must agree."""
+    before, runs = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        torch.randn(512, 512).exp().sum()  # OpenMP's threads have started when the workers are forked
+        for workers in (0, 2):
+            loader = data.Loader(Noise(16, 256), {"view": slip.SSLView(224)}, {}, 8, workers=workers)
+            runs.append(torch.cat([batch["view"] for _, batch in loader.batches(0, 2)]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*runs)
 
 
 # -------------------------------------------- crops --------------------------------------------

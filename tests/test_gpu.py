@@ -221,7 +221,7 @@ VIEWS = {
 def test_augmentation_equals_the_cpu_s(name, photos):
     """Every sample with its own draws. A GPU computes all of a batch, the CPU only the chosen samples."""
     view, dataset = VIEWS[name](), data.open_dataset(str(photos))
-    loader = data.Loader(dataset, {"view": view}, {}, 48)
+    loader = data.Loader(dataset, {"view": view}, {}, 48, device=DEVICE)  # for which views are called later
     batch = loader.collate([loader[item] for item in next(loader.order(0, 1))])
     pixels, draw = batch["pixels"]["view"], batch["params"]["view"]
     on_cpu = view(pixels, draw)
@@ -237,7 +237,7 @@ def test_augmentation_equals_the_cpu_s(name, photos):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_arrive_whole(photos, workers, monkeypatch):
     """Pinned and copied while the host goes on: the same numbers as on the CPU."""
-    monkeypatch.setattr(data.Loader, "finish", lambda self, batch: batch)
+    monkeypatch.setattr(data.Loader, "call_views", lambda self, batch: batch)
     dataset, tokenizer = data.open_dataset(str(photos)), data.Tokenizer("train", 24, ["a red star"] * 9, 600)
     views = {"view1": slip.SSLView(64), "view2": slip.SSLView(64)}
     wanted = dict(data.Loader(dataset, views, {"text": tokenizer}, 16).batches(0, 5))
@@ -251,6 +251,9 @@ def test_batches_arrive_whole(photos, workers, monkeypatch):
             assert pixels.device.type == DEVICE and pixels.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(pixels.cpu(), wanted_pixels)
             assert all(torch.equal(draw[k].cpu(), wanted_draw[k]) for k in wanted_draw)
+    monkeypatch.undo()
+    here, there = (next(data.Loader(dataset, views, {}, 16, device=device).batches(0, 1))[1] for device in ("cpu", DEVICE))
+    assert all((here[key] - there[key].cpu()).abs().max() < 1e-3 for key in views)
 
 
 # -------------------------------------------- processes --------------------------------------------

@@ -660,10 +660,18 @@ assert libc.mount(b"tmpfs", {path!r}, b"tmpfs", 0, b"size={size}") == 0
 @pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a small tmpfs")
 @pytest.mark.parametrize("size", ["300k", "4k"])
 def test_a_small_dev_shm_is_a_sentence(server, photos, tmp_path, size):  # noqa: F811
-    """64 MB is what Docker gives. Two views of 16 x 3 x 64 x 64 are 393 kB."""
+    """64 MB is what Docker gives. Two views of 16 x 3 x 64 x 64 are 393 kB as bytes."""
     argv = run_of("simclr", photos, tmp_path / "run", "--workers 2 --batch-size 16 --image-size 64")
     done = server.run(*argv, before=MOUNT.format(path=b"/dev/shm", size=size))
     assert_sentence(done, "simclr.py", "/dev/shm is too small", "--shm-size", "lower --workers")
+
+
+@pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a small tmpfs")
+def test_a_dev_shm_without_room_for_floats(server, photos, tmp_path):  # noqa: F811
+    """Up to five batches of 393 kB lie there; as floats they would be 8 MB."""
+    argv = run_of("simclr", photos, tmp_path / "run", "--workers 2 --batch-size 16 --image-size 64 --max-steps 6")
+    done = server.run(*argv, before=MOUNT.format(path=b"/dev/shm", size="3m"))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a small tmpfs")

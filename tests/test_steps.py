@@ -90,7 +90,7 @@ def traced(name, photos, directory, averaged, *flags):
 
     def noted(self):
         for step, batch in batches(self):
-            found[0].batches.append(batch)
+            found[0].batches.append(copy.deepcopy(batch))  # a loop may change its own
             yield step, batch
 
     def record(self, *terms, **numbers):
