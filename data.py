@@ -91,7 +91,8 @@ class Loader:
         cores = max(1, len(usable(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # per process
         self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
         if self.workers and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, THREADS - 1))  # threads that wait keep workers from a core
+            # threads that wait for others would keep the workers from a core
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
         self.steps_per_epoch = len(dataset) // batch_size  # the rest differs from epoch to epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
@@ -206,7 +207,7 @@ class Loader:
 
     def has_room(self, batch):
         """Whether /dev/shm, where workers put batches, can hold them as floats, and not only as
-        bytes. Docker gives it 64 MB; elsewhere it is half of the memory, of which this is half."""
+        bytes: up to two for each worker, and as much is to stay free. Docker gives it 64 MB."""
         if not self.workers or not os.path.isdir("/dev/shm"):
             return True
         size = sum(4 * pixels.numel() for pixels in batch["pixels"].values())

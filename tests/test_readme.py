@@ -30,8 +30,8 @@ FOLDERS = (".", "benchmarks", "tests", "evaluation")
 OURS = {path.name: path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
 COMMAND = re.compile(r"(?:torchrun|python) .*?\b(?:\w+/)*\w+\.py\b.*")
 # What the pages name of other projects, and so is nowhere in this tree
-FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad", "--use-bn-sync", "--image_size"} | {"--no-index"}  # of open_clip, of git
-FOREIGN_FLAGS |= {"--caption_col", "--output_format"}  # of img2dataset
+FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad", "--use-bn-sync"} | {"--no-index"}  # of open_clip, of git
+FOREIGN_FLAGS |= {"--caption_col", "--output_format", "--image_size"}  # of img2dataset
 FOREIGN_FLAGS |= {"--ntasks-per-node", "--shm-size", "--max-restarts"}  # of srun, docker, torchrun
 FOREIGN_FLAGS |= {"--index-url", "--dist"}  # of pip, of pytest
 FOREIGN_FLAGS |= {"--requeue"}  # of sbatch
