@@ -73,10 +73,10 @@ class Loader:
     restart, and together the same for any number of processes.
 
     views: {name: object with crop(image, rng) and sample(rng), called for a sample in a worker, and
-    __call__(pixels, params), called for a batch on the GPU, or in a worker if training uses none};
-    texts: {name: function(caption, rng) -> ids}; batch_size: of all processes. Each view and text
-    of a sample has its own random.Random. bad: replaced samples of this epoch and process. wait:
-    seconds waited, to be reset."""
+    __call__(pixels, params), called for a batch on the device}; texts: {name: function(caption,
+    rng) -> ids}; batch_size: of all processes. Each view and text of a sample has its own
+    random.Random. bad: replaced samples of this epoch and process. wait: seconds waited, to be
+    reset."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
         if batch_size % (world := world_size()):
@@ -90,8 +90,11 @@ class Loader:
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
         cores = max(1, len(usable(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # per process
         self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
-        if self.workers and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            # threads that wait for others would keep the workers from a core
+        # On a CPU views of small images take as long as their networks, and threads share little of
+        # either: workers call the views, and get a core that threads would spend with waiting.
+        sizes = [getattr(view, "size", 224) for view in views.values()]
+        self.small = self.device.type == "cpu" and max(sizes, default=224) <= 64
+        if self.small and self.workers and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
         self.steps_per_epoch = len(dataset) // batch_size  # the rest differs from epoch to epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
@@ -187,8 +190,8 @@ class Loader:
         return out
 
     def collate(self, samples):
-        """In a worker: list of samples -> batch. For a GPU it has uint8 (b, 3, S, S), channels
-        last, per view in "pixels"; on a CPU the views are called at once."""
+        """In a worker: list of samples -> batch, which has uint8 (b, 3, S, S), channels last, per
+        view in "pixels", or what views have made of small ones."""
         batch = {"skipped": [s["skipped"] for s in samples], "pixels": {}, "params": {}}
         batch |= {key: torch.tensor([s[key] for s in samples]) for key in ("index", "label")}
         for name in self.views:
@@ -201,7 +204,7 @@ class Loader:
             if self.device.type == "cuda":  # multiples of 8: few lengths, which suit tensor cores
                 length = min((length + 7) // 8 * 8, getattr(text, "context_length", 2**31))
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
-        if self.device.type == "cpu" and self.has_room(batch):
+        if self.small and self.has_room(batch):
             self.call_views(batch)
         return share(batch)
 

@@ -1194,24 +1194,27 @@ def test_any_number_of_workers_gives_the_same_batches(kind, tmp_path):
 
 
 def test_who_calls_the_views():
-    """Where training needs no GPU its workers, if it has any; else the process that trains."""
+    """Small ones a worker, where a CPU trains and there are workers; else the process that trains."""
 
     class Signed(ToyView):
         def __call__(self, x, draw):
             return torch.full(x.shape, float(os.getpid()))
 
-    def called(device="cpu", **options):
-        loader = Loader(Toy(), {"a": Signed()}, {}, 8, device=device, **options)
+    def called(device="cpu", size=16, **options):
+        view = Signed()
+        view.size = size
+        loader = Loader(Toy(), {"a": view}, {}, 8, device=device, **options)
         return next(loader.batches(0, 1))[1]["a"][0, 0, 0, 0].item()
 
     assert called() == os.getpid() != called(workers=2) > 0
     assert called("meta", workers=2) == os.getpid()  # it stands for a GPU
+    assert called(size=64, workers=2) != os.getpid() == called(size=65, workers=2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("given", [True, False])
 def test_threads_leave_a_core_to_the_workers(workers, given, monkeypatch):
-    """Threads that wait for each other would take it. Who has set their number is obeyed."""
+    """Threads that wait for each other would take it. Who has set their number is obeyed; large images keep all."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -1223,6 +1226,11 @@ def test_threads_leave_a_core_to_the_workers(workers, given, monkeypatch):
             batches = loader_of(Toy(), workers=workers).batches(0, 7)
             assert [torch.get_num_threads() for _ in zip(range(4), batches)] == 4 * [2 if workers and not given else 3]
             batches.close()
+        torch.set_num_threads(3)
+        large = ToyView()
+        large.size = 65
+        Loader(Toy(), {"a": large}, {}, 8, workers=workers)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
