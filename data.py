@@ -36,7 +36,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from common import UserError, rank, world_size
 from sources import NAMES, Sample, open_dataset  # noqa: F401
 
-THREADS = torch.get_num_threads()  # of this process, before a loader lowers it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -73,10 +72,10 @@ class Loader:
     restart, and together the same for any number of processes.
 
     views: {name: object with crop(image, rng) and sample(rng), called for a sample in a worker, and
-    __call__(pixels, params), called for a batch on the device}; texts: {name: function(caption,
-    rng) -> ids}; batch_size: of all processes. Each view and text of a sample has its own
-    random.Random. bad: replaced samples of this epoch and process. wait: seconds waited, to be
-    reset."""
+    __call__(pixels, params), called for a batch on the device, or in a worker where that is a CPU
+    and all have a size of at most 64}; texts: {name: function(caption, rng) -> ids}; batch_size: of
+    all processes. Each view and text of a sample has its own random.Random. bad: replaced samples
+    of this epoch and process. wait: seconds waited, to be reset."""
 
     def __init__(self, dataset, views, texts, batch_size, seed=0, workers=0, device="cpu"):
         if batch_size % (world := world_size()):
@@ -88,14 +87,12 @@ class Loader:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where to put them")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
         usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
-        cores = max(1, len(usable(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # per process
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = max(1, len(usable(0)) // processes)  # per process
         self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
-        # On a CPU views of small images take as long as their networks, and threads share little of
-        # either: workers call the views, and get a core that threads would spend with waiting.
+        self.sharing = processes * self.workers  # workers that put batches into /dev/shm
         sizes = [getattr(view, "size", 224) for view in views.values()]
         self.small = self.device.type == "cpu" and max(sizes, default=224) <= 64
-        if self.small and self.workers and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
         self.steps_per_epoch = len(dataset) // batch_size  # the rest differs from epoch to epoch
         self.wait, self.bad, self.bad_before, self.epoch, self.named = 0.0, 0, 0, None, {}
 
@@ -211,10 +208,10 @@ class Loader:
     def has_room(self, batch):
         """Whether /dev/shm, where workers put batches, can hold them as floats, and not only as
         bytes: up to two for each worker, and as much is to stay free. Docker gives it 64 MB."""
-        if not self.workers or not os.path.isdir("/dev/shm"):
+        if not self.sharing or not os.path.isdir("/dev/shm"):
             return True
         size = sum(4 * pixels.numel() for pixels in batch["pixels"].values())
-        return shutil.disk_usage("/dev/shm").free > 4 * self.workers * size
+        return shutil.disk_usage("/dev/shm").free > 4 * self.sharing * size
 
     def call_views(self, batch):
         """"pixels" -> a float (b, 3, S, S) per view, in place, unless a worker has done it."""

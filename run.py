@@ -51,6 +51,7 @@ class RunArgs:
     profile: bool = False  # write a trace of the 10th to 14th step to the run directory
 
 
+THREADS = torch.get_num_threads()  # before a run takes one less
 # Smallest and largest value of some flags; others would abort, or train nonsense
 RANGES = {name: (least, most) for names, least, most in [
     ("image_size local_size bottleneck_dim", 8, 4096),
@@ -246,6 +247,9 @@ class Run:
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.warmup_epochs > args.epochs:
             self.say("warning: the warm-up is longer than the run: the rate never reaches its peak")
+        # Small images have small networks, of which threads share little: workers get a core
+        if loader.small and loader.workers and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
         load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
         if loader.device.type == "cpu" and torch.get_num_threads() > 1 and load > 2 * cores:
             self.say(f"warning: {load:.0f} processes want {cores} cores, and threads will wait for "

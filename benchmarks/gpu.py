@@ -8,7 +8,8 @@ The parts, in this order. Each runs in processes of its own and has a time limit
 
     tests   pytest -m gpu, failures with their last lines
     steps   time, memory and MFU of training steps: the documented commands at the batch of one GPU
-            of eight, on random pixels that already lie on the GPU, eager and with --compile
+            of eight, on random pixels that lie on the GPU and stay there (training gives them up),
+            eager and with --compile
     data    the same loop fed by loader workers from JPEG files, against one batch repeated
     peers   benchmarks/side_by_side.py, where open_clip, lightly and transformers are installed
     cifar   simclr.py on CIFAR-10 for as many epochs as the remaining time allows, and the seconds

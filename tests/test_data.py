@@ -1211,30 +1211,6 @@ def test_who_calls_the_views():
     assert called(size=64, workers=2) != os.getpid() == called(size=65, workers=2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("given", [True, False])
-def test_threads_leave_a_core_to_the_workers(workers, given, monkeypatch):
-    """Threads that wait for each other would take it. Who has set their number is obeyed; large images keep all."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    before = torch.get_num_threads()
-    monkeypatch.setattr(data, "THREADS", 3)
-    torch.set_num_threads(3)
-    try:
-        for _ in range(2):  # a second loader takes nothing more, nor does one that is left early
-            batches = loader_of(Toy(), workers=workers).batches(0, 7)
-            assert [torch.get_num_threads() for _ in zip(range(4), batches)] == 4 * [2 if workers and not given else 3]
-            batches.close()
-        torch.set_num_threads(3)
-        large = ToyView()
-        large.size = 65
-        Loader(Toy(), {"a": large}, {}, 8, workers=workers)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_room_for_floats(monkeypatch):
     """Where /dev/shm is small, workers hand over bytes, and the process that trains calls the views."""
     batches = []
@@ -1242,6 +1218,7 @@ def test_room_for_floats(monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
         loader = loader_of(Toy(), workers=2)
         assert ("pixels" in loader.collate([loader[0, 1]])) == (free < 10**5)
+        assert loader.sharing == loader.workers
         batches.append([batch for _, batch in loader.batches(0, 3)])
     assert all(torch.equal(a[name], b[name]) for a, b in zip(*batches) for name in ("a", "b"))
 

@@ -208,6 +208,25 @@ def test_loader_workers_share_the_cores(cores, processes, workers, monkeypatch):
     assert Loader(Numbers(), {}, {}, 8, workers=0).workers == 0
 
 
+@pytest.mark.parametrize("flags, given, threads", [([], False, 2), ([], True, 3), (["--workers", "0"], False, 3), (["--image-size", "80"], False, 3)])
+def test_a_run_on_small_images_leaves_a_core_to_its_workers(photos, tmp_path, monkeypatch, flags, given, threads):
+    """Threads that wait for each other would take it. OMP_NUM_THREADS is obeyed; large images keep all threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(run, "THREADS", 3)
+    before, seen = torch.get_num_threads(), []
+    end_step = run.Run.end_step
+    monkeypatch.setattr(run.Run, "end_step", lambda self, *a, **k: (seen.append(torch.get_num_threads()), end_step(self, *a, **k)))
+    torch.set_num_threads(3)
+    try:
+        for name in ("first", "second"):  # takes nothing more
+            train("simclr", photos, tmp_path / name, "--max-steps", "2", "--workers", "1", *flags)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == 4 * [threads]
+
+
 def test_time_left_is_that_of_the_last_rows():
     """A row in which others took the machine does not move it far, and days are hours."""
     one = object.__new__(run.Run)
