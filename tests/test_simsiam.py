@@ -261,4 +261,5 @@ def test_paste():
 
 def test_adaptations_are_marked():
     text = (ROOT / "simsiam.py").read_text()
-    assert text.count("# Copied from byol.py: ") == 1 and text.count("# Adapted from ") == 2
+    assert text.count("# Copied from byol.py: ") == 1 and text.count("# Adapted from ") == 1
+    assert text.count("# Copied from moco.py: eval_view") == 1
