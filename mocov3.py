@@ -8,7 +8,7 @@ transformers train stably when their patch embedding stays as it was initialised
 Loss (Eq. 1, Algorithm 1), q and k of unit length, tau the temperature, B keys of the other view:
     ctr(q, k) = -2 tau log( exp(q.k_+ / tau) / sum_j exp(q.k_j / tau) ), mean over the batch
     L = ctr(q1, k2) + ctr(q2, k1), chance level 4 tau ln B
-    before the keys (official code; in Algorithm 1 after the step), with m from 0.99 to 1:
+    before the keys (official code; in Algorithm 1 after the step), m rises from 0.99 to 1:
         theta_k <- m theta_k + (1 - m) theta_q
 B global batch, b = B / processes, N tokens, D features of the backbone, E output of the heads, S
 image size in pixels.

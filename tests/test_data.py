@@ -1218,7 +1218,6 @@ def test_room_for_floats(monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
         loader = loader_of(Toy(), workers=2)
         assert ("pixels" in loader.collate([loader[0, 1]])) == (free < 10**5)
-        assert loader.sharing == loader.workers
         batches.append([batch for _, batch in loader.batches(0, 3)])
     assert all(torch.equal(a[name], b[name]) for a, b in zip(*batches) for name in ("a", "b"))
 

@@ -204,7 +204,8 @@ def test_loader_workers_share_the_cores(cores, processes, workers, monkeypatch):
     """Those that the process may use, among the processes that torchrun started on this machine."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert Loader(Numbers(), {}, {}, 8, workers=8).workers == workers
+    loader = Loader(Numbers(), {}, {}, 8, workers=8)
+    assert loader.workers == workers and loader.sharing == processes * workers  # the latter share /dev/shm
     assert Loader(Numbers(), {}, {}, 8, workers=0).workers == 0
 
 
