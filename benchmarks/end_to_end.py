@@ -92,9 +92,10 @@ def there(method, options, plain):
     """-> images per second of lightly's loop, with its views or plain ones."""
     module = importlib.import_module(method)
     args = parse_args(module.Args, module.RECIPES, flags_of(options))
+    args.method = method
     torch.manual_seed(args.seed)
     dataset = open_dataset(args.data, args.data_dir)
-    loader = Loader(dataset, {}, {}, args.batch_size, args.seed)
+    loader = Loader(dataset, {}, {}, args.batch_size, args.seed, args.workers)
     backbone = module.image_encoder(module.build_model(args)).requires_grad_(True)
     size = args.image_size
     dim = backbone.eval()(torch.zeros(2, 3, size, size)).shape[1]

@@ -5,12 +5,12 @@
 
 For runs of simclr, moco, byol, simsiam and dino. args.json of the run says what is repeated:
 backbone and its first weights, pictures, their order and batches, number of steps, learning rates,
-decay and running averages. From lightly come views, head, loss, queue and the loop, as in its
-CIFAR-10 benchmark; their head has weights of its own, drawn after the same seed. Views are those of
-the method's own transform there, with the run's size, smallest crop and strength of jitter, without
-blur. Both encoders are then compared by kNN on the whole validation split among the whole training
-split, and so are the weights both started from, and pixels averaged to 8 x 8, which every method
-should beat.
+what is decayed, and running averages. From lightly come views, head, loss, queue and the loop, as
+in its CIFAR-10 benchmark; their head has weights of its own, drawn after the same seed. Views are
+those of the method's own transform there, with the run's size, smallest crop and strength of
+jitter, without blur. Both encoders are then compared by kNN on the whole validation split among the
+whole training split, and so are the weights both started from, and pixels averaged to 8 x 8, which
+every method should beat. A flag of the run that this loop does not repeat is refused.
 
 Seconds are those of the training loop with its data, with the threads and workers this process has:
 for a comparison give OMP_NUM_THREADS=1, and --workers 0 to the run.
@@ -21,6 +21,7 @@ Needs lightly (pip install -r requirements-test.txt).
 import argparse
 import copy
 import importlib
+import io
 import importlib.metadata
 import json
 import sys
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
 from common import UserError, user_errors, warmup_cosine  # noqa: E402
@@ -84,7 +86,7 @@ def moco(args, backbone, dim):
     query = nn.Sequential(backbone, modules.MoCoProjectionHead(dim, dim, args.head_dim))
     key = copy.deepcopy(query).requires_grad_(False)
     bank = args.queue_size, args.head_dim
-    criterion = losses.NTXentLoss(args.temperature, memory_bank_size=bank)
+    criterion = losses.NTXentLoss(args.temperature or 0.2, memory_bank_size=bank)  # version 2's
     views = transforms.MoCoV2Transform(**look(args))
 
     def one_way(x_query, x_key):
@@ -166,12 +168,15 @@ def dino(args, backbone, dim):
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     criterion = losses.DINOLoss(
-        args.out_dim, args.warmup_teacher_temp, args.teacher_temp, warmup_teacher_temp_epochs=1,
+        args.out_dim, args.teacher_temp, args.teacher_temp, student_temp=args.temperature,
         center_momentum=args.center_momentum,
     )  # fmt: skip
+    # not by cj_strength, which lightly 1.6 does not hand to the second view
+    jitter = {"bright": 0.8, "contrast": 0.8, "sat": 0.4, "hue": 0.2}
+    jitter = {f"cj_{name}": value * args.jitter_strength for name, value in jitter.items()}
     views = transforms.DINOTransform(
         global_crop_size=args.image_size, global_crop_scale=(args.crop_split, 1.0), n_local_views=0,
-        cj_strength=0.5 * args.jitter_strength, gaussian_blur=(0, 0, 0),
+        gaussian_blur=(0, 0, 0), **jitter,
     )  # fmt: skip
 
     def step(x, progress):
@@ -187,13 +192,13 @@ def dino(args, backbone, dim):
 
 
 # -------------------------------------------- training --------------------------------------------
-def groups_of(peer, weight_decay):
-    """Biases and norms are not decayed, as in the run."""
-    groups = []
+def groups_of(peer, method, weight_decay):
+    """moco.py and simsiam.py decay all parameters, the others neither biases nor norms."""
+    groups, least = [], 0 if method in ("moco", "simsiam") else 2
     for parts, fixed in ((peer.trained, False), (getattr(peer, "fixed", []), True)):
         found = [p for part in parts for p in part.parameters() if p.requires_grad]
-        decay = [p for p in found if p.ndim >= 2]
-        no_decay = [p for p in found if p.ndim < 2]
+        decay = [p for p in found if p.ndim >= least]
+        no_decay = [p for p in found if p.ndim < least]
         groups.append({"params": decay, "weight_decay": weight_decay, "fixed": fixed})
         groups.append({"params": no_decay, "weight_decay": 0.0, "fixed": fixed})
     return [group for group in groups if group["params"]]
@@ -205,28 +210,39 @@ class InOrder(torch.utils.data.Dataset):
     def __init__(self, dataset, views):
         self.dataset = dataset
         self.views = views
-        self.to_pil = importlib.import_module("torchvision").transforms.ToPILImage()
 
     def __getitem__(self, i):
-        return self.views(self.to_pil(decode(self.dataset[i].image)))
+        image = self.dataset[i].image
+        if isinstance(image, bytes):
+            return self.views(Image.open(io.BytesIO(image)).convert("RGB"))
+        return self.views(Image.fromarray(decode(image).permute(1, 2, 0).numpy()))  # a drawing
+
+
+def rate(args, step, steps_per_epoch):
+    """The run's learning rate, by the rule of its method file."""
+    if args.method == "moco":  # by whole epochs
+        return importlib.import_module("moco").learning_rate(args, step / steps_per_epoch)
+    peak, total = args.base_lr * args.batch_size / 256, args.epochs * steps_per_epoch
+    warmup, reach_peak = round(args.warmup_epochs * steps_per_epoch), args.method == "dino"
+    return warmup_cosine(step, total, warmup, peak, end=args.min_lr, reach_peak=reach_peak)
 
 
 def train(peer, args, dataset, loader, steps):
     """-> when the loop began and when each step ended, in seconds."""
-    peak = args.lr if hasattr(args, "lr") else args.base_lr * args.batch_size / 256
-    optimizer = torch.optim.SGD(groups_of(peer, args.weight_decay), lr=peak, momentum=args.momentum)
+    peak = args.lr if args.method == "moco" else args.base_lr * args.batch_size / 256
+    groups = groups_of(peer, args.method, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
     order = ([index for _, index in batch] for batch in loader.order(0, steps))
     batches = torch.utils.data.DataLoader(
-        InOrder(dataset, peer.views), batch_sampler=order, num_workers=args.workers
+        InOrder(dataset, peer.views), batch_sampler=order, num_workers=loader.workers
     )
     total = args.epochs * loader.steps_per_epoch
-    warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ended, shown = [time.time()], 0.0
     for i, x in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = peak
             if not group["fixed"]:
-                group["lr"] = warmup_cosine(i, total, warmup, peak, end=args.min_lr)
+                group["lr"] = rate(args, i, loader.steps_per_epoch)
         loss = peer.step(x, i / total)
         optimizer.zero_grad()
         loss.backward()
@@ -269,8 +285,16 @@ def read_json(path):
 
 def read_run(folder):
     """-> arguments and rows of the log."""
-    args = types.SimpleNamespace(**read_json(folder / "args.json"))
-    return args, read_json(folder / "metrics.jsonl")
+    args = read_json(folder / "args.json")
+    if (ROOT / f"{args['method']}.py").is_file():  # flags that are newer than the run
+        args = vars(importlib.import_module(args["method"]).Args()) | args
+    return types.SimpleNamespace(**args), read_json(folder / "metrics.jsonl")
+
+
+# What the loop above does in one way, whatever the run did
+ONLY = {"blur": False, "optimizer": "sgd", "local_crops": 0, "version": "2", "lr_scaling": "linear",
+        "clip_grad": 0.0, "init": "", "stop_gradient": "on", "target": "ema",
+        "freeze_last_layer": 0.0}  # fmt: skip
 
 
 def refuse_others(args):
@@ -279,14 +303,17 @@ def refuse_others(args):
             f"lightly's loop for {args.method} is not written here: "
             "give a run of simclr, moco, byol, simsiam or dino"
         )
-    given = vars(args)
-    same = given.get("optimizer", "sgd") == "sgd" and given.get("version", "2") == "2"
-    same = same and not args.blur and not given.get("local_crops", 0)
-    if not same or args.method == "dino" and args.head_layers > 3:
-        raise UserError(
-            "compared are runs with SGD, without local crops and without blur, "
-            "as in --recipe cifar10-cpu"
-        )
+    only = dict(ONLY)
+    if args.method == "dino":
+        only |= {"warmup_teacher_temp": args.teacher_temp, "weight_decay_end": args.weight_decay}
+        only |= {"head_layers": min(args.head_layers, 3)}  # lightly has no more
+    for name, value in only.items():
+        if getattr(args, name, value) != value:
+            given = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UserError(
+                f"the run has {given}, and lightly's loop here knows only {value!r}: "
+                "give a run of --recipe cifar10-cpu"
+            )
 
 
 def main():
@@ -300,7 +327,9 @@ def main():
     args, rows = read_run(options.run)
     args.data_dir = options.data_dir or args.data_dir
     refuse_others(args)
-    found = {}
+    env, found = read_json(options.run / "env.json"), {}
+    if options.out and not options.out.parent.is_dir():
+        raise UserError(f"--out: make {options.out.parent} first")
     if options.out and options.out.exists():
         found = read_json(options.out)
     ours = open_network(options.run, torch.device("cpu"))
@@ -308,18 +337,19 @@ def main():
 
     module = importlib.import_module(args.method)
     dataset = open_dataset(args.data, args.data_dir)
-    loader = Loader(dataset, {}, {}, args.batch_size, args.seed)
+    loader = Loader(dataset, {}, {}, args.batch_size, args.seed, args.workers)
     torch.manual_seed(args.seed)
     backbone = module.image_encoder(module.build_model(args))
     backbone.requires_grad_(True)  # DINO evaluates its teacher, which has no gradients
     start.encoder.load_state_dict(backbone.state_dict())
     dim = backbone.eval()(torch.zeros(2, 3, args.image_size, args.image_size)).shape[1]
     peer = globals()[args.method](args, backbone.train(), dim)
-    steps = rows[-1]["step"]
+    steps = ours.step  # the log may hold more, if the run was killed
     ended = train(peer, args, dataset, loader, steps)
 
     small = EvalView(8, interpolation="box", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    normalised = EvalView(args.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    normalised = copy.copy(ours.view)  # lightly's transforms normalise
+    normalised.mean, normalised.std = IMAGENET_MEAN, IMAGENET_STD
     row = {
         "steps": steps,
         "images": steps * args.batch_size,
@@ -330,8 +360,9 @@ def main():
         "seconds here": 60 * training_minutes([r for r in rows if "loss" in r], args.batch_size),
         "seconds lightly": ended[-1] - ended[0],
         "threads": torch.get_num_threads(),
-        "workers": args.workers,
-        "command": training_command(read_json(options.run / "env.json")),
+        "workers": loader.workers,
+        "command": training_command(env),
+        "commit here": env["commit"],
         **environment(torch.device("cpu")),
     }
     row["versions"]["lightly"] = importlib.metadata.version("lightly")

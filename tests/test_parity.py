@@ -71,6 +71,8 @@ def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
     assert row["command"].startswith("python ") and row["commit"] and row["hardware"].endswith("CPU cores")
     assert {"torch", "lightly"} < set(row["versions"])
 
+    assert row["commit here"]
+
     # The first weights are the run's, the encoder has moved from them, and the heads have as many layers
     (peer, first), ours = peers[0], start[0]
     expected = module.image_encoder(ours).state_dict()
@@ -83,6 +85,38 @@ def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
     count = sum(isinstance(m, torch.nn.Linear) for m in trained.modules())
     count -= sum(isinstance(m, torch.nn.Linear) for m in left_out.modules())
     assert sum(isinstance(m, torch.nn.Linear) for m in theirs) == count >= 2
+    # Both views jitter colours alike, as here
+    jitters = [repr(t) for view in peer.views.transforms for t in view.transform.transforms if "ColorJitter" in repr(t)]
+    assert len(jitters) == 2 and jitters[0] == jitters[1]
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "simsiam", "dino"])
+def test_rates_and_decay_are_the_run_s(method, data_dir, tmp_path, monkeypatch):
+    """Step by step the rate of the run's first group; and decayed in lightly's modules is what the run decays in its own."""
+    module, made = module_of(method), []
+
+    class Seen(torch.optim.SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append((self, []))
+
+        def step(self, *args):
+            made[-1][1].append([group["lr"] for group in self.param_groups])
+            return super().step(*args)
+
+    monkeypatch.setattr(torch.optim, "SGD", Seen)
+    flags = [*FLAGS, *SMALL, *OWN.get(method, []), "--data-dir", str(data_dir), "--output-dir", str(tmp_path / "run")]
+    module.train(module.parse_args(module.Args, module.RECIPES, flags))
+    monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path / "run")])
+    parity.main()
+    (ours, our_rates), (theirs, their_rates) = made
+    assert len(our_rates) == len(their_rates) == 6 and len({rates[0] for rates in our_rates}) > 1
+    assert [rates[0] for rates in their_rates] == pytest.approx([rates[0] for rates in our_rates])
+
+    def decayed(optimizer):
+        return {(p.ndim < 2, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+    assert decayed(theirs) == decayed(ours)
 
 
 def test_both_train_something(data_dir, tmp_path):
@@ -93,7 +127,7 @@ def test_both_train_something(data_dir, tmp_path):
     before = backbone[1].weight.detach().clone()
     dataset = parity.open_dataset("cifar10", data_dir)
     loader = parity.Loader(dataset, {}, {}, 16, 0)
-    args.warmup_epochs, args.optimizer, args.workers = 0.0, "sgd", 0
+    args.warmup_epochs, args.optimizer, args.workers, args.method = 0.0, "sgd", 0, "simclr"
     parity.train(parity.simclr(args, backbone, 8), args, dataset, loader, 3)
     assert not torch.equal(before, backbone[1].weight)
 
@@ -119,8 +153,12 @@ def test_end_to_end(method, data_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args, text", [
     ('{"method": "mocov3"}', "not written here"),
-    ('{"method": "dino", "local_crops": 2, "blur": false}', "without local crops"),
-    ('{"method": "moco", "version": "1", "blur": false}', "compared are"),
+    ('{"method": "dino", "local_crops": 2, "blur": false}', "--optimizer adamw"),
+    ('{"method": "dino", "local_crops": 2, "blur": false, "optimizer": "sgd"}', "--local-crops 2"),
+    ('{"method": "moco", "version": "1", "blur": false}', "--version 1, and .* only '2'"),
+    ('{"method": "simclr", "blur": false, "optimizer": "sgd", "lr_scaling": "sqrt"}', "--lr-scaling sqrt"),
+    ('{"method": "simsiam", "blur": false, "stop_gradient": "off"}', "--stop-gradient off"),
+    ('{"method": "byol", "blur": false, "optimizer": "sgd", "target": "random"}', "--target random"),
     ("{", "cannot be read"),
     (None, "cannot be read"),
 ])  # fmt: skip
