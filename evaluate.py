@@ -74,7 +74,7 @@ class Args:
     lars: bool = False  # linear: optimize with LARS (SimSiam) in place of SGD
     train_batch: int = 1024  # linear, finetune, semi: global batch size
     epochs: int = 90  # linear, finetune, semi: passes over the train split
-    weight_decay: float = 0.0  # linear, finetune, semi: L2 penalty (SimCLR's linear: 1e-6)
+    weight_decay: float = 0.0  # linear, finetune, semi: weight decay (SimCLR's linear: 1e-6)
     nesterov: bool = False  # linear, finetune, semi: Nesterov momentum (SimCLR)
     zero_init: bool = False  # linear: the head starts at 0 (SimCLR), not at N(0, 0.01) (MoCo v3)
     seed: int = 0  # seed of order, crops and first weights, of held-out tenths, of semi's labels
@@ -103,7 +103,7 @@ class Args:
     samples: str = ""  # pictures: samples to show, by their number in the split, as 3,14,15
     size: int = 0  # pictures: pixels of the shorter side (0: as evaluated; DINO's figures: 480)
     mass: float = 0.6  # attention: share of the attention that the kept patches have (DINO: 0.6)
-    threshold: float = 0.0  # pca: the foreground is above this many std of the first component
+    threshold: float = 0.0  # pca: foreground is above this many std of component 1, 0 or more
     out: str = ""  # folder of pictures (default: beside the checkpoint), export, fine-tuned weights
     to: Project = "timm"  # export: the project, or format, that the weights are for
 
@@ -221,6 +221,7 @@ def main(argv: list[str]):
     check(protocol, paths, args)
     device = init_distributed(args.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would reorder close neighbours
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions
     train, test = open_splits(protocol, args)
     with_text = protocol in ("zeroshot", "robustness", "retrieval", *WITH_TEXT)
     tuning = protocol in ("finetune", "semi")

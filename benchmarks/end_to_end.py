@@ -136,10 +136,14 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="of the loaders")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     options = parser.parse_args()
+    if options.steps < 1 or options.rounds < 1:
+        raise UserError("--steps and --rounds must be at least 1")
     torch.set_num_threads(1)
     results = {}
     if options.out and options.out.exists():
-        results = parity.read_json(options.out)["results"]
+        results = parity.read_json(options.out).get("results")
+        if results is None:
+            raise UserError(f"{options.out} is not of this script: use another --out")
     for method in options.methods:
         results[method] = compare(method, options)
         if options.out:

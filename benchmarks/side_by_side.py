@@ -115,12 +115,14 @@ def byol_rows(batch_size, device, compiled):
         return byol.byol_loss(*outputs)
 
     encode = compile_if(nn.Sequential(*peer), compiled)
+    encode_slow = compile_if(nn.Sequential(*slow), compiled)
+    predict = compile_if(predictor, compiled)
 
     def theirs(autocast):
         with autocast:
-            p = [predictor(encode(x)) for x in (x1, x2)]
+            p = [predict(encode(x)) for x in (x1, x2)]
             with torch.no_grad():
-                z = [slow[1](slow[0](x)) for x in (x1, x2)]
+                z = [encode_slow(x) for x in (x1, x2)]
         loss = 0.5 * (criterion(p[0].float(), z[1].float()) + criterion(p[1].float(), z[0].float()))
         return 4 * loss + 4  # lightly has -cos, the paper |p - z|^2 of both ways
 
@@ -158,12 +160,12 @@ def simsiam_rows(batch_size, device, compiled):
             outputs = forward(x1, x2)
         return simsiam.simsiam_loss(*outputs)
 
-    encode = compile_if(peer, compiled)
+    encode, predict = compile_if(peer, compiled), compile_if(predictor, compiled)
 
     def theirs(autocast):
         with autocast:
             z = [encode(x) for x in (x1, x2)]
-            p = [predictor(one) for one in z]
+            p = [predict(one) for one in z]
         z = [one.detach().float() for one in z]
         return 0.5 * (criterion(z[0], p[1].float()) + criterion(z[1], p[0].float()))
 
@@ -259,12 +261,12 @@ def dino_rows(batch_size, device, compiled, outputs=4096):
         dino.update_center(mine.center, teachers.pop(), 0.9)
         dino.update_teacher(mine.student, mine.teacher, 0.99)
 
-    encode = compile_if(peer, compiled)
+    encode, encode_slow = compile_if(peer, compiled), compile_if(slow, compiled)
 
     def theirs(autocast):
         with autocast:
             with torch.no_grad():
-                teacher = [slow(x) for x in crops[:2]]
+                teacher = [encode_slow(x) for x in crops[:2]]
             student = [encode(x) for x in crops]
         return criterion([t.float() for t in teacher], [s.float() for s in student], epoch=1)
 

@@ -197,28 +197,28 @@ def to_transformers(net):
 
 
 def to_transformers_clip(net):
-    described = clip_config(net)
+    sizes = clip_config(net)
     if "visual.proj" not in net.model.state_dict():
         raise NoCounterpart("has no CLIP with a ResNet")
     towers = []
-    for tower in (described["text_cfg"], described["vision_cfg"]):
+    for tower in (sizes["text_cfg"], sizes["vision_cfg"]):
         width = tower["width"]
         heads = tower.get("heads") or width // tower["head_width"]
         towers.append({"hidden_size": width, "num_attention_heads": heads,
                        "intermediate_size": int(tower.get("mlp_ratio", 4) * width),
-                       "hidden_act": "quick_gelu" if described["quick_gelu"] else "gelu",
+                       "hidden_act": "quick_gelu" if sizes["quick_gelu"] else "gelu",
                        "num_hidden_layers": tower["layers"]})  # fmt: skip
     text, vision = towers
     text |= {
-        "vocab_size": described["text_cfg"]["vocab_size"],
+        "vocab_size": sizes["text_cfg"]["vocab_size"],
         "bos_token_id": None,
         "pad_token_id": None,
-        "max_position_embeddings": described["text_cfg"]["context_length"],
+        "max_position_embeddings": sizes["text_cfg"]["context_length"],
         "eos_token_id": 2,
     }  # transformers takes 2 to mean: pool where the id is largest
-    vision |= {name: described["vision_cfg"][name] for name in ("image_size", "patch_size")}
+    vision |= {name: sizes["vision_cfg"][name] for name in ("image_size", "patch_size")}
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text,
-              "vision_config": vision, "projection_dim": described["embed_dim"]}  # fmt: skip
+              "vision_config": vision, "projection_dim": sizes["embed_dim"]}  # fmt: skip
     return (
         clip_to_transformers(net.model.state_dict()),
         {"config.json": config},

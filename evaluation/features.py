@@ -3,6 +3,7 @@ transformer."""
 
 import contextlib
 import hashlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -58,18 +59,18 @@ def cached_extract(encoder, dataset, view, device, cache="", **options):
 
 
 def cached_features(encoder, dataset, view, device, cache="", **options):
-    """Collective. As cached_extract, and the indices (n,) of the samples that could be read. How
-    many could not is said each time, also of features that were kept."""
-    if cache:
-        name = f"features_{fingerprint(encoder, dataset, view, device, options)}.pt"
-        file = Path(cache) / name
+    """Collective. As cached_extract, and the indices (n,) of the samples that could be read. The
+    number of those that could not is printed each time, also when kept features are read."""
+    code = fingerprint(encoder, dataset, view, device, options) if cache else ""
+    if code:
+        file = Path(cache) / f"features_{code}.pt"
         if all_reduce_mean(torch.tensor(float(file.is_file()))) > 0.999:  # every process sees it
             with contextlib.suppress(UserError):  # a damaged file is written anew
                 saved = load_checkpoint(file)
                 say_left_out(dataset, options.get("indices"), saved["index"], file)
                 return saved["features"], saved["labels"], saved["index"]
     found = extract_features(encoder, encoder, dataset, view, device, **options)
-    if cache and rank() == 0:
+    if code and rank() == 0:
         kept = {"features": found.images, "labels": found.labels, "index": found.index}
         whole = file.with_suffix(f".{os.getpid()}.tmp")  # another command may write the same file
         try:
@@ -93,9 +94,13 @@ def say_left_out(dataset, indices, index, file):
 def fingerprint(encoder, dataset, view, device, options):
     """Collective. -> a hash of all that the features depend on. The features of eight samples stand
     for network, preprocessing, precision, machine and images; everything else enters by its
-    value."""
+    value. "" if none of the eight can be read."""
     few = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
-    features, labels = extract(encoder, dataset, view, device, **{**options, "indices": few})
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what is broken is counted among all
+            features, labels = extract(encoder, dataset, view, device, **options | {"indices": few})
+    except UserError:
+        return ""
     asked = options.get("batch_size"), options.get("indices")
     rest = dataset.name, len(dataset), dataset.classes, *asked
     text = repr((features.tolist(), labels.tolist(), rest, torch.__version__, "with index"))

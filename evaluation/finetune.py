@@ -411,7 +411,8 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
 
 def save_classifier(model, file):
     """Saves what fine_tune returned, with the encoder's names and with those of timm or torchvision
-    for the classifier: these projects load it strictly. Raises UserError."""
+    for the classifier. These projects load it strictly, except for the ViTs of DINOv2, CLIP and
+    DeCLIP, which have names of their own. Raises UserError."""
     head = "head." if is_transformer(model.encoder) else "fc."
     state = {f"{head}{name}": value.cpu() for name, value in model.head.state_dict().items()}
     state |= {name: value.cpu() for name, value in model.encoder.state_dict().items()}

@@ -26,7 +26,7 @@ from evaluation.protocols import parse_numbers
 from layouts import PICTURES as IMAGE_ENDINGS
 from layouts import ending_of
 from monitor import evaluating, tokenize
-from run import load_checkpoint
+from run import fingerprint, load_checkpoint
 
 CELL = 150  # pixels of an image beside its captions, which get twice as much
 
@@ -204,10 +204,14 @@ def queued_ids(saved, tokenizer, data_dir):
     """-> {row of the queue: token ids of the caption that its feature is of, with start and end}.
 
     saved: a checkpoint of declip.py without --released. The queue holds features alone; which
-    captions they were follows from the loader, whose batches are a function of seed and step."""
+    captions they were follows from the loader, whose batches are a function of seed and step.
+    Raises UserError if the data are no longer those of the run."""
     args, rows = saved["args"], len(saved["queue"]["features"])
     batch_size = args["batch_size"]
     dataset = open_dataset(args["data"], data_dir)
+    if saved.get("data") != [len(dataset), fingerprint(dataset)]:
+        lost = "which captions are in the queue of the run is not known any more"
+        raise UserError(f"{dataset.name} has changed: {lost}")
     loader = Loader(dataset, {}, {"text": tokenizer}, batch_size, args["seed"])
     first, ids = max(0, saved["step"] - rows // batch_size), {}
     for step, batch in loader.batches(first, saved["step"]):

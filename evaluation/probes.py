@@ -14,7 +14,7 @@ from torch import nn
 from common import LARS, UserError, all_gather, mixed_precision
 from data import Loader, hflip, random_resized_crop
 from evaluation.features import NamedSubset, cached_extract, refuse_small
-from monitor import bar, evaluating, labelled, zeroshot_metrics
+from monitor import bar, evaluating, labelled, say_without, zeroshot_metrics
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that --cached tries
 # base learning rates that --grid tries, those of DINOv2's code
@@ -55,15 +55,23 @@ def cached_batches(features, labels, batch_size, args):
 
 def augmented_batches(encoder, loader, args):
     """Features of freshly augmented images: passes over the data before this batch, (B, D), (B,).
-    Every process yields the whole global batch, so that all train the same head."""
-    steps = args.epochs * loader.steps_per_epoch
+    Every process yields the whole global batch, so that all train the same head. Says after the
+    first epoch how many samples have no label, and raises UserError if all lack one."""
+    steps, missing = args.epochs * loader.steps_per_epoch, 0
     for step, batch in bar(loader.batches(0, steps), "linear probe, steps", steps):
         x = batch["image"]
         with evaluating(encoder), torch.no_grad(), mixed_precision(args.dtype, x.device)[0]:
             features = encoder(x).float()
-        yield step / loader.steps_per_epoch, all_gather(features), all_gather(batch["label"])
+        labels = all_gather(batch["label"])
+        missing += (labels < 0).sum()
+        yield step / loader.steps_per_epoch, all_gather(features), labels
         if (step + 1) % loader.steps_per_epoch == 0:
             loader.check_bad()
+        if step + 1 == loader.steps_per_epoch:
+            seen = (step + 1) * len(labels)
+            if missing == seen:
+                raise UserError(f"{loader.dataset.name} has no labels")
+            say_without("label", f"{loader.dataset.name}, epoch 1", int(missing), seen)
 
 
 # -------------------------------------------- heads by SGD ----------------------------------------

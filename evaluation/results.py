@@ -25,13 +25,18 @@ def table(rows: dict[str, dict]) -> str:
         header = [column.replace(long, abbreviation) for column in header]
     cells = [header]
     for name, row in rows.items():
-        cells.append([name, *(f"{number:.2f}" for number in row.values())])
+        cells.append([name, *map(shown, row.values())])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for name, *numbers in cells:
         padded = [number.rjust(width) for number, width in zip(numbers, widths[1:])]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))
     return "\n".join(lines)
+
+
+def shown(number):
+    """Percent with two decimals; three digits of a learning rate or C that these would hide."""
+    return f"{number:.3g}" if 0 < abs(number) < 0.1 else f"{number:.2f}"
 
 
 def environment(device) -> dict:
@@ -109,7 +114,7 @@ def save_picture(picture, path, protocol, kind, args, own_name):
     if rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if args.out and file.exists() and drawn_by(file) != MARK:
+            if file.exists() and drawn_by(file) != MARK:
                 raise UserError(f"{file} is no picture of this script: use another --out")
             mark = PngInfo()
             mark.add_text("Software", MARK)

@@ -107,12 +107,18 @@ def objectnet_classes(folders, count, root):
 
 
 # -------------------------------------------- scores ---------------------------------------------
+def owners(groups, classes):
+    """Lists of ImageNet's classes -> (classes,): the list that a class stands in, -1 if in none."""
+    owner = torch.full((classes,), -1)
+    for place, group in enumerate(groups):
+        owner[group] = place
+    return owner
+
+
 def grouped_hits(logits, labels, groups):
     """logits (n, C), labels (n,) index `groups`, lists of ImageNet's classes -> (n,) bool: whether
     the highest logit among the classes of all groups belongs to a sample's own group."""
-    owner = torch.full((logits.shape[1],), -1)
-    for place, group in enumerate(groups):
-        owner[group] = place
+    owner = owners(groups, logits.shape[1])
     outside = (owner < 0).to(logits.device)
     return owner[logits.masked_fill(outside, -torch.inf).argmax(1).cpu()] == labels.cpu()
 
@@ -122,9 +128,7 @@ def compare(logits, labels, groups, imagenet_logits, imagenet_labels):
     same classes, and the second minus the first. Raises UserError if one of the two has no images
     of these classes."""
     known = torch.tensor([bool(group) for group in groups])[labels]
-    owner = torch.full((imagenet_logits.shape[1],), -1)
-    for place, group in enumerate(groups):
-        owner[group] = place
+    owner = owners(groups, imagenet_logits.shape[1])
     same = owner[imagenet_labels.cpu()]
     if not known.any() or not (same >= 0).any():
         raise UserError("no image has a class that ImageNet's images have too")
@@ -177,8 +181,10 @@ def robustness(net, imagenet, args, options, names, templates):
             missing.append(f"{name} ({error})")
             continue
         rows[name] = dict(zip(columns, (*found, sum(map(bool, groups)))))
+    text = f"left out {len(missing)} of {len(SHIFTED)} sets: {'; '.join(missing)}"
+    if len(rows) == 1:
+        raise UserError(f"nothing can be compared with {imagenet.name}: {text}")
     if missing and rank() == 0:
-        text = f"left out {len(missing)} of {len(SHIFTED)} sets: {'; '.join(missing)}"
         print(text, file=sys.stderr)
     return rows
 

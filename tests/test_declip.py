@@ -452,6 +452,8 @@ def test_captions_of_the_queue_are_found_again(photos, tmp_path, capsys):
     """evaluate.py neighbors --queue knows whose feature is where: with weights that stand still they are the captions' features."""
     train_here("declip", photos, tmp_path / "run", *"--max-steps 9 --eval-every 0 --queue-size 64 --lr 1e-9".split())
     saved, net = load_checkpoint(tmp_path / "run"), open_network(tmp_path / "run", torch.device("cpu"))
+    with pytest.raises(UserError, match="has changed: which captions are in the queue of the run is not known"):
+        queued_ids(saved | {"data": [saved["data"][0], "0"]}, net.tokenizer, "")
     ids = queued_ids(saved, net.tokenizer, "")
     assert sorted(ids) == list(range(64))  # 72 went in
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids.values()], batch_first=True)

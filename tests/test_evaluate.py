@@ -31,6 +31,7 @@ from evaluation import pictures, probes
 from evaluation.features import LastBlocks, block_features, cached_extract
 from evaluation.protocols import chosen_names
 from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
+from evaluation.results import table
 from evaluation.weights import open_network
 from knn import knn, knn_eval, knn_sweep, linear, linear_eval, ridge
 from monitor import EvalView, extract, language_eval, recall, zeroshot_metrics, zeroshot_weights
@@ -615,6 +616,48 @@ def test_batches_count_their_passes():
     loader = Loader(Toy(10, broken=True), {"image": probes.ProbeView(VIEW)}, {}, 4)
     with pytest.raises(UserError, match="2 samples of toy are bad, over 1% of an epoch"):
         list(probes.augmented_batches(Pixels(), loader, Args(epochs=2)))
+
+
+def test_augmented_batches_count_what_has_no_label(capsys):
+    class Partly(Toy):
+        labelled = 5
+
+        def __getitem__(self, i):
+            sample = super().__getitem__(i)
+            return sample if i < self.labelled else sample._replace(label=-1)
+
+    dataset = Partly(8)
+    list(probes.augmented_batches(Pixels(), Loader(dataset, {"image": probes.ProbeView(VIEW)}, {}, 4), Args(epochs=2)))
+    assert capsys.readouterr().err.count("toy, epoch 1: 3 of 8 samples have no label\n") == 1
+    dataset.labelled = 0
+    with pytest.raises(UserError, match="toy has no labels"):
+        list(probes.augmented_batches(Pixels(), Loader(dataset, {"image": probes.ProbeView(VIEW)}, {}, 4), Args(epochs=2)))
+
+
+def test_kept_features_say_once_what_is_left_out(tmp_path, capsys):
+    """Also where one of the eight samples that give the file its name cannot be read, or none of them can."""
+
+    class Partly(Toy):
+        unreadable = {0}
+
+        def __getitem__(self, i):
+            return super().__getitem__(i)._replace(image=b"broken") if i in self.unreadable else super().__getitem__(i)
+
+    dataset = Partly(40)
+    for _ in range(2):  # made, and read again
+        features, _ = cached_extract(Pixels(), dataset, VIEW, CPU, str(tmp_path))
+        said = capsys.readouterr().err
+        assert len(features) == 39 and said.count("left out") == 1 and "left out 1 of 40 samples" in said
+    assert len(list(tmp_path.iterdir())) == 1
+    dataset.unreadable = {i * 39 // 7 for i in range(8)}
+    features, _ = cached_extract(Pixels(), dataset, VIEW, CPU, str(tmp_path))
+    assert len(features) == 32 and "left out 8 of 40 samples" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1  # without them nothing tells one dataset from another
+
+
+def test_a_table_hides_no_setting():
+    text = table({"run": {"top1": 51.234, "base_lr": 0.001, "C": 10**-3.125, "alpha": 0.0}})
+    assert text.splitlines()[1].split() == ["run", "51.23", "0.001", "0.00075", "0.00"]
 
 
 @pytest.mark.parametrize("cached", [True, False])

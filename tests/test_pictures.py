@@ -242,6 +242,13 @@ def test_a_file_of_the_users_own_stays(folder, tmp_path):
         with pytest.raises(UserError, match="attention_classes.png is no picture of this script: use another --out"):
             main(words)
         assert file.read_bytes() == content
+    beside = folder / "dino/attention_classes.png"
+    kept = beside.read_bytes() if beside.exists() else None
+    beside.write_bytes(b"mine")
+    with pytest.raises(UserError, match="attention_classes.png is no picture of this script"):
+        main(words[:-2])
+    assert beside.read_bytes() == b"mine"
+    beside.write_bytes(kept) if kept else beside.unlink()
     file.unlink()
     for _ in range(2):  # its own picture is drawn again
         main(words)
