@@ -67,6 +67,17 @@ def decode(image):
         raise ValueError(f"broken image ({str(error).split(' <')[0]})") from error
 
 
+def processes_here():
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def at_most_cores(workers):
+    """No more workers than there are cores for this process."""
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
+    return min(workers, max(1, len(usable(0)) // processes_here()))
+
+
 class Loader:
     """Batches are a function of (seed, step): the same for any number of workers and after a
     restart, and together the same for any number of processes.
@@ -86,11 +97,9 @@ class Loader:
         if texts and not dataset.captioned:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where to put them")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
-        usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = max(1, len(usable(0)) // processes)  # per process
-        self.seed, self.workers, self.device = seed, min(workers, cores), torch.device(device)
-        self.sharing = processes * self.workers  # workers that put batches into /dev/shm
+        self.seed, self.workers = seed, at_most_cores(workers)
+        self.device = torch.device(device)
+        self.sharing = processes_here() * self.workers  # workers that put batches into /dev/shm
         sizes = [getattr(view, "size", 224) for view in views.values()]
         self.small = self.device.type == "cpu" and max(sizes, default=224) <= 64
         self.steps_per_epoch = len(dataset) // batch_size  # the rest differs from epoch to epoch

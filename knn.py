@@ -3,6 +3,8 @@ classifier. monitor.py has the features, and says what "Collective" means.
 
 Letters: N training and M validation samples, D width of a feature, C classes, b rows of a batch."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -119,9 +121,9 @@ def probe_sets(args):
     known = f"{min(BANK, len(bank)):,} training images of {val.name}"
     if args.probe == "linear":
         say_evaluation(f"linear classifier of {tested}, fitted to {known}")
-        return linear_eval, bank, val
+        return functools.partial(linear_eval, workers=args.workers), bank, val
     say_evaluation(f"kNN of {tested} among {known}")
-    return knn_eval, bank, val
+    return functools.partial(knn_eval, workers=args.workers), bank, val
 
 
 def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, max_val=MOST,

@@ -115,7 +115,7 @@ def said(tmp_path, capsys):
     """-> function that opens evaluation data, a folder below tmp_path -> (line it prints, the sets)."""
 
     def ask(sets, data, probe="knn"):
-        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir="", probe=probe))
+        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir="", probe=probe, workers=3))
         (line,) = capsys.readouterr().out.splitlines()
         return line.removeprefix("evaluation: "), found
 
@@ -133,9 +133,9 @@ def test_what_will_be_evaluated(said, tmp_path):
     pictures(tmp_path / "words", ["cat", "dog"])
     text, (probe, bank, val) = said(probe_sets, "words")
     assert text == "kNN of 2 validation images among 2 training images of words" and len(bank) == len(val) == 2
-    assert probe is knn_eval
+    assert probe.func is knn_eval and probe.keywords == {"workers": 3}
     text, (probe, bank, val) = said(probe_sets, "words", probe="linear")
-    assert text == "linear classifier of 2 validation images, fitted to 2 training images of words" and probe is linear_eval
+    assert text == "linear classifier of 2 validation images, fitted to 2 training images of words" and probe.func is linear_eval
     text, val = said(language_set, "words")
     assert text == "zero-shot classification of 2 validation images of words" and val.classes == ["cat", "dog"]
 
