@@ -12,7 +12,7 @@ views of an image:
     p = q(g_theta(f_theta(x))), z' = g_xi(f_xi(x')), both scaled to unit length
     L = |p - z'|^2 = 2 - 2 p.z', plus the same with x and x' exchanged, mean over the batch
     after the optimizer's step: xi <- tau xi + (1 - tau) theta (Eq. 1),
-    where tau rises from --tau to 1 on half a cosine
+    where tau goes from --tau to --tau-end (the paper: 1) on half a cosine
     chance level 4 (independent directions: p.z' = 0), range 0 to 8; a collapsed network also
     reaches 0, and feature_std shows it: about 1 / sqrt(E) if outputs are spread, 0 if collapsed
 B global batch, b = B / processes, D features of the backbone, E output of the projector, S image

@@ -445,6 +445,8 @@ class MultiCrop(nn.Module):
 
 
 class DINO(nn.Module):
+    """Student, teacher, which gradients never reach, and the center of the teacher's logits."""
+
     def __init__(self, student, teacher):
         super().__init__()
         teacher.load_state_dict(student.state_dict())

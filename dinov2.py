@@ -10,7 +10,7 @@ Loss (Sec. 4), symbols as in ibot.py, f the student's class token of unit length
     L_DINO, L_iBOT: cross-entropies of P_s to P_t as in ibot.py, chance level ln K and p ln K
     L_KoLeo = sum over large crops of -mean_i ln min_{j != i} |f_i - f_j|, j in the batch or group
     L = L_DINO + lambda1 L_iBOT + lambda2 L_KoLeo,  chance level (1 + lambda1 p) ln K without KoLeo
-B global batch, b = B / processes, N patches, M masked ones of this process, D width, S image size.
+B global batch, b = B / processes, N patches, M masked ones here, D width, S image size in pixels.
 
 Laptop        torchrun dinov2.py
 1 GPU         torchrun dinov2.py --data cifar10
@@ -365,6 +365,8 @@ class DINOHead(nn.Module):
 
 # Adapted from ibot.py: IBOT, only masked patches go through the heads
 class DINOv2(nn.Module):
+    """Student, teacher, which gradients never reach, and the centers of the teacher's logits."""
+
     def __init__(self, student, teacher):
         super().__init__()
         teacher.load_state_dict(student.state_dict())
@@ -472,7 +474,7 @@ def center_softmax(teacher, center, teacher_temp, momentum=0.9):
     p_t = F.softmax((teacher.float() - center) / teacher_temp, dim=1)
     total = all_gather(teacher.float().sum(0, keepdim=True)).sum(0)  # (K,)
     rows = all_gather(center.new_tensor([len(teacher)])).sum()
-    if rows > 0:  # no patch of the global batch may be masked
+    if rows > 0:  # it can happen that no patch of the global batch is masked
         center.lerp_(total / rows, 1 - momentum)
     return p_t
 
@@ -623,16 +625,16 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    samples = args.koleo_group
-    if samples == 1 or samples and args.batch_size % samples:
-        raise UserError(f"--koleo-group {samples} must be at least 2 and divide --batch-size "
+    group = args.koleo_group
+    if group == 1 or (group and args.batch_size % group):
+        raise UserError(f"--koleo-group {group} must be at least 2 and divide --batch-size "
                         f"{args.batch_size}, or be 0 for the global batch")
     b = args.batch_size // world_size()
     steps = f"--accum-steps {args.accum_steps}"
     if b % args.accum_steps:
         raise UserError(f"{steps} does not divide the {b} samples of a process")
     piece = b // args.accum_steps
-    if args.accum_steps > 1 and (not samples or piece % samples):  # KoLeo sees one piece at a time
+    if args.accum_steps > 1 and (not group or piece % group):  # KoLeo sees one piece at a time
         raise UserError(f"{steps} needs a --koleo-group that divides a piece of {piece} samples")
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)

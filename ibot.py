@@ -350,8 +350,8 @@ class VisionTransformer(nn.Module):
 class IBOTHead(nn.Module):
     """MLP to a bottleneck, unit length, prototypes. Class tokens (B, D) -> logits (B, K); class
     token and patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP; with a mask, (B, N)
-    bool, only of the M patches in it, (M, K2). With patch_out_dim 0 the patches have the prototypes
-    of the class token (Sec. 3.2)."""
+    bool, only of the M patches in it, (M, K2). K2 is patch_out_dim; if that is 0, the patches have
+    the prototypes of the class token (Sec. 3.2) and K2 = K."""
 
     def __init__(self, dim, out_dim, patch_out_dim=0, hidden_dim=2048, bottleneck_dim=256,
                  norm_last_layer=True):
@@ -395,6 +395,8 @@ class IBOTHead(nn.Module):
 
 # Adapted from dino.py: DINO, with masks and patches, MultiCrop's work in it
 class IBOT(nn.Module):
+    """Student, teacher, which gradients never reach, and the centers of the teacher's logits."""
+
     def __init__(self, student, teacher):
         super().__init__()
         teacher.load_state_dict(student.state_dict(), strict=False)  # it has no mask token

@@ -90,8 +90,9 @@ RESNET = dict(
     weight_decay=1e-6,
 )
 # solo-learn's CIFAR-10 configuration: rate 0.3 * batch / 256, trust 0.02, tau 0.2. What differs:
-# with r = trust |p| / |d|, its LARS moves a layer by min(r, rate) times the direction, and not by
-# rate * r, so steps are about 3.3 times smaller here at the peak of the rate.
+# crops are from 20% of the area here. And with r = trust |p| / |d|, its LARS moves a layer by
+# min(r, rate) times the direction, and not by rate * r, so steps are about 3.3 times smaller here
+# at the peak of the rate.
 SMALL = dict(
     RESNET,
     arch="resnet18",
@@ -352,7 +353,7 @@ def make_encoder(args):
 # ---------------------------------------- model ----------------------------------------
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
     """Projector and predictor (MoCo v3 Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm,
-    BN without scale and offset. No biases."""
+    BN without scale and offset. No biases. (B, dim) -> (B, out_dim)."""
     sizes = [dim] + [hidden] * (layers - 1)
     modules = []
     for a, b in zip(sizes, sizes[1:]):

@@ -121,7 +121,10 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         word, flags = unknown[0].split("=")[0], list(parser._option_string_actions)
-        near = [flag for flag in flags if flag.startswith(word) and len(word) > 3]
+        near = []
+        if len(word) > 3:  # --epoch means --epochs, --lr means --base-lr and the other way round
+            near = [flag for flag in flags if flag.startswith(word) or flag.endswith(word[1:])]
+            near += [flag for flag in flags if word.endswith(f"-{flag[2:]}")]
         near = near or difflib.get_close_matches(word, flags, n=1)
         refuse(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
     args = Args(**(values | vars(given)))

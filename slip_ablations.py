@@ -360,7 +360,7 @@ class Transformer(nn.Module):
 # Copied from mocov3.py: mlp
 def mlp(layers, dim, hidden, out_dim, last_norm=True):
     """Projector and predictor (MoCo v3 Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm,
-    BN without scale and offset. No biases."""
+    BN without scale and offset. No biases. (B, dim) -> (B, out_dim)."""
     sizes = [dim] + [hidden] * (layers - 1)
     modules = []
     for a, b in zip(sizes, sizes[1:]):

@@ -150,6 +150,10 @@ def unchanged(*folders):
 # -------------------------------------------- arguments --------------------------------------------
 MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `things`, see below), sentence
     ("slip", "--batch-sise 4", "unknown argument --batch-sise, did you mean --batch-size?"),
+    ("simclr", "--lr 0.1", "unknown argument --lr, did you mean --base-lr?"),
+    ("dino", "--lr=0.1", "unknown argument --lr=0.1, did you mean --base-lr?"),
+    ("moco", "--base-lr 0.1", "unknown argument --base-lr, did you mean --lr?"),
+    ("simclr", "--epoch 3", "unknown argument --epoch, did you mean --epochs?"),
     ("simclr", "--blurr", "unknown argument --blurr, did you mean --blur?"),
     ("clip", "yfcc15m", "unknown argument yfcc15m"),
     ("clip", "--batch-size many", "--batch-size: invalid int value: 'many'"),
