@@ -377,7 +377,11 @@ def test_accumulation_is_exact(photos, tmp_path, centering):
 
 def test_fsdp_is_the_same_run(photos, tmp_path):
     """Two processes with and without --fsdp: curve, gradient norm's effect, checkpoint; then a resumed one."""
-    evaluated = ["--eval-every", "0", "--eval-data", "shapes"]
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)):
+        folder = tmp_path / "classes" / ("train" if i < 28 else "val") / ("even" if i % 2 == 0 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels // (1 + i % 2)).save(folder / f"{i}.png")
+    evaluated = ["--eval-every", "0", "--eval-data", str(tmp_path / "classes")]
     sharded = ["--fsdp", "--grad-checkpointing", "full"]
     jobs = [["dinov2", str(photos), str(tmp_path / "ddp"), ["--max-steps", "8", "--no-shared-head", *evaluated]],
             ["dinov2", str(photos), str(tmp_path / "fsdp"), ["--max-steps", "8", "--no-shared-head", *evaluated, *sharded]],
