@@ -2,8 +2,8 @@
 (Jia et al. 2021, arXiv 2102.05918).
 
 CLIP's two encoders, an EfficientNet and a BERT from scratch, on far more and far noisier data: 1.8
-billion images with the alt-text that stood beside them, filtered by frequency alone (Sec. 3). Scale
-makes up for the noise.
+billion images with the alt-text that stood beside them, filtered by a few simple rules (Sec. 3).
+Scale makes up for the noise.
 
 Loss (Eq. 1 and 2), with I, T embeddings of unit length, temperature tau, label smoothing 0.1 over
 the batch:
@@ -25,8 +25,7 @@ there (evaluation.weights.align_state). Differences:
    groups, as on one TPU core each, Sec. 5). The small recipes normalise over the global batch.
  - BERT has no dropout. coyo's is 0.1; its draws would depend on the number of processes.
  - Images are shrunk with antialiasing, as Hugging Face does. coyo shrinks without.
- - Convolutions start with coyo's variances. torchvision's depthwise ones would start 8 to 62 times
-   smaller, because it divides their variance by the number of channels and TensorFlow does not.
+ - Projections run under autocast, as all layers do. coyo computes them in float32.
  - tau >= 0.01, below the 1/64 where it ends. coyo has no bound, and small runs could pass 0.
  - --tokenizer train learns byte pairs, which spell any script. The paper has 100,000 word pieces
    of its texts.
@@ -53,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import UserError, all_gather, all_reduce_mean, checkpoint_blocks, init_distributed
 from common import mixed_precision, sync_batchnorm, user_errors, world_size
 from data import Loader, Tokenizer, decode, hflip, normalize, open_dataset, to_float
-from layouts import Kept, text_rows
+from layouts import Kept, refuse_unwritable, text_rows
 from monitor import EvalView, bar, captions, language_eval, language_set
 from run import Run, RunArgs, init_weights, parse_args, replace_text
 
@@ -66,8 +65,8 @@ class Args(RunArgs):
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     filter_only: bool = False  # report what the filters drop from --data, write what stays, and end
     keep: str = ""  # the kept.jsonl of --filter-only: train on what is in it alone
-    min_side: int = 200  # filters drop images with a side of at most this, Sec. 3 (0: none)
-    common_tokens: int = 100_000_000  # the N most frequent unigrams and bigrams are common (Sec. 3)
+    min_side: int = 200  # --filter-only drops images whose side is at most this, Sec. 3 (0: none)
+    common_tokens: int = 100_000_000  # --filter-only: so many unigrams, bigrams are common (Sec. 3)
     arch: str = "efficientnet_b7"  # image encoder: a key of ARCHS
     embed_dim: int = 640  # width of the joint embedding, E, as B7's; others get a linear layer
     text_width: int = 768  # width of BERT, with heads of 64 (BERT-Base, Sec. 6.1)
@@ -147,7 +146,7 @@ class AlignView:
     def sample(self, rng):
         """In a loader worker: what else is random about this sample. depth: see DropConnect."""
         flip = rng.random() < 0.5
-        depth = torch.tensor([rng.random() for _ in range(64)])
+        depth = torch.tensor([rng.random() for _ in range(64)])  # B7, the deepest, has 55 blocks
         return {"flip": flip, "depth": depth}
 
     def __call__(self, x, params):
@@ -160,6 +159,7 @@ class AlignEvalView(EvalView):
     """Squashed to the same size, then the central crop (Sec. 5)."""
 
     def crop(self, image, rng=None):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, S, S)."""
         first = (self.resize - self.size) // 2
         last = first + self.size
         return squash(image, self.resize)[:, first:last, first:last]
@@ -257,8 +257,9 @@ def filter_data(args):
     kept = Path(args.output_dir or "filtered", "kept.jsonl")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("--filter-only is work for one process: start it with python align.py")
-    if kept.exists():
-        raise UserError(f"{kept} is there already: remove it, or choose another --output-dir")
+    if args.keep:
+        raise UserError("--filter-only reads all of --data: leave --keep out")
+    refuse_unwritable(kept)
     texts, hashes = text_rows(args.data), []
     if texts is not None:
         pictures = [Picture(i, key, None, 0, [text]) for i, key, text in texts]
@@ -267,10 +268,9 @@ def filter_data(args):
         try:
             tests = open_dataset(args.eval_data or args.data, args.data_dir, "test")
         except UserError:
-            if args.eval_data:
+            if args.eval_data:  # --data need not have a test split
                 raise
-            tests = None  # not all data has a test split
-        if tests is not None:
+        else:
             hashes = [picture.hash for picture in read_pictures(tests)]
         pictures = list(read_pictures(dataset))
         compared = f"compared with {len(hashes)} test images"
@@ -297,7 +297,7 @@ def filter_data(args):
     replace_text(kept, "".join(lines).encode(errors="backslashreplace").decode())  # odd file names
     for name, found in dropped.items():
         print(f"{name}: {len(found)} of {pairs} pairs ({len(found) / pairs:.1%})")
-        for text in found[:: len(found) // 3 + 1]:
+        for text in found[:: max(1, len(found) // 3)][:3]:
             print(f"    {text[:100]}")
     where = f"at {len(rows)} of {len(pictures)} images"
     print(f"{left} pairs stay ({left / pairs:.1%}), {where}: {kept}")
@@ -315,6 +315,7 @@ class DropConnect(nn.Module):
         self.draws = None
 
     def forward(self, x):
+        """(B, D, H, W) -> the same shape, 0 for the samples that are dropped."""
         if not self.training or self.draws is None:
             return x
         stays = self.draws[:, self.block] >= self.p
@@ -409,7 +410,7 @@ class EfficientNet(torchvision.models.EfficientNet):
         for conv in self.modules():
             if not isinstance(conv, nn.Conv2d):
                 continue
-            if conv.groups > 1:  # depthwise; torchvision's variance is 2 / (channels * k * k)
+            if conv.groups > 1:  # depthwise: coyo's standard deviation, 8 to 62 times torchvision's
                 k = conv.kernel_size[0]
                 nn.init.normal_(conv.weight, std=(2 / (k * k)) ** 0.5)
             if conv.stride == (2, 2):

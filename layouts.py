@@ -795,6 +795,16 @@ class Rows:
 
 
 # ---------------------------------------- subsets ----------------------------------------
+def refuse_unwritable(path):
+    """Raises UserError for a file that is there already or that could not be written. Makes no
+    folder, because nothing is to be left of work that fails."""
+    if path.exists():
+        raise UserError(f"{path} is there already: remove it, or choose another --output-dir")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot hold {path.name}: choose another --output-dir")
+
+
 class Kept:
     """The samples of a dataset that a kept.jsonl names, with the captions that it keeps."""
 

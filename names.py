@@ -243,6 +243,8 @@ def align_state(model, theirs=None):
 
     AlignModel computes q, k and v with three layers, where we have one. It also has a pooler that
     is never used: we leave it out, and fill it with zeros for an AlignModel."""
+    if model.visual.dim != len(model.text_projection.weight):
+        raise ValueError("AlignModel has no image projection: embed_dim must be visual.dim")
     modules, out = align_modules(model), {}
     for key, tensor in model.state_dict().items():
         module, _, kind = key.rpartition(".")

@@ -4,6 +4,7 @@ import collections
 import importlib
 import json
 import math
+import os
 import random
 import sys
 
@@ -108,6 +109,15 @@ def test_align_base_loads_from_a_file(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_alignmodel_has_no_image_projection():
+    """A network of another width than the embedding has one, which the names of AlignModel cannot hold."""
+    with torch.device("meta"):
+        model = align.build_model(align.parse_args(align.Args, align.RECIPES, ["--recipe", "coco"]))
+    assert isinstance(model.image_projection, torch.nn.Linear)
+    with pytest.raises(ValueError, match="AlignModel has no image projection: embed_dim must be visual.dim"):
+        align_state(model)
+
+
 def test_sizes_are_those_of_the_published_model():
     with torch.device("meta"):
         model = align.build_model(align.Args(context_length=512))
@@ -118,6 +128,8 @@ def test_sizes_are_those_of_the_published_model():
     assert ours == theirs and len(ours) == 1394
     assert sum(p.numel() for p in model.parameters()) + 768 * 769 == 172_117_841  # and the pooler
     assert isinstance(model.image_projection, torch.nn.Identity)
+    draws = align.AlignView(32).sample(random.Random(0))["depth"]
+    assert sum(isinstance(m, align.DropConnect) for m in model.modules()) == 55 <= len(draws)
     for name in ("b0", "b3"):
         with torch.device("meta"):
             net = align.build_model(align.Args(arch=f"efficientnet_{name}"))
@@ -427,6 +439,43 @@ def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(tmp_path
     assert (tmp_path / "kept/kept.jsonl").read_bytes() == before
     done = command("align.py", *flags[:-1], tmp_path / "other", "--eval-data", tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr and not (tmp_path / "other").exists()
+
+
+def filtering(*flags):
+    return align.parse_args(align.Args, align.RECIPES, ["--filter-only", *map(str, flags)])
+
+
+def test_filter_only_refuses_before_it_reads(photos, tmp_path, monkeypatch):
+    """A dataset may take hours, and what could be known before is said before; no folder is made."""
+    monkeypatch.setattr(align, "open_dataset", None)
+    (tmp_path / "file").write_text("")
+    locked, access = tmp_path / "locked", os.access
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and access(path, mode))  # a superuser may write anywhere
+    for flags, sentence in ((["--keep", "kept.jsonl"], "--filter-only reads all of --data: leave --keep out"),
+                            (["--output-dir", tmp_path / "file"], "/file cannot hold kept.jsonl: choose another --output-dir"),
+                            (["--output-dir", tmp_path / "file/a/b"], "/file cannot hold kept.jsonl: choose another"),
+                            (["--output-dir", locked / "a"], "/locked cannot hold kept.jsonl: choose another")):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            align.filter_data(filtering("--data", photos, *flags))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "locked"]
+
+
+@pytest.mark.parametrize("dropped", range(1, 8))
+def test_filter_only_shows_three_of_what_it_drops(dropped, tmp_path, capsys):
+    lines = [f"{i}\tshort {i}" for i in range(dropped)] + ["9\tquite a good text"]
+    (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n")
+    align.filter_data(filtering("--data", tmp_path / "texts.tsv", "--output-dir", tmp_path / "out"))
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert len(set(shown)) == len(shown) == min(dropped, 3) and shown[0] == "short 0"
+
+
+def test_help_says_which_flags_only_filter(capsys):
+    with pytest.raises(SystemExit):
+        align.parse_args(align.Args, align.RECIPES, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("--min-side INT", "--common-tokens INT"):
+        assert f"{flag} --filter-only" in text
 
 
 def test_filter_only_reads_texts_alone(tmp_path):
