@@ -117,6 +117,7 @@ RECIPES = {
     "yfcc15m": dict(eval_data="imagenet"),  # official README: 43.2%, with what --released does
     "redcaps": dict(eval_data="imagenet", warmup_epochs=1.0),  # our choice: no published run
 }
+RECIPES |= {f"multi30k-{language}": PHOTOS for language in ("en", "de", "fr", "cs")}
 
 
 # ---------------------------------------- augmentation ----------------------------------------

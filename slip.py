@@ -108,6 +108,7 @@ RECIPES = {
     "yfcc15m": LARGE,  # 42.8%
     "redcaps": dict(LARGE, epochs=35),  # our choice, that of cc12m: no published run
 }
+RECIPES |= {f"multi30k-{language}": PHOTOS for language in ("en", "de", "fr", "cs")}
 
 
 # ---------------------------------------- augmentation ----------------------------------------

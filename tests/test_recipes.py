@@ -4,13 +4,16 @@ sensible part of it."""
 import pytest
 import torch
 
+import sources
 from runs import METHODS, module_of
 
 LANGUAGE = ["clip", "slip", "declip", "align"]
 CAPTIONED = {"shapes": 20_000, "flickr8k": 6_000, "flickr30k": 29_000, "coco": 118_287, "cc3m": 2_900_000,
              "cc12m": 10_900_000, "yfcc15m": 14_700_000, "redcaps": 12_000_000}  # fmt: skip
 LABELLED = {"cifar10": 50_000, "cifar100": 50_000, "stl10": 105_000, "food101": 75_750, "imagenet": 1_281_167}
+MULTI30K = dict.fromkeys(sources.MULTI30K, 29_000)  # one set of photos, with captions in four languages
 CASES = [(method, data) for method in METHODS for data in CAPTIONED]
+CASES += [(method, data) for method in LANGUAGE for data in MULTI30K]
 CASES += [(method, data) for method in METHODS if method not in LANGUAGE for data in LABELLED]
 
 
@@ -18,7 +21,7 @@ def schedule(method, data):
     """-> steps of the whole run, steps of its warm-up, its arguments."""
     module = module_of(method)
     args = module.parse_args(module.Args, module.RECIPES, ["--data", data])
-    epoch = (CAPTIONED | LABELLED)[data] // args.batch_size
+    epoch = (CAPTIONED | MULTI30K | LABELLED)[data] // args.batch_size
     return args.epochs * epoch, round(args.warmup_epochs * epoch), args
 
 
@@ -35,7 +38,9 @@ def test_the_warm_up_is_a_sensible_part_of_the_run(method, data):
 def test_every_captioned_set_has_an_entry(method):
     """The defaults are the paper's run on hundreds of millions of pairs: their warm-up is no fraction of an epoch of another set.
     DeCLIP's are those of YFCC15M."""
-    assert set(CAPTIONED) <= set(module_of(method).RECIPES)
+    assert set(CAPTIONED | MULTI30K) <= set(module_of(method).RECIPES)
+    recipes = module_of(method).RECIPES
+    assert all(recipes[name] == recipes["flickr30k"] for name in MULTI30K)
 
 
 def network_of(method, recipe):
