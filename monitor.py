@@ -243,8 +243,7 @@ def chunks(width, *tensors):
 
 def hit_rank(scores, right):
     """scores (b, C), right (b, C) bool -> (b,) on the CPU: how many columns rank before the best
-    right one, so that a rank below k is a hit among the first k. Of equal scores, the one with the
-    smaller index comes first."""
+    right one, so that a rank below k is a hit among the first k. The smaller index wins a tie."""
     best, best_column = scores.masked_fill(~right, -math.inf).max(1, keepdim=True)
     column = torch.arange(scores.shape[1], device=scores.device)
     greater_or_nan = ~(scores <= best)  # comparisons with NaN are false: NaN is never a hit
@@ -446,9 +445,8 @@ def language_scores(model, tokenizer, dataset, view, device, classnames=None, te
 
 def language_eval(model, tokenizer, dataset, view, device, max_images=MOST, **options):
     """Collective. -> with classes {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1"
-    (mean of both directions), "recall_chance"}, and rank_scores of the images. It is quick because
-    it takes a fixed subset of the dataset (0: all). model: has encode_image and encode_text.
-    options: those of `extract`."""
+    (mean of both directions), "recall_chance"}, and rank_scores of the images. It takes a fixed
+    subset (0: all). model: has encode_image and encode_text. options: those of `extract`."""
     names = None if what_classes_lack(dataset, words=True) else dataset.classes
     options |= {"classnames": names, "captions": dataset.captioned}
     options["indices"] = subset_indices(dataset, max_images)

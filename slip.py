@@ -22,8 +22,7 @@ Parameter names are the official code's, so its checkpoints load strictly
    processes trains with the gradient of the global batch. In the official code they are constants.
    With more than one process each feature then learns as an anchor only, never as a candidate, and
    1 and 64 GPUs train differently (official issue 31). --no-gather-grad gives that back.
- - A caption that is too long keeps its end token, which the text encoder pools at; the official
-   code truncates it away.
+ - A long caption keeps its end token, where the text encoder pools; the official code cuts it off.
  - Blur is a true Gaussian, colours are floats, a GPU computes in bfloat16 where it can; official:
    Pillow's box filters, bytes, and float16.
  - The three images of a pair go through the encoder in one batch, in the official code in three.
@@ -147,10 +146,12 @@ class SSLView:
         self.size, self.mean, self.std = size, mean, std
 
     def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (0.08, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
     def sample(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -161,6 +162,7 @@ class SSLView:
         }
 
     def __call__(self, x, params):
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -484,9 +486,8 @@ def train(args: Args) -> dict:
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     area = (0.5, 1.0)  # official main.py: at least half of the image
-    views = {
-        "image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
-    }
+    image_view = LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
+    views = {"image": image_view}
     if args.ssl_scale:
         views["view1"] = SSLView(args.image_size)
         views["view2"] = SSLView(args.image_size)
