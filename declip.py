@@ -84,7 +84,7 @@ class Args(RunArgs):
     epochs: int = 32  # passes over the data (Sec. 4.1); official code: 128,000 steps of YFCC15M
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 4096  # pairs of a step, over all processes (official code)
-    accum_steps: int = 1  # more is refused: batch norm, negatives and queue need the whole batch
+    accum_steps: int = 1  # more is refused: heads with batch norm would see one piece of a batch
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     lr: float = 1e-3  # peak learning rate (official code)
     min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
@@ -585,7 +585,8 @@ def train(args: Args) -> dict:
     if args.released:  # all four pairs alike
         clip_weight = mvs_weight = clip_weight / 4
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
+        heads = "heads with batch norm are part of forward() and would see one piece"
+        raise UserError(f"--accum-steps is not implemented here: {heads}, use 1")
     entries = 2 * args.batch_size if args.released else args.batch_size  # of a step, into the queue
     if args.queue_size < entries:
         raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
@@ -596,13 +597,11 @@ def train(args: Args) -> dict:
     source = captions(dataset) if args.tokenizer == "train" else None
     vocab_size = args.vocab_size
     if args.tokenizer == "train":
-        vocab_size -= 1  # the mask token is one more
+        vocab_size = max(514, vocab_size - 1)  # 512 bytes, start and end; the mask is one more
     tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)
     tokenizer = add_mask_token(tokenizer)
     if tokenizer.vocab_size > args.vocab_size:
-        raise UserError(
-            f"--tokenizer {args.tokenizer} and a mask are more than {args.vocab_size} tokens"
-        )
+        raise UserError(f"--vocab-size must be at least {tokenizer.vocab_size}, mask included")
     synonyms = open_synonyms(args.synonyms)
     views = {
         "view1": SSLView(args.image_size),

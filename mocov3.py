@@ -67,7 +67,7 @@ class Args(RunArgs):
     epochs: int = 300  # passes over the data (Table 4)
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 4096  # images of a step, over all processes (Sec. 5)
-    accum_steps: int = 1  # more is refused: batch norm and negatives need the whole batch
+    accum_steps: int = 1  # more is refused: heads with batch norm would see one piece of a batch
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 1.5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 4.1)
     min_lr: float = 0.0  # learning rate at the end of the cosine
@@ -450,7 +450,8 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
+        heads = "heads with batch norm are part of forward() and would see one piece"
+        raise UserError(f"--accum-steps is not implemented here: {heads}, use 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
