@@ -57,7 +57,7 @@ from data import IMAGENET_MEAN, IMAGENET_STD, Loader, Tokenizer, normalize, open
 from data import color_jitter, draw_jitter, gaussian_blur, grayscale, hflip, random_resized_crop
 from monitor import EvalView, captions, language_eval, language_set
 from run import Run, RunArgs, init_weights, parse_args
-from synonyms import open_synonyms
+from synonyms import open_synonyms, synonyms_checksum
 
 
 # ---------------------------------------- arguments ----------------------------------------
@@ -156,8 +156,8 @@ class SSLView:
 
 def augmented_text(tokenizer, synonyms, caption, rng):
     """-> ids of the caption after one operation of EDA (arXiv 1901.11196, Sec. 2); no word
-    insertion, like the official code. synonyms: function from a word to a list of words or None;
-    None: swapping and deleting alone."""
+    insertion, like the official code. synonyms: {word in lower case: list of words} or None; None:
+    swapping and deleting alone."""
     words = caption.split()
     operations = ["swap", "delete", "replace"] if synonyms else ["swap", "delete"]
     operation = rng.choice(operations) if len(words) > 1 else ""  # a single word stays
@@ -168,10 +168,10 @@ def augmented_text(tokenizer, synonyms, caption, rng):
         stay = [word for word in words if rng.random() > 0.1]
         words = stay or [rng.choice(words)]
     elif operation == "replace":
-        known = [word for word in words if synonyms(word.lower())]
+        known = [word for word in words if synonyms.get(word.lower())]
         if known:
             old = rng.choice(known)
-            new = rng.choice(synonyms(old.lower()))
+            new = rng.choice(synonyms[old.lower()])
             words = [new if word == old else word for word in words]
     return tokenizer(" ".join(words))
 
@@ -636,7 +636,8 @@ def train(args: Args) -> dict:
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "queue": queue, "optimizer": optimizer, "scaler": scaler}
-    run = Run("declip", args, loader, state, {"tokenizer": tokenizer.to_json()})
+    extra = {"tokenizer": tokenizer.to_json(), "synonyms": synonyms_checksum(synonyms)}
+    run = Run("declip", args, loader, state, extra)
     if synonyms is None:
         run.say("no --synonyms and no WordNet: captions are augmented by swaps and deletions alone")
     # one less each: the official code counts steps from 1 and reaches min_lr in the last one

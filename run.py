@@ -309,8 +309,8 @@ class Run:
             raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds "
                             f"{now}: bring the data back or use another --output-dir")
         if other := [k for k, text in self.extra.items() if saved.get(k, text) != text]:
-            raise UserError(f"{path} has another {other[0]} than --data {self.args.data} gives, "
-                            "bring the data back or use another --output-dir")
+            raise UserError(f"{path} does not have this run's {other[0]}: bring back the data and "
+                            "files that it was started with, or use another --output-dir")
 
     def _open(self) -> str:
         if self.args.batch_size < 2:

@@ -1,9 +1,13 @@
 """Synonyms of English words, from a file or from WordNet, for the captions of declip.py."""
 
+import json
 import re
+import zlib
 from pathlib import Path
 
-from common import UserError
+import torch.distributed as dist
+
+from common import UserError, world_size
 
 # Words that WordNet knows as something else ("in": inch)
 STOP_WORDS = """a an the in on at by to of off up out over is are was be am as it its he his she who
@@ -11,12 +15,12 @@ have has no not so or and but for from with do does can will more most some than
 
 
 def open_synonyms(path=""):
-    """-> function from a word in lower case to a list of its synonyms (or None): those of a file
-    with a line "word, synonym, ..." for each word, else WordNet's; None where WordNet is not
-    installed. Raises UserError for a file that cannot be read."""
+    """-> {word in lower case: list of its synonyms}: those of a file with a line
+    "word, synonym, ..." for each word, else WordNet's; None where WordNet is not installed. Raises
+    UserError for a file that cannot be read."""
     if not path:
         try:
-            return wordnet().get
+            return wordnet()
         except (ImportError, LookupError, OSError):
             return None
     try:
@@ -28,7 +32,20 @@ def open_synonyms(path=""):
         words = [word.strip() for word in line.split(",") if word.strip()]
         if words:
             table[words[0]] = words[1:]
-    return table.get
+    return table
+
+
+def synonyms_checksum(table):
+    """Collective. -> text that differs for other synonyms, which would change the captions of a run
+    without a word. Raises UserError if processes, of which each opens its own, have others."""
+    checksum = zlib.crc32(json.dumps(table, sort_keys=True).encode())
+    text = json.dumps({"words": len(table or ()), "checksum": f"{checksum:08x}"})
+    every = [text] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(every, text)
+    if set(every) != {text}:
+        raise UserError("processes differ in their synonyms: give all the same --synonyms")
+    return text
 
 
 def wordnet(debian=Path("/usr/share/wordnet")):

@@ -25,7 +25,7 @@ from evaluation.language import queued_ids
 from evaluation.weights import load_released, open_network
 from run import load_checkpoint
 from runs import FLAGS, argv_of, command, environment, make_photos, rows, train_here
-from synonyms import wordnet
+from synonyms import synonyms_checksum, wordnet
 from test_golden import close, close_grad, golden, leaves
 from test_resume import assert_same_run
 from test_structure import backward, cut
@@ -340,7 +340,7 @@ def test_masks_have_the_statistics_of_the_released_code(any_id, tokenizer):
 
 
 def test_augmentation_is_eda(tokenizer):
-    synonyms = {"dog": ["hound", "canine friend"], "red": ["crimson"]}.get
+    synonyms = {"dog": ["hound", "canine friend"], "red": ["crimson"]}
     def augment(caption, seed, synonyms=synonyms):  # str stands for a tokenizer: the words as they are
         return declip.augmented_text(str, synonyms, caption, random.Random(seed))
 
@@ -374,7 +374,7 @@ def test_synonyms_from_a_file(tmp_path, tokenizer):
     file = tmp_path / "synonyms.txt"
     file.write_text("Dog, hound, canine friend\n\nred,crimson\n")
     synonyms = declip.open_synonyms(str(file))
-    assert synonyms("dog") == ["hound", "canine friend"] and synonyms("red") == ["crimson"] and not synonyms("cat")
+    assert synonyms == {"dog": ["hound", "canine friend"], "red": ["crimson"]}
     outputs = {declip.augmented_text(str, synonyms, "a red dog", random.Random(seed)) for seed in range(99)}
     assert {"a crimson dog", "a red hound"} <= outputs
     with pytest.raises(UserError, match="--synonyms"):
@@ -399,8 +399,8 @@ def write_wordnet(folder):
 def test_synonyms_from_debians_wordnet(tmp_path):
     """The package wordnet-base; no nltk is needed."""
     write_wordnet(tmp_path / "wordnet")
-    synonyms = wordnet(tmp_path / "wordnet").get
-    assert synonyms("dog") == ["chase", "domestic dog", "tag"] and synonyms("red") == ["crimson"] and not synonyms("in")
+    synonyms = wordnet(tmp_path / "wordnet")
+    assert synonyms["dog"] == ["chase", "domestic dog", "tag"] and synonyms["red"] == ["crimson"] and "in" not in synonyms
 
 
 def test_synonyms_from_wordnet(tmp_path, monkeypatch):
@@ -413,9 +413,9 @@ def test_synonyms_from_wordnet(tmp_path, monkeypatch):
     for root in ("folder", "zip"):
         monkeypatch.setattr(nltk.data, "path", [str(tmp_path / root)])
         synonyms = declip.open_synonyms()
-        assert synonyms("dog") == ["chase", "domestic dog", "tag"] and synonyms("domestic dog") == ["dog"]
-        assert synonyms("red") == ["crimson"] and synonyms("inch") == ["in"]
-        assert not synonyms("in") and not synonyms("star") and not synonyms("cat")
+        assert synonyms["dog"] == ["chase", "domestic dog", "tag"] and synonyms["domestic dog"] == ["dog"]
+        assert synonyms["red"] == ["crimson"] and synonyms["inch"] == ["in"]
+        assert not synonyms.get("in") and not synonyms["star"] and "cat" not in synonyms
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     assert declip.open_synonyms() is None
 
@@ -429,6 +429,33 @@ def test_without_wordnet_the_log_says_so_once(photos, tmp_path, monkeypatch, cap
     file.write_text("red, crimson\n")
     train_here("declip", photos, tmp_path / "b", "--max-steps", "2", "--eval-every", "0", "--synonyms", str(file))
     assert "WordNet" not in capsys.readouterr().out
+
+
+def test_other_synonyms_do_not_continue_a_run(photos, tmp_path):
+    """Another machine may have another WordNet, or none, under the same arguments."""
+    file, flags = tmp_path / "synonyms.txt", ["--eval-every", "0", "--synonyms", str(tmp_path / "synonyms.txt"), "--max-steps"]
+    file.write_text("red, crimson\n")
+    train_here("declip", photos, tmp_path / "run", *flags, "1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert json.loads(before["synonyms.json"])["words"] == 1
+    file.write_text("red, crimson, ruby\n")
+    with pytest.raises(UserError, match=r"checkpoint.pt does not have this run's synonyms: bring back"):
+        train_here("declip", photos, tmp_path / "run", *flags, "2")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    file.write_text("red,  CRIMSON\n")  # the same ones
+    train_here("declip", photos, tmp_path / "run", *flags, "2")
+    texts = {synonyms_checksum(table) for table in (None, {}, {"red": ["crimson"]}, {"red": ["ruby"]}, {"crimson": ["red"]})}
+    assert len(texts) == 5
+
+
+def test_processes_must_have_the_same_synonyms(tmp_path):
+    """Each opens its own; where they differ all of them say so."""
+    for same in ("1", ""):
+        done = subprocess.run(argv_of("tests/test_declip.py", tmp_path, "synonyms", same, processes=2), env=environment(),
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = {(tmp_path / f"synonyms{rank}.txt").read_text() for rank in (0, 1)}
+        assert len(found) == 1 and ("processes differ in their synonyms: give all the same --synonyms" in found) == (not same)
 
 
 # ------------------------------------------------ runs ------------------------------------------------
@@ -545,13 +572,28 @@ def test_paste():
     assert cut(["masked_text"], file="declip.py")["masked_text"]
 
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    this = torch.distributed.get_rank()
+def write_loss(this, folder):
     names = ("image_embed", "text_embed", "logit_scale")
     image, text, scale = leaves(*(golden("dist2_declip_clip")[0][f"rank{this}"][key] for key in names))
     loss = sum(losses.squeeze() for losses in declip.info_nce([image], [text], scale)) / 2
     loss.backward()
-    Path(sys.argv[1], f"{this}.json").write_text(json.dumps([loss.item(), *(t.grad.tolist() for t in (image, text, scale))]))
+    Path(folder, f"{this}.json").write_text(json.dumps([loss.item(), *(t.grad.tolist() for t in (image, text, scale))]))
+
+
+def write_checksum(this, folder, same):
+    try:
+        text = synonyms_checksum({"red": ["crimson"]} if this == 0 or same else None)
+    except UserError as error:
+        text = str(error)
+    Path(folder, f"synonyms{this}.txt").write_text(text)
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    this = torch.distributed.get_rank()
+    if "synonyms" in sys.argv:
+        write_checksum(this, sys.argv[1], sys.argv[-1])
+    else:
+        write_loss(this, sys.argv[1])
     torch.distributed.barrier()  # who leaves with the group still open can abort the other
     torch.distributed.destroy_process_group()

@@ -224,7 +224,7 @@ def test_a_tokenizer_that_was_learnt_again_is_not_put_under_old_weights(tmp_path
     lines = (photos / "train.jsonl").read_text().splitlines()
     lines[1] = json.dumps({"image": "1.png", "captions": ["zebra zebra zebra"]})
     (photos / "train.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"checkpoint.pt has another tokenizer than --data \S+ gives, bring the data back"):
+    with pytest.raises(UserError, match=r"checkpoint.pt does not have this run's tokenizer: bring back the data and files"):
         train_here("clip", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
