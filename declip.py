@@ -29,10 +29,10 @@ of the paper. With --released the following is done as in the released code:
  - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
    the text encoder then pools at. By default T is the embedding of the text without masks.
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
-Never reproduced, even with --released: per-process batch norm and queue; a queue that is lost at a
-restart and drops entries that do not fit before its end; L_TSS averaged over processes, not over
-tokens. All of these would make a run depend on the number of processes or restarts. Nor are the
-class token and the biases of attention's in_proj decayed, as they are there. One of a sample's
+Never reproduced, even with --released: queue and batch norm of the heads per process; a queue that
+is lost at a restart and drops what does not fit before its end; L_TSS averaged over processes, not
+over tokens. All of these would make a run depend on the number of processes or restarts. Nor are
+the class token and the biases of attention's in_proj decayed, as they are there. One of a sample's
 captions is drawn, not the first taken, and a GPU computes in mixed precision, not in float32.
 
 Diff against: slip.py (backbones: clip.py).
@@ -126,15 +126,15 @@ class SSLView:
     """One view of an image, MoCo v2's (official code); all losses see the same two views."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size = size
-        self.mean = mean
-        self.std = std
+        self.size, self.mean, self.std = size, mean, std
 
     def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (0.2, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
     def sample(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
         return {
             "flip": rng.random() < 0.5,
             "jitter": rng.random() < 0.8,
@@ -145,12 +145,12 @@ class SSLView:
         }
 
     def __call__(self, x, params):
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        kernel_size = 13  # 3 sigma on either side
-        x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
+        x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 
@@ -262,6 +262,8 @@ class ResidualAttentionBlock(nn.Module):
 
 # Adapted from clip.py: Transformer, blocks that make the mask
 class Transformer(nn.Module):
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
+
     def __init__(self, width, layers, causal=False):
         super().__init__()
         blocks = [ResidualAttentionBlock(width, layers, causal) for _ in range(layers)]
