@@ -310,7 +310,8 @@ class ModifiedResNet(nn.Module):
 
 # ---------------------------------------- model ----------------------------------------
 class CLIP(nn.Module):
-    """vision_layers: an int for a ViT; for a ResNet, whose vision_patch_size is None, four."""
+    """vision_layers: how many blocks a ViT has, or each of the four stages of a ResNet, whose
+    vision_patch_size is None."""
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
                  context_length, vocab_size, transformer_width, transformer_heads,
