@@ -32,7 +32,7 @@ import layouts
 import scenes
 import sources
 from common import UserError
-from data import Loader, decode, open_dataset
+from data import Loader, Tokenizer, decode, open_dataset
 from monitor import EvalView
 
 ROOT = Path(__file__).parent.parent
@@ -1395,7 +1395,7 @@ for step, batch in loader_of(Toy(), workers=2).batches(0, 10**6):
 def test_conversions_in_the_docs(tmp_path, monkeypatch):
     """Every Python script of docs/data.md, and the shell commands that need no internet, on small files."""
     text = (ROOT / "docs/data.md").read_text()
-    photos, yfcc, there, npy, redcaps = re.findall(r"```python\n(.*?)```", text, re.S)
+    photos, yfcc, there, npy, redcaps, vocabulary = re.findall(r"```python\n(.*?)```", text, re.S)
     (pack,) = [c for c in re.findall(r"```bash\n(.*?)```", text, re.S) if "part." in c]
     monkeypatch.chdir(tmp_path)
 
@@ -1449,6 +1449,13 @@ def test_conversions_in_the_docs(tmp_path, monkeypatch):
     assert [(s.image, s.captions) for s in dataset("redcaps")] == [
         (JPEG[i], CAPTIONS[i][:1]) for i in range(N)
     ]
+
+    (tmp_path / "captions.txt").write_text("ein Hund läuft\nzwei Hunde laufen\n", encoding="utf-8")
+    exec(vocabulary, {})
+    tokenizer = Tokenizer("tokenizer.json", vocab_size=250_000)
+    ids = tokenizer("läuft ein Hund")
+    assert tokenizer.decode(ids[1:-1]).strip() == "läuft ein hund"
+    assert len(ids) < len(Tokenizer("train", captions=())("läuft ein Hund"))
 
 
 def test_example_in_the_docs():
