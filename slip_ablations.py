@@ -371,7 +371,7 @@ def mlp(layers, dim, hidden, out_dim, last_norm=True):
     return nn.Sequential(*modules)
 
 
-class SimCLRHalf(nn.Module):
+class SimCLRBranch(nn.Module):
     """image_mlp of slip.py: three layers with biases, no batch norm at the end."""
 
     def __init__(self, visual, dim, hidden, out_dim):
@@ -392,7 +392,7 @@ class SimCLRHalf(nn.Module):
         return self.image_mlp(features1), self.image_mlp(features2)
 
 
-class MomentumHalf(nn.Module):
+class MomentumBranch(nn.Module):
     """MoCo v3's and BYOL's: a projector and a predictor, both MoCo v3's (Sec. 4.6), and an EMA of
     encoder and projector, which starts as a copy and gets no gradient."""
 
@@ -423,7 +423,7 @@ class MomentumHalf(nn.Module):
             torch._foreach_lerp_(theta_k, theta_q, 1 - m)
 
 
-class MaskedHalf(nn.Module):
+class MaskedBranch(nn.Module):
     """Masked patches: a linear layer predicts the pixels of each from its output."""
 
     def __init__(self, visual, dim, hidden, out_dim):
@@ -441,13 +441,14 @@ class MaskedHalf(nn.Module):
         return predicted, pixels.transpose(1, 2), mask
 
 
-HALVES = {"simclr": SimCLRHalf, "mocov3": MomentumHalf, "byol": MomentumHalf, "beit": MaskedHalf}
+BRANCHES = {"simclr": SimCLRBranch, "mocov3": MomentumBranch, "byol": MomentumBranch,
+            "beit": MaskedBranch}  # fmt: skip
 
 
-# Adapted from slip.py: SLIP, the self-supervised half is a module, and either half may be missing
+# Adapted from slip.py: SLIP, self-supervision is a module, and either branch may be missing
 class SLIP(nn.Module):
-    """One image encoder with a half for language and one for self-supervision, `ssl`: a key of
-    HALVES, or "none". language=False: no text encoder and no projections."""
+    """One image encoder with a branch for language and one for self-supervision, `ssl`: a key of
+    BRANCHES, or "none". language=False: no text encoder and no projections."""
 
     def __init__(self, embed_dim, visual, vision_width, context_length, vocab_size,
                  transformer_width, transformer_heads, transformer_layers, ssl_mlp_dim=4096,
@@ -467,7 +468,7 @@ class SLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # t; CLIP Sec. 2.5
         self.ssl = None
         if ssl != "none":
-            self.ssl = HALVES[ssl](visual, vision_width, ssl_mlp_dim, ssl_emb_dim)
+            self.ssl = BRANCHES[ssl](visual, vision_width, ssl_mlp_dim, ssl_emb_dim)
         if language:
             init_text(self)
 
@@ -484,8 +485,8 @@ class SLIP(nn.Module):
         return x[rows, end] @ self.text_projection
 
     def forward(self, pair, views):
-        """pair: image and text, views: inputs of the self-supervised half, either may be empty ->
-        embeddings of image and text (B, E), outputs of that half, each as tuple."""
+        """pair: image and text, views: inputs of the self-supervised branch, either may be empty ->
+        embeddings of image and text (B, E), outputs of that branch, each as tuple."""
         embeddings, outputs = (), ()
         if pair:
             image, text = pair
@@ -648,7 +649,7 @@ def masked_pixel_loss(predicted, pixels, mask):
 
 
 def ssl_loss(outputs, args):
-    """L_ssl of what a half of HALVES returned, a mean over this process as each of its terms."""
+    """L_ssl of what one of BRANCHES returned, a mean over this process as each of its terms."""
     if args.ssl == "simclr":
         return nt_xent_loss(*outputs, args.temperature)
     if args.ssl == "byol":

@@ -1,4 +1,4 @@
-"""slip_ablations.py: its SimCLR half is slip.py's, each loss and gradient equals one written out again, averages follow,
+"""slip_ablations.py: its SimCLR branch is slip.py's, each loss and gradient equals one written out again, averages follow,
 the losses see the images they are said to see, and a run is the same on two processes and after a restart."""
 
 import contextlib
@@ -88,14 +88,14 @@ def unit(x):
 
 def written_out(kind, model, args, views, mask):
     """L_ssl once more: every pair and every patch by itself."""
-    half, b, tau = model.ssl, len(views[0]), args.key_temperature
+    branch, b, tau = model.ssl, len(views[0]), args.key_temperature
     if kind == "beit":
-        patch, total = half.patch_size, 0.0
+        patch, total = branch.patch_size, 0.0
         side = views[0].shape[-1] // patch
         x = model.visual.patch_embed(views[0]).flatten(2).transpose(1, 2).clone()
-        x[mask] = half.mask_token.expand(int(mask.sum()), -1)
+        x[mask] = branch.mask_token.expand(int(mask.sum()), -1)
         x = torch.cat([model.visual.cls_token.expand(b, -1, -1), x], 1) + model.visual.pos_embed
-        predicted = half.decoder(model.visual.norm(model.visual.blocks(x)))
+        predicted = branch.decoder(model.visual.norm(model.visual.blocks(x)))
         for i in range(b):
             of_image = []
             for j in mask[i].nonzero().flatten().tolist():
@@ -106,14 +106,14 @@ def written_out(kind, model, args, views, mask):
             total = total + sum(of_image) / len(of_image)
         return total / b
     if kind == "simclr":
-        z = unit(torch.cat([half.image_mlp(model.visual(view)) for view in views]))
+        z = unit(torch.cat([branch.image_mlp(model.visual(view)) for view in views]))
         terms = []
         for i in range(2 * b):
             others = [z[i] @ z[k] / args.temperature for k in range(2 * b) if k != i]
             terms.append(torch.logsumexp(torch.stack(others), 0) - z[i] @ z[(i + b) % (2 * b)] / args.temperature)
         return sum(terms) / (2 * b)
-    q = [unit(half.predictor(half.projector(model.visual(view)))) for view in views]
-    k = [unit(half.momentum_projector(half.momentum_visual(view))).detach() for view in views]
+    q = [unit(branch.predictor(branch.projector(model.visual(view)))) for view in views]
+    k = [unit(branch.momentum_projector(branch.momentum_visual(view))).detach() for view in views]
     total = 0.0
     for one, other in ((0, 1), (1, 0)):
         for i in range(b):
@@ -126,7 +126,7 @@ def written_out(kind, model, args, views, mask):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient_of_each_half(kind):
+def test_loss_and_gradient_of_each_branch(kind):
     args = args_of("--ssl", kind, "--vocab-size", "50")
     with float64():
         torch.manual_seed(0)
@@ -270,8 +270,8 @@ def test_which_images_the_losses_see(images, photos, tmp_path, monkeypatch):
 
 # ------------------------------------------------ averages ------------------------------------------------
 def test_the_average_follows_before_the_keys_are_computed(photos, tmp_path, monkeypatch):
-    half, found = slip_ablations.MomentumHalf, []
-    update, forward = half.update, half.forward
+    branch, found = slip_ablations.MomentumBranch, []
+    update, forward = branch.update, branch.forward
 
     def watched(self, visual, m):
         names = [("visual", visual, self.momentum_visual), ("projector", self.projector, self.momentum_projector)]
@@ -287,8 +287,8 @@ def test_the_average_follows_before_the_keys_are_computed(photos, tmp_path, monk
         found.append("forward")
         return forward(self, *inputs)
 
-    monkeypatch.setattr(half, "update", watched)
-    monkeypatch.setattr(half, "forward", after)
+    monkeypatch.setattr(branch, "update", watched)
+    monkeypatch.setattr(branch, "forward", after)
     train_here(NAME, photos, tmp_path / "run", "--ssl", "mocov3", "--max-steps", "3", "--eval-every", "0", "--lr", "1e-2")
     assert found[1::2] == ["forward"] * 3
     momentums, moved = zip(*found[::2])
