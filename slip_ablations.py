@@ -214,11 +214,12 @@ class Decoupled(Loader):
     """Pairs from one half of the images, and views from the other half (Sec. 5.3)."""
 
     def __init__(self, dataset, pair_views, other_views, texts, batch_size, seed, workers, device):
-        step = batch_size, seed
-        super().__init__(half_of(dataset, 0), pair_views, texts, *step, workers, device)
-        half = self.workers // 2  # each has half of the workers
-        self.others = Loader(half_of(dataset, 1), other_views, {}, *step, half, device)
-        self.workers -= half
+        super().__init__(half_of(dataset, 0), pair_views, texts, batch_size, seed, workers, device)
+        other_workers = self.workers // 2
+        # with the same seed, image i of one half would meet image i of the other in every epoch
+        rest = batch_size, seed + 1, other_workers, device
+        self.others = Loader(half_of(dataset, 1), other_views, {}, *rest)
+        self.workers -= other_workers
 
     def batches(self, start, stop):
         pairs, others = super().batches(start, stop), self.others.batches(start, stop)

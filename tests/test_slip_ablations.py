@@ -345,6 +345,10 @@ def test_decoupled_images_are_one_loader(photos, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2)), raising=False)
     shared = slip_ablations.Decoupled(dataset, {"image": views["image"]}, {"view1": views["view1"]}, {}, 8, 0, 8, "cpu")
     assert (shared.workers, shared.others.workers) == (1, 1)  # both together no more than the cores
+    for first in (0, 3):  # in no epoch do the same places of both halves meet
+        places = [torch.cat([batch["index"] for _, batch in half.batches(first, first + 3)])
+                  for half in (slip_ablations.Loader(loader.dataset, {}, {}, 8, loader.seed), loader.others)]  # fmt: skip
+        assert not torch.equal(*places)
     loader.check_bad()
     loader.others.bad = 5
     with pytest.raises(UserError, match="5 samples of photos.* are bad"):
