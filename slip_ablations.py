@@ -26,8 +26,8 @@ experiments was never published. What is known to differ:
    (ibot.py) would be a network of their own that learns, and so another experiment.
  - --images decoupled gives each loss a half of the data. In the paper L_clip keeps all of its
    pairs, and L_ssl has as many other images: here compare it with --images half.
- - MoCo v3 and BYOL have SLIP's learning rate and weights of the losses. The paper tuned both and
-   does not give them.
+ - MoCo v3 has SLIP's --ssl-scale, and BYOL SLIP's learning rate and weight decay. The paper tuned
+   these and does not give the values.
 
 Diff against: slip.py.
 """
@@ -92,17 +92,15 @@ class Args(RunArgs):
 
 SMALL = dict(text_width=128, text_layers=3, embed_dim=128, context_length=32, tokenizer="train")
 SMALL |= dict(batch_size=128, lr=1e-3, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_emb_dim=64)
-SMALL |= dict(key_momentum=0.97)  # of few steps
+SMALL |= dict(key_momentum=0.97)  # an average over fewer steps, because these runs are short
 # Beside an entry: ImageNet zero-shot accuracy, or a linear probe's, of the official README
 LARGE = dict(eval_data="imagenet", grad_checkpointing="selective")  # to fit 8 GPUs of 80 GB
 RECIPES = {
-    "shapes": dict(
-        SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2, epochs=2
-    ),
+    "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2,
+                   epochs=2),
     "flickr8k": dict(SMALL, arch="vit_micro_patch16", image_size=112, vocab_size=4096, epochs=30),
-    "yfcc15m": dict(
-        LARGE, grad_checkpointing="full"  # moving averages take more room than slip.py has
-    ),  # 42.8%
+    # full: the EMA of mocov3 and byol takes memory that slip.py does not need
+    "yfcc15m": dict(LARGE, grad_checkpointing="full"),  # 42.8%
     "yfcc15m-clip": dict(LARGE, ssl="none", lr=5e-4, weight_decay=0.5),  # 37.6%
     "yfcc15m-simclr": dict(LARGE, clip_scale=0.0, lr=3.2e-3),  # linear 64.0%
 }
@@ -110,28 +108,26 @@ RECIPES = {
 
 # ---------------------------------------- augmentation ----------------------------------------
 # Adapted from slip.py: SSLView, with the views of the other methods, and that beside a caption
+@dataclass
 class View:
-    """A view, by default that of L_ssl in the official main.py. area: bounds of a crop's area, or
-    () for a square as wide as the shorter side; flip, jitter, gray, blur, solarize: probabilities;
-    patches, mask_ratio: how many patches an image has, and the share of them to mask."""
+    """A view, by default that of L_ssl in the official main.py. flip, jitter, gray, blur, solarize:
+    probabilities; saturation, hue: strengths of the jitter."""
 
+    size: int
+    area: tuple = (0.08, 1.0)  # bounds of a crop's area; (): a square as wide as the shorter side
+    flip: float = 0.5
+    jitter: float = 0.8
+    saturation: float = 0.4
+    hue: float = 0.1
+    gray: float = 0.2
+    blur: float = 0.5
+    solarize: float = 0.0
+    patches: int = 0  # how many an image has
+    mask_ratio: float = 0.0  # share of them to mask
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, size, area=(0.08, 1.0), flip=0.5, jitter=0.8, saturation=0.4, hue=0.1,
-                 gray=0.2, blur=0.5, solarize=0.0, patches=0, mask_ratio=0.0):
-        self.size = size
-        self.area = area
-        self.flip = flip
-        self.jitter = jitter
-        self.saturation = saturation
-        self.hue = hue
-        self.gray = gray
-        self.blur = blur
-        self.solarize = solarize
-        self.patches = patches
-        self.masked = round(mask_ratio * patches)
-
     def crop(self, image, rng):
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         if self.area:
             return random_resized_crop(image, rng, self.size, self.area)
         side = min(image.shape[1:])
@@ -141,6 +137,7 @@ class View:
         return random_resized_crop(square, rng, self.size, (1.0, 1.0), ratio=(1.0, 1.0))
 
     def sample(self, rng):
+        """In a loader worker: what else is random about this view of this sample."""
         params = {
             "flip": rng.random() < self.flip,
             "jitter": rng.random() < self.jitter,
@@ -150,11 +147,12 @@ class View:
             **draw_jitter(rng, 0.4, 0.4, self.saturation, self.hue),  # brightness, contrast
             "solarize": rng.random() < self.solarize,
         }
-        masked = set(rng.sample(range(self.patches), self.masked))
+        masked = set(rng.sample(range(self.patches), round(self.mask_ratio * self.patches)))
         params["mask"] = [i in masked for i in range(self.patches)]
         return params
 
     def __call__(self, x, params):
+        """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
@@ -527,17 +525,19 @@ ARCHS = {
 def build_model(args) -> SLIP:
     """Raises UserError for an unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not patch.lstrip("0").isdecimal():
+    if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
         names = ", ".join(ARCHS)
         raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {names}")
-    size, patch = args.image_size, int(patch)
-    if size % patch:
-        raise UserError(f"--image-size {size} is not a multiple of {patch} ({args.arch})")
+    patch = int(patch)
+    if args.image_size % patch:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {patch} ({args.arch})"
+        )
     layers, width, heads = ARCHS[name]
     text_width = args.text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
-    visual = VisionTransformer(size, patch, width, layers, heads)
+    visual = VisionTransformer(args.image_size, patch, width, layers, heads)
     return SLIP(
         args.embed_dim, visual, width, args.context_length, args.vocab_size, text_width,
         text_width // 64, args.text_layers, args.ssl_mlp_dim, args.ssl_emb_dim, args.ssl,
@@ -679,9 +679,6 @@ def train(args: Args) -> dict:
     model = build_model(args)
     dataset = open_dataset(args.data, args.data_dir)
     val = tokenizer = None
-    pair_views = {}
-    texts = {}
-    extra = {}
     if language:
         val = language_set(args)
         source = captions(dataset) if args.tokenizer == "train" else None
@@ -691,13 +688,15 @@ def train(args: Args) -> dict:
         if tokenizer.eot != tokenizer.vocab_size - 1:
             wrong = "has an end token that is not its largest id"
             raise UserError(f"--tokenizer {args.tokenizer} {wrong}")
-        pair_views["image"] = pair_view(args)
-        texts["text"] = tokenizer
-        extra["tokenizer"] = tokenizer.to_json()
     else:
+        if args.clip_views != "crop":
+            raise UserError("--clip-views has no use here: --clip-scale 0 leaves out the captions")
         if args.probe != "knn":
             raise UserError("--probe has no use here: --clip-scale 0 leaves nothing to evaluate")
         say_evaluation("none, because --clip-scale 0 leaves out the texts; evaluate.py does it")
+    pair_views = {"image": pair_view(args)} if language else {}
+    texts = {"text": tokenizer} if language else {}
+    extra = {"tokenizer": tokenizer.to_json()} if language else {}
     other_views = ssl_views(args, patches=model.visual.pos_embed.shape[1] - 1)
     views = pair_views | other_views
     rest = args.batch_size, args.seed, args.workers, device
@@ -723,14 +722,13 @@ def train(args: Args) -> dict:
         {"params": decay, "weight_decay": args.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Run("slip_ablations", args, loader, state, extra)
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
-    averaged = args.ssl in ("mocov3", "byol")
     clip_chance = math.log(args.batch_size)
     ssl_chances = {
         "simclr": math.log(2 * args.batch_size - 1),
@@ -758,7 +756,7 @@ def train(args: Args) -> dict:
             group["lr"] = lr = warmup_cosine(
                 step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
             )
-        if averaged:  # official MoCo v3: with the weights that give the queries
+        if args.ssl in ("mocov3", "byol"):  # official MoCo v3: with the weights of the queries
             m = warmup_cosine(step, run.total, 0, args.key_momentum, end=1.0)
             model.ssl.update(model.visual, m)
             numbers["key_momentum"] = m

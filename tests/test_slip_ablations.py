@@ -397,7 +397,9 @@ def test_its_checkpoints_are_evaluated(photos, tmp_path):
     ("--ssl none --images decoupled", "here is one"),
     ("--clip-scale 0 --images decoupled", "here is one"),
     ("--clip-scale 0 --probe linear", "--probe has no use here"),
+    ("--clip-scale 0 --clip-views color", "--clip-views has no use here: --clip-scale 0 leaves out the captions"),
     ("--arch vit_huge_patch8", "is unknown, choose"),
+    ("--arch vit_tiny_patch00", "is unknown, choose"),
     ("--image-size 36", "is not a multiple of 8"),
     ("--text-width 60", "is not a multiple of 64"),
 ])  # fmt: skip
