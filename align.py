@@ -118,7 +118,7 @@ RECIPES = {
     "yfcc15m": dict(MINI, epochs=60, warmup_epochs=6),
     "redcaps": dict(MINI, epochs=60, warmup_epochs=6),
 }
-RECIPES |= {f"multi30k-{language}": PHOTOS for language in ("en", "de", "fr", "cs")}
+RECIPES |= dict.fromkeys(("multi30k-en", "multi30k-de", "multi30k-fr", "multi30k-cs"), PHOTOS)
 
 
 # ---------------------------------------- augmentation ----------------------------------------

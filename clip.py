@@ -102,7 +102,7 @@ RECIPES = {
     "yfcc15m": dict(SLIPS, epochs=25),  # 37.6%
     "redcaps": dict(SLIPS, epochs=35),  # our choice, that of cc12m: no published run
 }
-RECIPES |= {f"multi30k-{language}": PHOTOS for language in ("en", "de", "fr", "cs")}
+RECIPES |= dict.fromkeys(("multi30k-en", "multi30k-de", "multi30k-fr", "multi30k-cs"), PHOTOS)
 
 
 # ---------------------------------------- augmentation ----------------------------------------

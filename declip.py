@@ -24,16 +24,14 @@ Own data      torchrun declip.py --data path/to/captions.csv --recipe flickr8k
 Official checkpoints load strictly (evaluation.weights.load_released). The default follows the text
 of the paper. With --released the following is done as in the released code:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
- - L_NNS goes from image to text only, and over N' too; the queue takes T' as well. In the paper
-   both directions and T alone.
+ - L_NNS goes from image to text only, and over N' too; the queue takes T' as well as T.
  - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
    the text encoder then pools at. By default T is the embedding of the text without masks.
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
-Never reproduced, even with --released: queue and batch norm of the heads per process; a queue that
-is lost at a restart and drops what does not fit before its end; L_TSS averaged over processes, not
-over tokens. All of these would make a run depend on the number of processes or restarts. Nor are
-the class token and the biases of attention's in_proj decayed, as they are there. One of a sample's
-captions is drawn, not the first taken, and a GPU computes in mixed precision, not in float32.
+Never reproduced, even with --released, for a run would depend on its processes or restarts: queue,
+batch norm of the heads and mean of L_TSS per process; a queue that is lost at a restart and drops
+what does not fit before its end. Nor are the class token and the biases of attention's in_proj
+decayed. One of a sample's captions is drawn, not the first, and a GPU computes in mixed precision.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -117,7 +115,7 @@ RECIPES = {
     "yfcc15m": dict(eval_data="imagenet"),  # official README: 43.2%, with what --released does
     "redcaps": dict(eval_data="imagenet", warmup_epochs=1.0),  # our choice: no published run
 }
-RECIPES |= {f"multi30k-{language}": PHOTOS for language in ("en", "de", "fr", "cs")}
+RECIPES |= dict.fromkeys(("multi30k-en", "multi30k-de", "multi30k-fr", "multi30k-cs"), PHOTOS)
 
 
 # ---------------------------------------- augmentation ----------------------------------------
@@ -155,9 +153,8 @@ class SSLView:
 
 
 def augmented_text(tokenizer, synonyms, caption, rng):
-    """-> ids of the caption after one operation of EDA (arXiv 1901.11196, Sec. 2); no word
-    insertion, like the official code. synonyms: {word in lower case: list of words} or None; None:
-    swapping and deleting alone."""
+    """-> ids of the caption after one operation of EDA (arXiv 1901.11196, Sec. 2); no insertion,
+    like the official code. synonyms: {word in lower case: list of words}; None: no replacement."""
     words = caption.split()
     operations = ["swap", "delete", "replace"] if synonyms else ["swap", "delete"]
     operation = rng.choice(operations) if len(words) > 1 else ""  # a single word stays
@@ -177,10 +174,9 @@ def augmented_text(tokenizer, synonyms, caption, rng):
 
 
 def masked_text(tokenizer, any_id, caption, rng):
-    """-> (ids, labels) of BERT's masked language model (its Sec. 3.1): a token is chosen with p
-    0.15. Of a chosen one the label is its id, and in ids stands the mask with p 0.8, a random token
-    with p 0.1, or it stays. The label of all others is -100. any_id: a random token may also be a
-    mask, start or end token (official code)."""
+    """-> (ids, labels) of BERT's masked language model (its Sec. 3.1): a token, chosen with p 0.15,
+    has its id as label, and becomes the mask with p 0.8, a random token with p 0.1, or stays. Other
+    labels are -100. any_id: a random token may be mask, start or end token too (official code)."""
     ids = tokenizer(caption)
     labels = [-100] * len(ids)
     mask = tokenizer.sot - 1  # see add_mask_token
@@ -188,7 +184,8 @@ def masked_text(tokenizer, any_id, caption, rng):
         if rng.random() < 0.15:
             labels[i] = ids[i]
             other = rng.randrange(tokenizer.vocab_size if any_id else mask)
-            ids[i] = rng.choices([mask, other, ids[i]], [0.8, 0.1, 0.1])[0]
+            outcomes = [mask, other, ids[i]]
+            ids[i] = rng.choices(outcomes, [0.8, 0.1, 0.1])[0]
     return ids, labels
 
 
@@ -526,8 +523,7 @@ def info_nce(images, texts, logit_scale):
 
     images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose
     products are in half precision. Returns two matrices (images, texts) of losses, image to text
-    and text to image: means over this process's rows, whose mean over processes is that of the
-    global batch."""
+    and text to image: means over this process's rows; that over processes is the global one."""
     images = [F.normalize(image.float(), dim=-1) for image in images]  # (b, E) each
     texts = [F.normalize(text.float(), dim=-1) for text in texts]
     all_images = [all_gather(image) for image in images]  # (B, E) each
@@ -587,8 +583,7 @@ def train(args: Args) -> dict:
     if args.released:  # all four pairs alike
         clip_weight = mvs_weight = clip_weight / 4
     if args.accum_steps > 1:
-        heads = "heads with batch norm are part of forward() and would see one piece"
-        raise UserError(f"--accum-steps is not implemented here: {heads}, use 1")
+        raise UserError("--accum-steps is not implemented: batch norm would see one piece, use 1")
     entries = 2 * args.batch_size if args.released else args.batch_size  # of a step, into the queue
     if args.queue_size < entries:
         raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
@@ -603,7 +598,9 @@ def train(args: Args) -> dict:
     tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)
     tokenizer = add_mask_token(tokenizer)
     if tokenizer.vocab_size > args.vocab_size:
-        raise UserError(f"--vocab-size must be at least {tokenizer.vocab_size}, mask included")
+        raise UserError(
+            f"--vocab-size must be at least {tokenizer.vocab_size}, with the tokenizer's mask token"
+        )
     synonyms = open_synonyms(args.synonyms)
     views = {
         "view1": SSLView(args.image_size),
@@ -638,7 +635,10 @@ def train(args: Args) -> dict:
 
     # run directory; continues from its checkpoint if it has one
     state = {"model": model, "queue": queue, "optimizer": optimizer, "scaler": scaler}
-    extra = {"tokenizer": tokenizer.to_json(), "synonyms": synonyms_checksum(synonyms)}
+    extra = {
+        "tokenizer": tokenizer.to_json(),
+        "synonyms": synonyms_checksum(synonyms),
+    }
     run = Run("declip", args, loader, state, extra)
     if synonyms is None:
         run.say("no --synonyms and no WordNet: captions are augmented by swaps and deletions alone")

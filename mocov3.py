@@ -450,8 +450,7 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     if args.accum_steps > 1:
-        heads = "heads with batch norm are part of forward() and would see one piece"
-        raise UserError(f"--accum-steps is not implemented here: {heads}, use 1")
+        raise UserError("--accum-steps is not implemented: batch norm would see one piece, use 1")
 
     # data
     dataset = open_dataset(args.data, args.data_dir)

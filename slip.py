@@ -91,10 +91,9 @@ SMALL |= dict(batch_size=128, lr=1e-3, warmup_epochs=0.2, ssl_mlp_dim=512, ssl_e
 # our choice for photos with several captions each: no published run trains on these alone
 PHOTOS = dict(arch="vit_small_patch16", text_layers=6, tokenizer="train", vocab_size=16384)
 PHOTOS |= dict(epochs=30, batch_size=1024, lr=1e-3, warmup_epochs=2.0)
-# Beside an entry: the official README's ImageNet zero-shot accuracy after this run. For CC3M the
-# authors say that all hyperparameters are those of YFCC15M (official issue 9), as here; but the
-# released checkpoint holds weight decay 0.5, is from epoch 36, and its warm-up is given as 2 epochs
-# (official issue 15). Its users report 18.4% (official issue 9).
+# Beside an entry: the official README's ImageNet zero-shot accuracy after this run. CC3M has the
+# hyperparameters of YFCC15M, as its authors say (official issue 9, where users report 18.4%); but
+# the released file holds weight decay 0.5, is from epoch 36 and had 2 epochs of warm-up (issue 15).
 LARGE = dict(eval_data="imagenet", grad_checkpointing="selective")  # to fit 8 GPUs of 80 GB
 RECIPES = {
     "shapes": dict(SMALL, arch="vit_micro_patch12", image_size=48, vocab_size=1024, text_layers=2,
@@ -107,7 +106,7 @@ RECIPES = {
     "yfcc15m": LARGE,  # 42.8%
     "redcaps": dict(LARGE, epochs=35),  # our choice, that of cc12m: no published run
 }
-RECIPES |= {f"multi30k-{language}": PHOTOS for language in ("en", "de", "fr", "cs")}
+RECIPES |= dict.fromkeys(("multi30k-en", "multi30k-de", "multi30k-fr", "multi30k-cs"), PHOTOS)
 
 
 # ---------------------------------------- augmentation ----------------------------------------
@@ -486,8 +485,9 @@ def train(args: Args) -> dict:
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     area = (0.5, 1.0)  # official main.py: at least half of the image
-    image_view = LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
-    views = {"image": image_view}
+    views = {
+        "image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
+    }
     if args.ssl_scale:
         views["view1"] = SSLView(args.image_size)
         views["view2"] = SSLView(args.image_size)

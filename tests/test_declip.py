@@ -528,8 +528,8 @@ def test_mlm_loss_without_masked_tokens():
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--accum-steps", "2"], "--accum-steps is not implemented here: heads with batch norm"), (["--queue-size", "7"], "--queue-size"),
-    (["--vocab-size", "514"], "--vocab-size must be at least 515, mask included"),
+    (["--accum-steps", "2"], "--accum-steps is not implemented: batch norm would see one piece, use 1"), (["--queue-size", "7"], "--queue-size"),
+    (["--vocab-size", "514"], "--vocab-size must be at least 515, with the tokenizer's mask token"),
     (["--queue-size", "15", "--released"], "--queue-size"), (["--synonyms", "/nothing"], "--synonyms"),
     (["--ssl-weight", "0.7"], "--ssl-weight"),
     (["--arch", "vit_huge"], "--arch"), (["--text-width", "65"], "--text-width")])  # fmt: skip
