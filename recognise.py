@@ -73,6 +73,11 @@ def read(path):
     try:
         inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith("/constants.pkl") for name in inside):
+            reader = torch._C.PyTorchFileReader(str(path))  # sees the members that torch.jit sees
+            sources = [name for name in reader.get_all_records() if name.lower().endswith(".py")]
+            if any(b"__setstate__" in reader.get_record(name) for name in sources):
+                what = "a TorchScript archive with a __setstate__, code that runs when it is read"
+                raise UserError(f"{path} is {what}: save the weights alone, as a state dict")
             # torch.jit is deprecated, but nothing else reads these archives
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 return torch.jit.load(path, map_location="cpu").state_dict()

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -520,6 +521,39 @@ def test_files_of_other_kinds(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError):
             open_network(tmp_path / name, CPU)
+
+
+class Restored(torch.nn.Module):
+    """TorchScript calls its second method when it reads the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("x", torch.zeros(3))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.x, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        print("this runs")
+        self.x, self.training = state
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("name", ["__torch__.py", "__torch__.PY"])  # torch finds both
+def test_an_archive_that_would_run_code_is_refused(name, tmp_path, capfd):
+    torch.jit.script(Restored()).save(tmp_path / "own.pt")
+    with zipfile.ZipFile(tmp_path / "own.pt") as archive, zipfile.ZipFile(tmp_path / "other.pt", "w") as other:
+        for member in archive.infolist():
+            other.writestr(member.filename.replace("__torch__.py", name), archive.read(member))
+    torch.jit.load(tmp_path / "other.pt")
+    assert capfd.readouterr().out == "this runs\n"
+    with pytest.raises(UserError, match="a __setstate__, code that runs when it is read: save the weights alone"):
+        open_network(tmp_path / "other.pt", CPU)
+    assert not capfd.readouterr().out
 
 
 def test_exports_that_lack_something(tmp_path):
