@@ -117,6 +117,8 @@ class Loader:
         try:
             batches, threads = iter(loader), torch.get_num_threads()
         except OSError as error:
+            if "open files" in str(error):
+                raise
             raise UserError(f"{SHM_FULL}: {error}") from error
         if self.workers:  # torch's handler would raise a worker's death amid a step; next() sees it
             with contextlib.suppress(ValueError, AttributeError):  # in another thread, on Windows
@@ -212,6 +214,10 @@ class Loader:
             batch[name] = torch.tensor([s[name] + [0] * (length - len(s[name])) for s in samples])
         if self.small and self.has_room(batch):
             self.call_views(batch)
+        if self.device.type == "cpu" and torch.utils.data.get_worker_info():
+            # each tensor on its way takes one of the files that a process may have open
+            for name, params in batch["params"].items():
+                batch["params"][name] = {k: v.numpy() for k, v in params.items()}
         return share(batch)
 
     def has_room(self, batch):
@@ -231,7 +237,7 @@ class Loader:
     def to_device(self, x):
         if isinstance(x, dict):
             return {key: self.to_device(value) for key, value in x.items()}
-        return x.to(self.device, non_blocking=self.device.type == "cuda")
+        return torch.as_tensor(x).to(self.device, non_blocking=self.device.type == "cuda")
 
 
 SHM_FULL = "/dev/shm is too small for loader workers: raise --shm-size (Docker) or lower --workers"
@@ -247,6 +253,8 @@ def share(batch):
         try:
             batch.share_memory_()
         except RuntimeError as error:
+            if "open files" in str(error):
+                raise
             raise UserError(SHM_FULL) from error
     return batch
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 MEMORY = "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
 MEMORY += "|numel: integer multiplication overflow|Unable to allocate|buffer size"
+FILES = "Too many open files|items of ancdata"  # the second where one is received
 
 
 def sentence(error):
@@ -23,6 +24,8 @@ def sentence(error):
     if type(error).__name__ == "UserError":  # one that a loader worker raised has a traceback in it
         return str(error).split("UserError: ")[-1].strip()
     first = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, OSError | RuntimeError) and re.search(FILES, str(error)):
+        return "too many files are open at once: raise `ulimit -n` or lower --workers"
     cut_off = isinstance(error, EOFError | ConnectionError)  # it died while it handed on a batch
     if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker (pid" in first):
         why = first or "its connection ended"

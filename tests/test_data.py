@@ -1222,6 +1222,18 @@ def test_room_for_floats(monkeypatch):
     assert all(torch.equal(a[name], b[name]) for a, b in zip(*batches) for name in ("a", "b"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux tells which files are open")
+def test_a_batch_of_many_crops_takes_few_open_files():
+    """Two tensors and one for each view: what was drawn for a view, here five tensors, comes without a file."""
+    loader = Loader(Toy(), {f"view{i}": ToyView() for i in range(10)}, {}, 8, workers=2)
+    kept, before = [], len(os.listdir("/proc/self/fd"))
+    for _, batch in loader.batches(0, 5):
+        kept.append(batch)
+        opened = len(os.listdir("/proc/self/fd")) - before
+    assert len(kept) * 12 <= opened < len(kept) * 12 + 40  # and some of the workers
+    assert torch.is_tensor(batch["params"]["view0"]["order"])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_global_random_state_is_left_alone(workers):
     def state():

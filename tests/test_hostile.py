@@ -24,7 +24,7 @@ from PIL import Image
 import layouts
 import trouble
 from common import UserError
-from data import Loader, Tokenizer, clip_bpe, decode, open_dataset
+from data import Loader, Tokenizer, clip_bpe, decode, open_dataset, share
 from run import RANGES, load_checkpoint, parse_args
 from runs import METHODS, ROOT, argv_of, environment, make_photos, module_of, rows, train_here
 from test_bad_input import Program, assert_sentence, losses_of, run_of, server, wait_for_rows  # noqa: F401
@@ -672,6 +672,46 @@ def test_a_dev_shm_without_room_for_floats(server, photos, tmp_path):  # noqa: F
     argv = run_of("simclr", photos, tmp_path / "run", "--workers 2 --batch-size 16 --image-size 64 --max-steps 6")
     done = server.run(*argv, before=MOUNT.format(path=b"/dev/shm", size="3m"))
     assert done.returncode == 0, done.stderr
+
+
+FEW_FILES = """
+import data, os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+batches, taken = data.Loader.batches, []
+def with_four_files_left(self, start, stop):
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        for number in taken[-4:]:
+            os.close(number)
+    yield from batches(self, start, stop)
+data.Loader.batches = with_four_files_left
+"""
+
+
+def test_too_many_open_files_are_a_sentence(server, photos, tmp_path):  # noqa: F811
+    """Where workers are started; the two others are raised where a batch comes in, and where a worker shares it."""
+    sentence = "too many files are open at once: raise `ulimit -n` or lower --workers"
+    done = server.run(*run_of("simclr", photos, tmp_path / "run", "--workers 2"), before=FEW_FILES)
+    assert_sentence(done, "simclr.py", sentence)
+    assert trouble.sentence(RuntimeError("received 0 items of ancdata")) == sentence
+    worker = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: ...\n"
+    assert trouble.sentence(RuntimeError(f"{worker}RuntimeError: {MANY}")) == sentence
+
+
+MANY = "unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)"
+
+
+@pytest.mark.parametrize("reason, kind", [(MANY, RuntimeError), ("unable to write to file </torch_1_2_3>", UserError)])
+def test_a_full_dev_shm_and_too_many_files_are_told_apart(monkeypatch, reason, kind):
+    def fail(tensor):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(kind):
+        share({"a": torch.zeros(3)})
 
 
 @pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a small tmpfs")
