@@ -34,7 +34,7 @@ FOREIGN_FLAGS = {"--local-loss", "--gather-with-grad", "--use-bn-sync"} | {"--no
 FOREIGN_FLAGS |= {"--caption_col", "--output_format", "--image_size"}  # of img2dataset
 FOREIGN_FLAGS |= {"--ntasks-per-node", "--shm-size", "--max-restarts"}  # of srun, docker, torchrun
 FOREIGN_FLAGS |= {"--index-url", "--dist"}  # of pip, of pytest
-FOREIGN_FLAGS |= {"--requeue"}  # of sbatch
+FOREIGN_FLAGS |= {"--requeue", "--dependency", "--job-name", "--cpus-per-task"}  # of sbatch and srun
 NO_FLAGS = {"--batchsize", "--flag"}  # the example of an error message, the synopsis
 
 

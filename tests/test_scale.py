@@ -129,9 +129,11 @@ def test_slurm_script(tmp_path, outcome):
         (bin / name).write_text(f"#!/bin/bash\n{text}\n")
         (bin / name).chmod(0o755)
     env = {"PATH": f"{bin}:{os.environ['PATH']}", "RUN": str(run), "SLURM_JOB_ID": "7", "SLURM_NNODES": "8",
-           "SLURM_JOB_NODELIST": "a[1-2]"}  # fmt: skip
+           "SLURM_JOB_NODELIST": "a[1-2]", "SLURM_CPUS_PER_TASK": "96"}  # fmt: skip
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
     words = (tmp_path / "srun").read_text().split()
     assert "--rdzv_endpoint=a1:29500" in words and words[words.index("--output-dir") + 1] == str(run)
+    assert words[0] == "--cpus-per-task=96"  # which Slurm 22.05 and later do not hand on to srun
+    assert "\n#SBATCH --dependency=singleton\n" in script  # or a second job would come back while the first one saves
     assert ("requeue 7" in (tmp_path / "scontrol").read_text()) == (outcome == "saves")
     assert (done.returncode == 0) == (outcome != "fails")
