@@ -68,7 +68,7 @@ def init_distributed(device: str = "") -> torch.device:
         if int(kind[5:]) >= (count := torch.cuda.device_count()):
             raise UserError(f"there is no {kind} among {count}, lower --nproc_per_node")
         torch.cuda.set_device(kind)
-    if "MASTER_ADDR" not in os.environ:
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         import trouble
         if wrong := trouble.launched(os.environ):
             raise UserError(wrong)

@@ -43,7 +43,9 @@ def sentence(error):
     if isinstance(error, ValueError) and first.endswith("expected, but not set"):
         return f"{first}: start with torchrun"
     if isinstance(error, dist.DistError):
-        return f"the processes do not find each other: {first}"
+        last = str(error).strip().splitlines()[-1:]  # where NCCL says what is wrong
+        also = "".join(f" ({line.strip()})" for line in last if line.strip() != first)
+        return f"the processes cannot exchange data: {first}{also}"
     return ""
 
 
@@ -66,11 +68,13 @@ def smaller():
 
 
 def launched(environ):
-    """One line on variables that speak of several processes without what torchrun sets, or ""."""
+    """One line on variables that speak of several processes without what torchrun sets, or "". Of
+    the latter RANK or MASTER_ADDR is missing."""
     how = "start with torchrun (docs/running.md), or unset it for one process"
+    lacks = "RANK" if "MASTER_ADDR" in environ else "MASTER_ADDR"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if name in environ:
-            return f"{name} is set without MASTER_ADDR: {how}"
+            return f"{name} is set without {lacks}: {how}"
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if environ.get(name, "1") != "1":
             each = f"{name} is {environ[name]}, and each of these processes"

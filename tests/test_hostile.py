@@ -23,7 +23,7 @@ from PIL import Image
 
 import layouts
 import trouble
-from common import UserError
+from common import UserError, init_distributed
 from data import Loader, Tokenizer, clip_bpe, decode, open_dataset, share
 from run import RANGES, load_checkpoint, parse_args
 from runs import METHODS, ROOT, argv_of, environment, make_photos, module_of, rows, train_here
@@ -521,6 +521,9 @@ LAUNCHED = [
     ({"LOCAL_RANK": "1"}, "LOCAL_RANK is set without MASTER_ADDR: start with torchrun"),
     ({"RANK": "0"}, "RANK is set without MASTER_ADDR"),
     ({"RANK": "1", "LOCAL_RANK": "1"}, "RANK is set without MASTER_ADDR"),
+    ({"MASTER_ADDR": "a1", "MASTER_PORT": "29500", "WORLD_SIZE": "8", "SLURM_NTASKS": "8"}, "WORLD_SIZE is set without RANK: start"),
+    ({"MASTER_ADDR": "a1", "MASTER_PORT": "29500", "SLURM_NTASKS": "8"}, "SLURM_NTASKS is 8, and each of these"),
+    ({"MASTER_ADDR": "a1", "LOCAL_RANK": "0"}, "LOCAL_RANK is set without RANK"),
     ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE expected, but not set"),
 ]
 
@@ -565,6 +568,30 @@ def test_a_mistake_that_the_first_process_does_not_report_is_said_too(tmp_path):
 
 def test_one_task_of_slurm_is_enough_to_train():
     assert not trouble.launched({"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"})
+
+
+@pytest.mark.parametrize("env", [{}, {"MASTER_ADDR": "a1", "MASTER_PORT": "29500"}])
+def test_one_process_needs_no_launcher(env, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert init_distributed("cpu").type == "cpu" and not torch.distributed.is_initialized()
+
+
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:77, unhandled system error, NCCL version 2.27.5
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+socketStartConnect: Connect to 10.0.0.2<41000> failed : Software caused connection abort
+"""
+
+
+def test_what_nccl_says_last_is_said():
+    said = trouble.sentence(torch.distributed.DistBackendError(NCCL))
+    assert said.startswith("the processes cannot exchange data: NCCL error in: ") and "\n" not in said
+    assert said.endswith("2.27.5 (socketStartConnect: Connect to 10.0.0.2<41000> failed : Software caused connection abort)")
+    one = torch.distributed.DistNetworkError("The client socket has timed out after 60000ms")
+    assert trouble.sentence(one) == "the processes cannot exchange data: The client socket has timed out after 60000ms"
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
