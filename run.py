@@ -187,7 +187,10 @@ def evaluated(value):
 
 def replace_text(path: Path, text: str):
     """Writes a file under another name and then renames it, so that a crash leaves the old one."""
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -295,7 +298,8 @@ class Run:
         saved = load_checkpoint(self.dir)
         try:
             for name, item in self.state.items():
-                item.load_state_dict(saved[name])
+                if saved[name] or name != "scaler":  # {}: the run began in bf16 or fp32
+                    item.load_state_dict(saved[name])
             self.step, rng = saved["step"], saved["rng"][rank() % len(saved["rng"])]
             if type(self.step) is not int or self.step < 0:
                 raise ValueError("its step is no number of steps")
@@ -331,7 +335,7 @@ class Run:
             if changed:
                 was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)
                 raise UserError(f"{path} holds a run with {was}: use those or another --output-dir")
-        elif {file.name for file in path.iterdir()} - {".lock"}:
+        elif {file.name for file in path.iterdir()} - {".lock", "args.tmp"}:  # left by a cut-off start
             raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
         if not (path / "checkpoint.pt").exists() and any(path.glob("checkpoint_*.pt")):
             raise UserError(f"{path} has no checkpoint.pt any more: name a copy of one of its "
@@ -354,7 +358,9 @@ class Run:
         with contextlib.suppress(OSError):  # git is not installed
             git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
             env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        env |= {name: importlib.metadata.version(name) for name in ("ftfy", "tokenizers", "pillow")}
+        for name in ("ftfy", "tokenizers", "pillow"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of pillow-simd
+                env[name] = importlib.metadata.version(name)
         args = {"method": self.method, **vars(self.args)}
         replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: it marks a run
         replace_text(self.dir / "env.json", json.dumps(env, indent=1))
@@ -382,7 +388,16 @@ class Run:
                 lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
         if self.args.wandb:
             wandb = importlib.import_module("wandb")
-            wandb.init(project=self.method, config=args, id=self.dir.name, resume="allow")
+            own = self.dir / "wandb_id.txt"  # two folders of one name are two runs there
+            if not own.exists():
+                replace_text(own, os.urandom(6).hex())
+            run_id = own.read_text(encoding="utf-8")
+            try:
+                wandb.init(project=self.method, name=self.dir.name, config=args, id=run_id,
+                           resume="allow")  # fmt: skip
+            except Exception as error:  # it raises classes of its own
+                text = f"wandb cannot begin ({' '.join(str(error).split())})"
+                raise UserError(f"{text}: run `wandb login` or leave --wandb out") from error
             self.writers.append(lambda row: wandb.log(row, step=row["step"]))
 
     def batches(self):
@@ -546,8 +561,11 @@ class Run:
             all_reduce_mean(torch.zeros(1))  # end together: torchrun ends others when one leaves
             n = os.environ.get("LOCAL_WORLD_SIZE")
             python = f"torchrun --nproc_per_node={n}" if n else "python"
-            words = sys.argv + ([] if self.args.output_dir else ["--output-dir", str(self.dir)])
-            self.say(f"saved at step {self.step}, continue with: {python} {shlex.join(words)}")
+            more = [] if self.args.output_dir else ["--output-dir", str(self.dir)]
+            how = f"with: {python} {shlex.join(sys.argv + more)}"
+            if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun's own flags are not known
+                how = "with the command that started it on each machine " + shlex.join(more)
+            self.say(f"saved at step {self.step}, continue {how.strip()}")
             sys.exit(128 + self.stop)
 
     def _keep(self, path, temporary):

@@ -1,5 +1,7 @@
 """10 steps are 5 + 5, bit for bit, in metrics.jsonl and in every tensor of the checkpoint."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import random
@@ -7,7 +9,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -16,7 +20,8 @@ from torchvision.transforms.functional import to_pil_image
 from command import main
 from common import UserError
 from data import Loader, decode, open_dataset
-from runs import FLAGS, METHODS, argv_of, command, environment, make_photos, rows, train_here
+from run import Run, replace_text
+from runs import FLAGS, METHODS, argv_of, command, environment, make_photos, module_of, rows, train_here
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +311,86 @@ def test_no_room_to_keep_a_checkpoint(photos, tmp_path, monkeypatch):
         train_here("simclr", photos, tmp_path / "run", "--keep-every", "1", "--max-steps", "1")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
     assert not list((tmp_path / "run").glob("checkpoint_*")) and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_start_that_was_cut_off_is_begun_again(photos, tmp_path):
+    """A kill or a full disk may come before args.json has its name."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/args.tmp").write_text('{"method": "sim')
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    assert (tmp_path / "run/checkpoint.pt").exists() and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a power cut would leave an empty args.json."""
+    done, sync, path = [], os.fsync, tmp_path / "args.json"
+
+    def fsync(number):
+        sync(number)
+        done.append((path.with_suffix(".tmp").read_text(), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    replace_text(path, "{}")
+    assert done == [("{}", False)] and path.read_text() == "{}" and not path.with_suffix(".tmp").exists()
+
+
+def test_a_run_without_a_scaler_goes_on_with_one(photos, tmp_path, monkeypatch):
+    """--dtype auto is bf16 on one machine and fp16 on another."""
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"] == {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    monkeypatch.setattr(module_of("simclr"), "mixed_precision", lambda *_: (contextlib.nullcontext(), scaler))
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert saved["step"] == 2 and saved["scaler"]["scale"] == 8
+
+
+def test_runs_of_weights_and_biases(photos, tmp_path, monkeypatch):
+    """A run there has an id that its directory keeps: two directories may have the same name."""
+    begun = []
+    fake = types.SimpleNamespace(init=lambda **words: begun.append(words), log=lambda row, step: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder, steps in (("a", "1"), ("a", "2"), ("b", "1")):
+        train_here("simclr", photos, tmp_path / folder / "run", "--max-steps", steps, "--eval-every", "0", "--wandb")
+    first, again, other = (words["id"] for words in begun)
+    assert first == again != other and {words["name"] for words in begun} == {"run"}
+
+    def fail(**words):
+        raise RuntimeError("api_key not configured (no-tty).\n call wandb.login")
+
+    fake.init = fail
+    sentence = r"wandb cannot begin \(api_key not configured \(no-tty\). call wandb.login\): run `wandb login` or leave --wandb out"
+    with pytest.raises(UserError, match=sentence):
+        train_here("simclr", photos, tmp_path / "c", "--max-steps", "1", "--eval-every", "0", "--wandb")
+
+
+def test_how_to_continue_on_several_machines(photos, tmp_path, monkeypatch, capsys):
+    """What torchrun was told there, such as --rdzv_endpoint, its processes do not know."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(Run, "agree_to_stop", lambda run: bool(setattr(run, "stop", signal.SIGTERM) or run.stop))
+    started = "saved at step 1, continue with the command that started it on each machine"
+    for folder, more in ((tmp_path / "run", ""), ("", r" --output-dir runs/simclr_\S+")):
+        with pytest.raises(SystemExit):
+            train_here("simclr", photos, folder, "--eval-every", "0")
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved at")]
+        assert re.fullmatch(started + more, line)
+
+
+def test_versions_that_are_not_known_are_left_out(photos, tmp_path, monkeypatch):
+    """pillow-simd is imported as PIL, and nothing is installed under the name pillow."""
+    version = importlib.metadata.version
+
+    def of_others(name):
+        if name == "pillow":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of_others)
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    env = json.loads((tmp_path / "run/env.json").read_text())
+    assert "pillow" not in env and {"ftfy", "tokenizers", "torch"} <= env.keys()
 
 
 def test_bad_samples_are_counted_without_a_log_too(photos, tmp_path, monkeypatch, capsys):
