@@ -6,6 +6,7 @@ evaluation/ for its names of endings and lists. What it leaves out it counts, in
 import ast
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import io
@@ -158,12 +159,14 @@ def multi30k_rows(root, split, language):
 
 
 # ---------------------------------------- bytes ----------------------------------------
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)  # a Mac lets a process open 256 files
 def handle(path, process):  # a forked worker opens its own: a shared one has one position
     return open(path, "rb", buffering=0)
 
 
 def read_part(path, start, size):
+    if not size:
+        return b""  # most samples of a tar lack some of the parts
     file = handle(path, os.getpid())
     file.seek(start)
     data = file.read(size)
@@ -437,13 +440,17 @@ def locked(path):
     if fcntl is None:
         yield
         return
-    handle = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
+    with contextlib.ExitStack() as opened:
+        file = os.open(path, os.O_RDONLY)
+        opened.callback(os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # NFS locks only what is open for writing
+            with contextlib.suppress(OSError):
+                file = os.open(path, os.O_RDWR)
+                opened.callback(os.close, file)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def index(path, ending, write):
@@ -454,6 +461,7 @@ def index(path, ending, write):
     stamp = [INDEX_VERSION, facts.st_size, facts.st_mtime_ns]
     cache = os.path.expanduser("~/.cache/contrastive/")
     places = [path + ending, cache + re.sub(r"\W", "_", path)[-200:] + ending]
+    problem = ""
     with locked(path):
         stamps = {place: stamp_of(place) for place in places}
         for place in places:
@@ -468,7 +476,8 @@ def index(path, ending, write):
                 if not draft.parent.stat().st_mode & 0o222:
                     continue  # marked read-only: root, who could write there, leaves it alone too
                 file = open(draft, "wb")
-            except OSError:
+            except OSError as error:
+                problem = f" ({error})"
                 continue
             try:
                 with file:
@@ -478,16 +487,22 @@ def index(path, ending, write):
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"{path} cannot be read: {error}") from error
+                if not isinstance(error, OSError) or error.errno == errno.EIO:
+                    raise UserError(f"{path} cannot be read: {error}") from error
+                problem = f" ({error})"  # the disk is full, or a quota
             finally:
                 draft.unlink(missing_ok=True)
-    raise UserError(f"the index of {path} can be written neither beside it nor in ~/.cache: allow "
-                    "one")  # fmt: skip
+    text = f"the index of {path} can be written neither beside it nor in ~/.cache{problem}"
+    raise UserError(f"{text}: allow one")
 
 
 def stamp_of(path):
     """The stamp of an index, [] of one that is cut off, None of anything else."""
     with contextlib.suppress(Exception), open(path, "rb") as file:
+        start = file.read(2)
+        if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
+            return []  # an .npz has its directory at its end
+        file.seek(0)
         if path.endswith(".npz"):
             return np.load(file)["stamp"].tolist()
         found = json.loads(file.readline())
@@ -611,7 +626,10 @@ class Torchvision:
         make = functools.partial(getattr(torchvision.datasets, kind), root, **part)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with locked(root):
+            lock = root / ".lock"  # NFS locks no folders
+            with contextlib.suppress(OSError):
+                lock.touch()
+            with locked(lock if os.access(lock, os.R_OK) else root):
                 self.data = make(download=True)  # what is there is only checked
         except (OSError, RuntimeError) as error:
             missing = f"{root} does not hold {root.name}, nor can it be downloaded"
@@ -646,15 +664,23 @@ def open_root(root, split, words, kind, whole, Sample):
         if match := re.fullmatch(word + r"(.*\.(tar|npz|csv|tsv|jsonl))?", name, re.I):
             parts.setdefault(match[1].lower(), []).append(name)
     for start in ("train", "val", "test"):
-        same = [n for word in parts if word.startswith(start) for n in parts[word] if "." not in n]
+        same = [word for word in parts if word.startswith(start)]
+        folders = [name for word in same for name in parts[word] if "." not in name]
+        if len(folders) > 1:
+            found = " and ".join(folders)
+            raise UserError(f"{root} has the folders {found} for one split: keep one")
         if len(same) > 1:
-            raise UserError(f"{root} has the folders {' and '.join(same)} for one split: keep one")
+            found = " and ".join(parts[word][0] for word in same)
+            raise UserError(f"{root} has {found} for one split: use one word for it")
     downloaded = any(n.startswith(DOWNLOADED) for n in names)
     other = any((root / n).is_dir() or ending_of(n) in (".tar", *TABLES) for n in names)
     if kind and not parts and (downloaded or not other):
         return Torchvision(root, kind, split, Sample)
     if karpathy := [n for n in names if re.fullmatch(r"dataset_(?!infos?\.|dict\.)\w+\.json", n)]:
-        return open_karpathy(root / karpathy[0], split, Sample)
+        own = f"dataset_{root.absolute().name}.json"
+        if len(karpathy) > 1 and own not in karpathy:
+            raise UserError(f"{root} has {' and '.join(karpathy)}: keep one")
+        return open_karpathy(root / (own if own in karpathy else karpathy[0]), split, Sample)
     if any(root.glob("annotations/captions_*2017.json")):
         part = "train2017" if split == "train" else "val2017"
         table = root / f"annotations/captions_{part}.json"

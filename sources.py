@@ -1,6 +1,7 @@
 """Where samples come from: finds out how a dataset is stored and indexes it. data.py does the rest.
 
-Only the index is held in memory; pictures and captions are read when a sample is asked for.
+Only the index is held in memory, and all of an .npz, of CIFAR and of STL-10; other pictures and
+captions are read when a sample is asked for.
 Layouts, told apart by looking at the files (docs/data.md: how to make each):
 
     shapes flocks                     drawn here, need no files

@@ -1,6 +1,7 @@
 """sources.py and the first half of data.py: layouts, indices, hostile files, the evaluation view, the loader."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -235,6 +236,19 @@ def test_karpathy_splits(tmp_path):
         open_dataset(str(tmp_path), split="test")
 
 
+def test_one_of_several_lists_of_karpathys(tmp_path):
+    """As his caption_datasets.zip has them, all in one folder."""
+    for name in ("coco", "flickr8k"):
+        row = {"filename": "1.jpg", "split": "train", "sentences": [{"raw": f"of {name}"}]}
+        for folder in ("flickr8k", "mine"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "1.jpg").write_bytes(JPEG[1])
+            (tmp_path / folder / f"dataset_{name}.json").write_text(json.dumps({"images": [row]}))
+    assert open_dataset("flickr8k", tmp_path)[0].captions == ["of flickr8k"]
+    with pytest.raises(UserError, match="mine has dataset_coco.json and dataset_flickr8k.json: keep one"):
+        open_dataset(str(tmp_path / "mine"))
+
+
 def test_karpathy_coco_has_its_pictures_one_level_deeper(tmp_path):
     pictures_in(tmp_path / "val2014")
     rows = [
@@ -283,10 +297,8 @@ def test_splits(tmp_path):
     assert sizes(tmp_path / "a") == [2, 3, 3]
     write(tmp_path / "a/validation.jsonl", 4)
     assert sizes(tmp_path / "a") == [2, 4, 3]
-    write(tmp_path / "a/val.jsonl", 5)
-    assert sizes(tmp_path / "a") == [2, 5, 3]
     write(tmp_path / "a/values.jsonl", 6)  # no word for a split
-    assert sizes(tmp_path / "a") == [2, 5, 3]
+    assert sizes(tmp_path / "a") == [2, 4, 3]
     pictures_in(tmp_path / "b/val", [f"cat/{i}.jpg" if i < 2 else f"dog/{i}.jpg" for i in range(N)])
     assert sizes(tmp_path / "b") == [None, N, N]
     pictures_in(tmp_path / "b/train")
@@ -305,6 +317,16 @@ def test_splits(tmp_path):
     assert sizes(tmp_path / "c") == [5, 1, 1]
     with pytest.raises(UserError, match="unknown split dev"):
         open_dataset("shapes", split="dev")
+
+
+@pytest.mark.parametrize("first, second", [("train.csv", "training-2.tar"), ("val.jsonl", "validation.jsonl"), ("train", "training.csv")])
+def test_two_words_for_one_split_are_refused(tmp_path, first, second):
+    """One of them would be left out."""
+    for name in (first, second, "test.csv"):
+        (tmp_path / name).write_text("image\n") if "." in name else (tmp_path / name).mkdir()
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=f"has {first} and {second} for one split: use one word for it"):
+            open_dataset(str(tmp_path), split=split)
 
 
 def test_rows_of_a_table(tmp_path):
@@ -719,10 +741,16 @@ def test_index_is_made_once_and_when_the_shard_changes(tmp_path, scans, home):
     os.utime(path, ns=(when, when + 1))  # same time, another size
     assert texts(tmp_path) == list("fghi" * 20) and len(scans) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.idx.npz"]
-    for other in (b"", b"a file of the user's own", index.read_bytes()[:100]):
+    whole = index.read_bytes()
+    for i, cut in enumerate((b"", whole[:2], whole[:100], whole[:-1])):  # by a power cut, a full disk
+        index.write_bytes(cut)
+        assert texts(tmp_path) == list("fghi" * 20) and index.read_bytes() == whole and len(scans) == 4 + i
+    own = io.BytesIO()
+    np.savez(own, x=np.zeros(3))
+    for other in (b"a file of the user's own", own.getvalue()):
         index.write_bytes(other)
         assert texts(tmp_path) == list("fghi" * 20) and index.read_bytes() == other
-    assert len(scans) == 4 and len(list(home.glob(".cache/contrastive/*.idx.npz"))) == 1
+    assert len(scans) == 8 and len(list(home.glob(".cache/contrastive/*.idx.npz"))) == 1
 
 
 @pytest.mark.parametrize("how", ["mode", "error"])
@@ -745,6 +773,36 @@ def test_index_of_a_read_only_folder_is_in_the_cache(how, tmp_path, home, scans,
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["a.tar"]
     assert len(list((home / ".cache/contrastive").iterdir())) == 1
     (tmp_path / "set").chmod(0o755)
+
+
+@pytest.mark.parametrize("layout", ["tar", "csv"])
+def test_index_of_a_full_disk_is_in_the_cache(layout, tmp_path, home, monkeypatch):
+    """The file can be opened, and what is written into it finds no room."""
+    shard(tmp_path / "set/a.tar", "abc") if layout == "tar" else table(tmp_path / "set", "csv", ",")
+    there, number, plain = [str(tmp_path / "set")], errno.ENOSPC, open
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(number, os.strerror(number))
+
+        writelines = write
+
+    def full(file, mode="r", *args, **options):
+        on_it = any(str(file).startswith(place) for place in there)
+        return Full(file, mode) if on_it and "w" in mode else plain(file, mode, *args, **options)
+
+    monkeypatch.setattr(layouts, "open", full, raising=False)
+    assert len(texts(tmp_path / "set")) == (3 if layout == "tar" else N)
+    (index,) = (home / ".cache/contrastive").iterdir()
+    assert ".idx" in index.name and not list((tmp_path / "set").glob("*.idx*"))
+    index.unlink()
+    there.append(str(home))
+    with pytest.raises(UserError, match=r"the index of .* neither beside it nor in ~/.cache \(\[Errno 28\] No space left .*\): allow one"):
+        open_dataset(str(tmp_path / "set"))
+    number = errno.EIO
+    with pytest.raises(UserError, match="cannot be read: .*Input/output error"):
+        open_dataset(str(tmp_path / "set"))
+    assert not list((tmp_path / "set").glob("*.idx*")) and not list((home / ".cache/contrastive").iterdir())
 
 
 def test_index_that_can_be_written_nowhere(tmp_path, home):
@@ -782,6 +840,34 @@ def test_processes_may_index_at_the_same_time(tmp_path, locks):
             process.join()
         assert found == (captions,) * 4 and (sum(scans) == 3 or not locks)  # each shard once
         assert len(list((tmp_path / str(turn)).iterdir())) == 6  # no drafts
+
+
+def test_a_lock_on_nfs(tmp_path, monkeypatch):
+    """There an exclusive lock takes a file that is open for writing, and a folder has none."""
+    plain, path = layouts.fcntl.flock, tmp_path / "a.tar"
+    path.touch()
+
+    def flock(file, how):
+        if layouts.fcntl.fcntl(file, layouts.fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        plain(file, how)
+
+    monkeypatch.setattr(layouts.fcntl, "flock", flock)
+    with layouts.locked(path), open(path, "rb") as other:
+        with pytest.raises(BlockingIOError):
+            plain(other, layouts.fcntl.LOCK_EX | layouts.fcntl.LOCK_NB)
+    with open(path, "rb") as other:
+        plain(other, layouts.fcntl.LOCK_EX | layouts.fcntl.LOCK_NB)
+    found = []
+
+    class Set(FakeFood):
+        def __init__(self, root, split, download=False):
+            with open(root / ".lock", "rb") as other, pytest.raises(BlockingIOError):
+                plain(other, layouts.fcntl.LOCK_EX | layouts.fcntl.LOCK_NB)
+            found.append(root.name)
+
+    monkeypatch.setattr(torchvision.datasets, "Food101", Set)
+    assert len(open_dataset("food101", tmp_path)) == 3 and found == ["food101"]
 
 
 def test_processes_share_the_indexing(tmp_path, scans, monkeypatch):
@@ -831,12 +917,19 @@ def test_index_of_rows(tmp_path):
 
 
 def test_many_shards_do_not_use_up_the_file_handles(tmp_path):
-    for i in range(80):
-        shard(tmp_path / f"{i:02d}.tar", [str(i)])
+    for i in range(140):
+        shard(tmp_path / f"{i:03d}.tar", [str(i)])
     dataset = open_dataset(str(tmp_path))
-    assert [dataset[i].captions[0] for i in range(80)] == [str(i) for i in range(80)]
+    assert [dataset[i].captions[0] for i in range(140)] == [str(i) for i in range(140)]
     held = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
-    assert sum(path.parent == tmp_path for path in held) <= 64
+    assert 100 < sum(path.parent == tmp_path for path in held) <= 128
+
+
+def test_a_sample_of_a_tar_is_a_read_for_each_part_that_it_has(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", {"0": {"jpg": JPEG[0]}, "1": {"jpg": JPEG[1], "txt": b"a dog", "json": b"{}"}})
+    dataset, opened, plain = open_dataset(str(tmp_path)), [], layouts.handle
+    monkeypatch.setattr(layouts, "handle", lambda *key: opened.append(key) or plain(*key))
+    assert [dataset[i].image for i in range(2)] == JPEG[:2] and len(opened) == 1 + 3
 
 
 def test_shard_that_shrinks_under_the_reader(tmp_path):
