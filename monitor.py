@@ -374,6 +374,8 @@ def evaluation_set(args, split="val"):
     except UserError as error:
         found = f"none, because {error}"
         say_evaluation(found)
+    if dataset and (lack := what_classes_lack(dataset, words=True)):  # a node may lack the pictures
+        found += f" ({lack})"
     every = [found] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(every, found)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import common
@@ -146,7 +147,7 @@ def test_logistic_regression_takes_no_longer_than_scikit_learn():
 # ------------------------------------------------ processes that differ ------------------------------------------------
 def test_processes_that_find_other_data_end(tmp_path):
     """They would wait for each other's scores for ever: one sentence, soon, from each machine."""
-    for which in ("missing", "shorter", "same"):
+    for which in ("missing", "shorter", "without pictures", "same"):
         began = time.time()
         done = runs.command("tests/test_limits.py", "differ", which, tmp_path, processes=2)
         if which == "same":
@@ -161,10 +162,14 @@ def differ(which, root):
     """What a method calls at its start, on a machine whose files may be others."""
     root = Path(root) / f"{which}{rank()}" / "set"
     root.mkdir(parents=True)
-    count = {"missing": 3 * (rank() == 0), "shorter": 3 - rank(), "same": 3}[which]
+    count = {"missing": 3 * (rank() == 0), "shorter": 3 - rank()}.get(which, 3)
     if count:
-        rows = [json.dumps({"image": f"{i}.png", "captions": ["x"]}) for i in range(count)]
+        rows = [json.dumps({"image": f"{i}.png", "captions": ["x"], "label": 0}) for i in range(count)]
         (root / "val.jsonl").write_text("\n".join(rows))
+        (root / "classnames.txt").write_text("x")
+    for i in range(count):
+        if which != "without pictures" or rank() == 0:
+            Image.new("RGB", (8, 8)).save(root / f"{i}.png")
     args = types.SimpleNamespace(data="set", eval_data="", data_dir="")
     args.data = str(root)
     os.write(1, f"found {len(evaluation_set(args))}\n".encode())  # in one piece, as two processes write at once
