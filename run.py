@@ -335,7 +335,7 @@ class Run:
             if changed:
                 was = ", ".join(f"{k}={before.get(k)} (now {args[k]})" for k in changed)
                 raise UserError(f"{path} holds a run with {was}: use those or another --output-dir")
-        elif {file.name for file in path.iterdir()} - {".lock", "args.tmp"}:  # left by a cut-off start
+        elif {file.name for file in path.iterdir()} - {".lock", "args.tmp"}:  # a cut-off start
             raise UserError(f"{path} is not empty and holds no run: choose another --output-dir")
         if not (path / "checkpoint.pt").exists() and any(path.glob("checkpoint_*.pt")):
             raise UserError(f"{path} has no checkpoint.pt any more: name a copy of one of its "
