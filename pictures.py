@@ -1,9 +1,13 @@
-"""The pictures of a training run, views.png and curves.png, and what its last lines say. run.py
-imports this when it needs it."""
+"""The pictures of a training run, views.png and curves.png, the boards that draw its log, and what
+its last lines say. run.py imports this when it needs it."""
 
+import importlib
 import json
 import math
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +16,38 @@ import torchvision
 from PIL import Image, ImageDraw
 
 from common import UserError
+
+
+def boards(run, args):
+    """What TensorBoard and wandb take of a run's log -> list of functions of a row. args: the run's
+    arguments. Raises UserError where wandb cannot begin."""
+    writers = []
+    if run.args.tensorboard:
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(run.dir)
+        writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
+    if run.args.wandb:
+        wandb = importlib.import_module("wandb")
+        own = run.dir / "wandb_id.txt"  # two folders of one name are two runs there
+        if not own.exists():
+            own.write_text(os.urandom(6).hex(), encoding="utf-8")
+        options = {"id": own.read_text(encoding="utf-8"), "resume": "allow", "config": args}
+        try:
+            wandb.init(project=run.method, name=run.dir.name, **options)
+        except Exception as error:  # it raises classes of its own
+            text = f"wandb cannot begin ({' '.join(str(error).split())})"
+            raise UserError(f"{text}: run `wandb login` or leave --wandb out") from error
+        writers.append(lambda row: wandb.log(row, step=row["step"]))
+    return writers
+
+
+def how_to_continue(run):
+    """The end of a sentence: the command that goes on with a run that is saved."""
+    more = [] if run.args.output_dir else ["--output-dir", str(run.dir)]
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun's own flags are not known
+        return f"with the command that started it on each machine {shlex.join(more)}".strip()
+    n = os.environ.get("LOCAL_WORLD_SIZE")
+    python = f"torchrun --nproc_per_node={n}" if n else "python"
+    return f"with: {python} {shlex.join(sys.argv + more)}"
 
 
 def save_batch(directory, batch, views):

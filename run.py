@@ -382,23 +382,8 @@ class Run:
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if "end" not in row))
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
-        if self.args.tensorboard:
-            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir)
-            self.writers.append(
-                lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items()])
-        if self.args.wandb:
-            wandb = importlib.import_module("wandb")
-            own = self.dir / "wandb_id.txt"  # two folders of one name are two runs there
-            if not own.exists():
-                replace_text(own, os.urandom(6).hex())
-            run_id = own.read_text(encoding="utf-8")
-            try:
-                wandb.init(project=self.method, name=self.dir.name, config=args, id=run_id,
-                           resume="allow")  # fmt: skip
-            except Exception as error:  # it raises classes of its own
-                text = f"wandb cannot begin ({' '.join(str(error).split())})"
-                raise UserError(f"{text}: run `wandb login` or leave --wandb out") from error
-            self.writers.append(lambda row: wandb.log(row, step=row["step"]))
+        if self.args.tensorboard or self.args.wandb:
+            self.writers += importlib.import_module("pictures").boards(self, args)
 
     def batches(self):
         """Yields (step, batch) from where the run stands to its last step. Wrong augmentations are
@@ -559,13 +544,8 @@ class Run:
                 self._keep(path, temporary)
         if self.stop:
             all_reduce_mean(torch.zeros(1))  # end together: torchrun ends others when one leaves
-            n = os.environ.get("LOCAL_WORLD_SIZE")
-            python = f"torchrun --nproc_per_node={n}" if n else "python"
-            more = [] if self.args.output_dir else ["--output-dir", str(self.dir)]
-            how = f"with: {python} {shlex.join(sys.argv + more)}"
-            if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun's own flags are not known
-                how = "with the command that started it on each machine " + shlex.join(more)
-            self.say(f"saved at step {self.step}, continue {how.strip()}")
+            how = importlib.import_module("pictures").how_to_continue(self)
+            self.say(f"saved at step {self.step}, continue {how}")
             sys.exit(128 + self.stop)
 
     def _keep(self, path, temporary):

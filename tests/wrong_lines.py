@@ -277,7 +277,7 @@ OWN = {
         ("teacher, teacher_patches = map(torch.cat, zip(*targets))", "teacher, teacher_patches = map(torch.cat, zip(*targets[::-1]))"),
         ("p_t = p_t.split(2 * piece)", "p_t = [p_t[: 2 * piece]] * args.accum_steps"),
         ("losses = torch.stack([loss, cls, patch, koleo, entropy, kl]) / args.accum_steps", "losses = torch.stack([loss, cls, patch, koleo, entropy, kl])"),
-        ("if args.accum_steps > 1 and (not samples or piece % samples):", "if args.accum_steps > 1 and samples and piece % samples:"),
+        ("if args.accum_steps > 1 and (not group or piece % group):", "if args.accum_steps > 1 and group and piece % group:"),
     ],
     "common.py": [
         ('re.search("mm|attention", op.name())', 're.search("attention", op.name())', "tests/test_memory.py"),
