@@ -61,7 +61,7 @@ SHARED = {
     "scenes.py": "the drawn sets, which need no download",
     "synonyms.py": "synonyms from a file or from WordNet, for declip.py alone",
     "run.py": "arguments that change no number, run directory, log, checkpoint",
-    "pictures.py": "views.png, curves.png, TensorBoard and wandb of a training run, and its last lines",
+    "pictures.py": "a run in pictures and on boards (TensorBoard, wandb), its last lines",
     "monitor.py": "accuracy while training: feature extraction, zero-shot, recall",
     "knn.py": "the same for methods without captions: nearest neighbours or a linear classifier",
     "trouble.py": "sentences for a full disk, too little memory, processes that do not meet",
