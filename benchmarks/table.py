@@ -19,8 +19,7 @@ and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables
     scale              what runs on 1 to 1,024 GPUs cost                     docs/scale.md
     results METHOD     the runs of one method                                docs/METHOD.md
     curves METHOD      their learning curves                                 docs/METHOD.md
-    ends PREFIX        the last evaluation of runs with this prefix          docs/init.md
-    spread PREFIX      what all seeds of runs with this prefix came to       docs/align.md
+    ends PREFIX        the last evaluation of runs with this prefix          docs/align.md
     ablations          the rows of SLIP's tables, published and measured     docs/slip_ablations.md
 """
 
@@ -40,7 +39,7 @@ from ablations import BUDGET, PAPER, ROWS, record_name
 ROOT = Path(__file__).resolve().parent.parent
 # Tables: those that are named by one word, and those of data, a prefix or a method
 ALONE = "methods|diffs|shared|speed|scale|evaluations|ablations|parity"
-KINDS = rf"{ALONE}|(?:knn|seeds|retrieval|ends|spread) \w+|(?:results|curves)(?: \w+)?"
+KINDS = rf"{ALONE}|(?:knn|seeds|retrieval|ends) \w+|(?:results|curves)(?: \w+)?"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {
@@ -428,17 +427,6 @@ def seeds(prefix, data):
     return table(["method", "epochs", "steps", *SEEDS], rows)
 
 
-def spread(prefix, names):
-    """A row for each setting of the runs NAMES_SETTING and NAMES_SETTING_sSEED: its note, its
-    steps, and what all its seeds came to."""
-    first = [n for n in results() if n.startswith(names) and not re.search(r"_s\d+$", n)]
-    rows = []
-    for runs in map(with_seeds, first):
-        steps = str(runs[0]["metrics"]["training"]["step"])
-        rows.append([runs[0]["note"].partition(";")[0], steps, *cells_of_seeds(prefix, runs)])
-    return table(["captions", "steps", *SEEDS], rows)
-
-
 def with_first(script, flags, command):
     """`command`, after the run that its --init names, if it does: that of `script` with `flags`."""
     start = re.search(r"--init (\S+)", command)
@@ -531,8 +519,7 @@ def updated(path, missing):
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "curves": curves,
                 "results": results_table, "knn": knn_of_all, "retrieval": retrieval_of_all,
                 "ends": ends, "speed": speed, "scale": scale_tables, "evaluations": evaluations,
-                "ablations": ablations, "parity": parity_table, "seeds": seeds,
-                "spread": spread}[kind]  # fmt: skip
+                "ablations": ablations, "parity": parity_table, "seeds": seeds}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):
