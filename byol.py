@@ -362,7 +362,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    probe, bank, val = probe_sets(args)
+    probe, bank, val = probe_sets(args, dataset)
     blur1, blur2 = (1.0, 0.1) if args.blur else (0.0, 0.0)  # probabilities (Table 6)
     crop_min, s = args.crop_min, args.jitter_strength
     view1 = BYOLView(args.image_size, blur1, solarize=0.0, crop_min=crop_min, strength=s)

@@ -575,7 +575,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    probe, bank, val = probe_sets(args)
+    probe, bank, val = probe_sets(args, dataset)
     model = build_model(args)
     depth = 0  # blocks for which a view draws numbers: a ResNet has no stochastic depth
     if args.drop_path and hasattr(model.student.backbone, "blocks"):

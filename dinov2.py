@@ -604,7 +604,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    probe, bank, val = probe_sets(args)
+    probe, bank, val = probe_sets(args, dataset)
     model = build_model(args).to(device)
     blocks = model.student.backbone.blocks
     depth = 0  # blocks for which a view draws numbers

@@ -101,11 +101,12 @@ def linear(bank, bank_labels, queries, query_labels, num_classes):
 
 
 # -------------------------------------------- in the training loop --------------------------------
-def probe_sets(args):
+def probe_sets(args, dataset=None):
     """-> what measures accuracy while training, knn_eval or linear_eval as --probe says, and the
     train and the val split it is called with, or None for all three. Says which of the two it is.
-    Raises UserError if the splits have different classes, which would pair wrong labels."""
-    bank = evaluation_set(args, "train")
+    dataset: the train split of --data, if it is open already. Raises UserError if the splits have
+    different classes, which would pair wrong labels."""
+    bank = evaluation_set(args, "train", None if args.eval_data else dataset)
     val = evaluation_set(args) if bank else None
     if not val:
         return None, None, None

@@ -431,7 +431,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    probe, bank, val = probe_sets(args)
+    probe, bank, val = probe_sets(args, dataset)
     s = args.jitter_strength
     view = MoCoView(args.image_size, args.version, args.crop_min, args.blur, strength=s)
     views = {"view1": view, "view2": view}

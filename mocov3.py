@@ -454,7 +454,7 @@ def train(args: Args) -> dict:
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
-    probe, bank, val = probe_sets(args)
+    probe, bank, val = probe_sets(args, dataset)
     options = dict(crop_min=args.crop_min, blur=args.blur, strength=args.jitter_strength)
     view1 = MoCoV3View(args.image_size, first=True, **options)
     view2 = MoCoV3View(args.image_size, first=False, **options)

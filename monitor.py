@@ -363,12 +363,12 @@ def say_evaluation(text):
         print(f"evaluation: {text}", flush=True)
 
 
-def evaluation_set(args, split="val"):
-    """Collective. A split of --eval-data, or else of --data. None, with a line that says why, if it
-    is missing. UserError if processes find different ones, as they would wait for each other."""
-    dataset, found = None, ""
+def evaluation_set(args, split="val", dataset=None):
+    """Collective. `dataset`, or else a split of --eval-data or --data. None, with a line that says
+    why, if it is missing. UserError if processes find different ones, as they would then wait."""
+    found = ""
     try:
-        dataset = open_dataset(args.eval_data or args.data, args.data_dir, split)
+        dataset = dataset or open_dataset(args.eval_data or args.data, args.data_dir, split)
         found = f"{len(dataset):,} images of {len(dataset.classes or ())} classes"
         found += " with captions" * dataset.captioned
     except UserError as error:

@@ -630,7 +630,7 @@ def part_cifar(job):
            untrained_knn_top1=scores["knn_top1"], evaluation_seconds=evaluate.spent)  # fmt: skip
     flags += ["--epochs", str(epochs), "--eval-every", str(every), "--save-every", "0"]
     flags += ["--output-dir", job["temp"] + "/cifar_run"]
-    simclr.probe_sets = lambda args: (evaluate, bank, val)
+    simclr.probe_sets = lambda *_: (evaluate, bank, val)
     evaluate.start()
     simclr.train(simclr.parse_args(simclr.Args, simclr.RECIPES, flags))
     reached = [point["seconds"] for point in evaluate.points if point["knn_top1"] >= job["target"]]

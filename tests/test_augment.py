@@ -41,7 +41,7 @@ def policy(name, recipe, view):
     with pytest.MonkeyPatch.context() as patch:
         for part in {"open_dataset", "language_set", "evaluation_set", "Tokenizer"} & vars(module).keys():
             patch.setattr(module, part, lambda *_, **__: types.SimpleNamespace(eot=0, vocab_size=1))
-        patch.setattr(module, "probe_sets", lambda args: (None, None, None), raising=False)
+        patch.setattr(module, "probe_sets", lambda *_: (None, None, None), raising=False)
         patch.setattr(module, "Loader", loader)
         with pytest.raises(Captured) as caught:
             argv = ["--device", "cpu", "--data", recipe]

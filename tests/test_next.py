@@ -129,11 +129,17 @@ def pictures(folder, classes):
             Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / split / name / f"{i}.png")
 
 
-def test_what_will_be_evaluated(said, tmp_path):
+def test_what_will_be_evaluated(said, tmp_path, capsys):
     pictures(tmp_path / "words", ["cat", "dog"])
     text, (probe, bank, val) = said(probe_sets, "words")
     assert text == "kNN of 2 validation images among 2 training images of words" and len(bank) == len(val) == 2
     assert probe.func is knn_eval and probe.keywords == {"workers": 3}
+    opened = bank
+    bank = probe_sets(types.SimpleNamespace(data=str(tmp_path / "words"), eval_data="", data_dir="", probe="knn", workers=0), opened)[1]
+    assert bank is opened  # it is not read twice
+    args = types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / "words"), data_dir="", probe="knn", workers=0)
+    assert probe_sets(args, opened)[1] is not opened
+    capsys.readouterr()
     text, (probe, bank, val) = said(probe_sets, "words", probe="linear")
     assert text == "linear classifier of 2 validation images, fitted to 2 training images of words" and probe.func is linear_eval
     text, val = said(language_set, "words")
