@@ -72,6 +72,11 @@ def processes_here():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def has_shm(size):
+    """Whether /dev/shm has so many bytes free. Docker gives it 64 MB; other systems have none."""
+    return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
+
+
 def at_most_cores(workers):
     """No more workers than there are cores for this process."""
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
@@ -222,11 +227,9 @@ class Loader:
 
     def has_room(self, batch):
         """Whether /dev/shm, where workers put batches, can hold them as floats, and not only as
-        bytes: up to two for each worker, and as much is to stay free. Docker gives it 64 MB."""
-        if not self.sharing or not os.path.isdir("/dev/shm"):
-            return True
+        bytes: up to two for each worker, and as much is to stay free."""
         size = sum(4 * pixels.numel() for pixels in batch["pixels"].values())
-        return shutil.disk_usage("/dev/shm").free > 4 * self.sharing * size
+        return not self.sharing or has_shm(4 * self.sharing * size)
 
     def call_views(self, batch):
         """"pixels" -> a float (b, 3, S, S) per view, in place, unless a worker has done it."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
+from data import at_most_cores, has_shm, processes_here
 from monitor import EvalView  # noqa: F401, so that a method finds all it needs here
 from monitor import MOST, chunks, evaluation_set, extract, hit_rank, labelled, percent, rank_scores
 from monitor import say_evaluation, subset_indices, what_classes_lack
@@ -134,6 +135,9 @@ def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, ma
     classes. options: those of `extract`."""
     if not (train_set and val_set and train_set.classes and val_set.classes):
         return None
+    workers = at_most_cores(options.pop("workers", 0))
+    held = 3 * workers * processes_here() * 256 * 3 * view.size**2  # bytes, beside the training's
+    options["workers"] = workers if has_shm(held) else 0
     inputs = []
     for dataset, most in ((train_set, max_train), (val_set, max_val)):
         indices = subset_indices(dataset, most)

@@ -487,7 +487,8 @@ def index(path, ending, write):
             except UserError:
                 raise
             except Exception as error:
-                if not isinstance(error, OSError) or error.errno == errno.EIO:
+                full = errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", None)
+                if getattr(error, "errno", 0) not in full:
                     raise UserError(f"{path} cannot be read: {error}") from error
                 problem = f" ({error})"  # the disk is full, or a quota
             finally:

@@ -28,8 +28,10 @@ def boards(run, args):
     if run.args.wandb:
         wandb = importlib.import_module("wandb")
         own = run.dir / "wandb_id.txt"  # two folders of one name are two runs there
-        if not own.exists():
-            own.write_text(os.urandom(6).hex(), encoding="utf-8")
+        if not own.exists():  # runs of earlier versions had the name of their folder
+            new = own.with_suffix(".tmp")
+            new.write_text(run.dir.name if run.step else os.urandom(6).hex(), encoding="utf-8")
+            os.replace(new, own)
         options = {"id": own.read_text(encoding="utf-8"), "resume": "allow", "config": args}
         try:
             wandb.init(project=run.method, name=run.dir.name, **options)
@@ -44,7 +46,8 @@ def how_to_continue(run):
     """The end of a sentence: the command that goes on with a run that is saved."""
     more = [] if run.args.output_dir else ["--output-dir", str(run.dir)]
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun's own flags are not known
-        return f"with the command that started it on each machine {shlex.join(more)}".strip()
+        same = "with the command that started it on each machine"
+        return same + (f" and {shlex.join(more)}" if more else "")
     n = os.environ.get("LOCAL_WORLD_SIZE")
     python = f"torchrun --nproc_per_node={n}" if n else "python"
     return f"with: {python} {shlex.join(sys.argv + more)}"

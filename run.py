@@ -124,7 +124,7 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         near = []
         if len(word) > 3:  # --epoch means --epochs, --lr means --base-lr and the other way round
             near = [flag for flag in flags if flag.startswith(word) or flag.endswith(word[1:])]
-            near += [flag for flag in flags if word.endswith(f"-{flag[2:]}")]
+            near += [flag for flag in flags[1:] if word.endswith(f"-{flag[2:]}")]  # but -h
         near = near or difflib.get_close_matches(word, flags, n=1)
         refuse(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
     args = Args(**(values | vars(given)))

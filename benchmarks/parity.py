@@ -10,7 +10,7 @@ in its CIFAR-10 benchmark; their head has weights of its own, drawn after the sa
 those of the method's own transform there, with the run's size, smallest crop and strength of
 jitter, without blur. Both encoders are then compared by kNN on the whole validation split among the
 whole training split, and so are the weights both started from, and pixels averaged to 8 x 8, which
-every method should beat. A flag of the run that this loop does not repeat is refused.
+every method should beat. Runs with a flag of ONLY that has another value are refused.
 
 Seconds are those of the training loop with its data, with the threads and workers this process has:
 for a comparison give OMP_NUM_THREADS=1, and --workers 0 to the run.
@@ -362,7 +362,7 @@ def main():
         "threads": torch.get_num_threads(),
         "workers": loader.workers,
         "command": training_command(env),
-        "commit here": env["commit"],
+        "commit here": env.get("commit", ""),
         **environment(torch.device("cpu")),
     }
     row["versions"]["lightly"] = importlib.metadata.version("lightly")

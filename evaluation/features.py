@@ -99,7 +99,9 @@ def fingerprint(encoder, dataset, view, device, options):
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # what is broken is counted among all
             features, labels = extract(encoder, dataset, view, device, **options | {"indices": few})
-    except UserError:
+    except UserError as error:
+        if "can be read" not in str(error):
+            raise
         return ""
     asked = options.get("batch_size"), options.get("indices")
     rest = dataset.name, len(dataset), dataset.classes, *asked

@@ -209,7 +209,8 @@ def queued_ids(saved, tokenizer, data_dir):
     args, rows = saved["args"], len(saved["queue"]["features"])
     batch_size = args["batch_size"]
     dataset = open_dataset(args["data"], data_dir)
-    if saved.get("data") != [len(dataset), fingerprint(dataset)]:
+    found = [len(dataset), fingerprint(dataset)]
+    if saved.get("data", found) != found:
         lost = "which captions are in the queue of the run is not known any more"
         raise UserError(f"{dataset.name} has changed: {lost}")
     loader = Loader(dataset, {}, {"text": tokenizer}, batch_size, args["seed"])

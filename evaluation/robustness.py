@@ -183,7 +183,7 @@ def robustness(net, imagenet, args, options, names, templates):
         rows[name] = dict(zip(columns, (*found, sum(map(bool, groups)))))
     text = f"left out {len(missing)} of {len(SHIFTED)} sets: {'; '.join(missing)}"
     if len(rows) == 1:
-        raise UserError(f"nothing can be compared with {imagenet.name}: {text}")
+        raise UserError(f"{imagenet.name} has {top1:.2f}% and nothing to compare with: {text}")
     if missing and rank() == 0:
         print(text, file=sys.stderr)
     return rows

@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 import dino
+import knn as knn_module
 import monitor
 import pictures as drawn
 import runs
@@ -653,6 +654,15 @@ def test_kept_features_say_once_what_is_left_out(tmp_path, capsys):
     features, _ = cached_extract(Pixels(), dataset, VIEW, CPU, str(tmp_path))
     assert len(features) == 32 and "left out 8 of 40 samples" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 1  # without them nothing tells one dataset from another
+
+
+@pytest.mark.parametrize("room, workers", [(True, 1), (False, 0)])
+def test_evaluations_in_the_loop_need_room_for_workers(room, workers, monkeypatch):
+    seen = []
+    monkeypatch.setattr(knn_module, "has_shm", lambda size: seen.append(size) or room)
+    monkeypatch.setattr(knn_module, "extract", lambda *args, **options: seen.append(options["workers"]) or (torch.eye(3), torch.arange(3)))
+    knn_eval(Pixels(), Toy(3), Toy(3), VIEW, CPU, workers=1)
+    assert seen == [3 * 256 * 3 * VIEW.size**2, workers, workers]
 
 
 def test_a_table_hides_no_setting():

@@ -371,7 +371,7 @@ def test_how_to_continue_on_several_machines(photos, tmp_path, monkeypatch, caps
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setattr(Run, "agree_to_stop", lambda run: bool(setattr(run, "stop", signal.SIGTERM) or run.stop))
     started = "saved at step 1, continue with the command that started it on each machine"
-    for folder, more in ((tmp_path / "run", ""), ("", r" --output-dir runs/simclr_\S+")):
+    for folder, more in ((tmp_path / "run", ""), ("", r" and --output-dir runs/simclr_\S+")):
         with pytest.raises(SystemExit):
             train_here("simclr", photos, folder, "--eval-every", "0")
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved at")]
