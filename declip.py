@@ -24,14 +24,17 @@ Own data      torchrun declip.py --data path/to/captions.csv --recipe flickr8k
 Official checkpoints load strictly (evaluation.weights.load_released). The default follows the text
 of the paper. With --released the following is done as in the released code:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
- - L_NNS goes from image to text only, and over N' too; the queue takes T' as well as T.
+ - L_NNS goes from image to text only, and over N' too; the queue takes T' as well. In the paper
+   both directions and T alone.
  - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
    the text encoder then pools at. By default T is the embedding of the text without masks.
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
-Never reproduced, even with --released, for a run would depend on its processes or restarts: queue,
-batch norm of the heads and mean of L_TSS per process; a queue that is lost at a restart and drops
-what does not fit before its end. Nor are the class token and the biases of attention's in_proj
-decayed. One of a sample's captions is drawn, not the first, and a GPU computes in mixed precision.
+Never reproduced, even with --released: queue and batch norm of the heads per process; a queue that
+is lost at a restart and drops entries that do not fit before its end; L_TSS averaged over
+processes, not over tokens. All of these would make a run depend on the number of processes or
+restarts. Nor are the class token and the biases of attention's in_proj decayed, as they are there.
+One of a sample's captions is drawn, not the first taken, and a GPU computes in mixed precision, not
+in float32.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -174,9 +177,10 @@ def augmented_text(tokenizer, synonyms, caption, rng):
 
 
 def masked_text(tokenizer, any_id, caption, rng):
-    """-> (ids, labels) of BERT's masked language model (its Sec. 3.1): a token, chosen with p 0.15,
-    has its id as label, and becomes the mask with p 0.8, a random token with p 0.1, or stays. Other
-    labels are -100. any_id: a random token may be mask, start or end token too (official code)."""
+    """-> (ids, labels) of BERT's masked language model (its Sec. 3.1): a token is chosen with p
+    0.15. Of a chosen one the label is its id, and in ids stands the mask with p 0.8, a random token
+    with p 0.1, or it stays. The label of all others is -100. any_id: a random token may also be a
+    mask, start or end token (official code)."""
     ids = tokenizer(caption)
     labels = [-100] * len(ids)
     mask = tokenizer.sot - 1  # see add_mask_token
@@ -523,7 +527,8 @@ def info_nce(images, texts, logit_scale):
 
     images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose
     products are in half precision. Returns two matrices (images, texts) of losses, image to text
-    and text to image: means over this process's rows; that over processes is the global one."""
+    and text to image: means over this process's rows, whose mean over processes is that of the
+    global batch."""
     images = [F.normalize(image.float(), dim=-1) for image in images]  # (b, E) each
     texts = [F.normalize(text.float(), dim=-1) for text in texts]
     all_images = [all_gather(image) for image in images]  # (B, E) each

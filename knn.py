@@ -136,7 +136,8 @@ def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, ma
     if not (train_set and val_set and train_set.classes and val_set.classes):
         return None
     workers = at_most_cores(options.pop("workers", 0))
-    held = 3 * workers * processes_here() * 256 * 3 * view.size**2  # bytes, beside the training's
+    batch = 256 * 3 * view.size**2  # bytes
+    held = 3 * batch * workers * processes_here()  # up to three for each worker
     options["workers"] = workers if has_shm(held) else 0
     inputs = []
     for dataset, most in ((train_set, max_train), (val_set, max_val)):

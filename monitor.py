@@ -365,7 +365,7 @@ def say_evaluation(text):
 
 def evaluation_set(args, split="val", dataset=None):
     """Collective. `dataset`, or else a split of --eval-data or --data. None, with a line that says
-    why, if it is missing. UserError if processes find different ones, as they would then wait."""
+    why, if it is missing. UserError if processes find different ones: they would wait for ever."""
     found = ""
     try:
         dataset = dataset or open_dataset(args.eval_data or args.data, args.data_dir, split)

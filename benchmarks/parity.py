@@ -21,8 +21,8 @@ Needs lightly (pip install -r requirements-test.txt).
 import argparse
 import copy
 import importlib
-import io
 import importlib.metadata
+import io
 import json
 import sys
 import time
