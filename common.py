@@ -1,5 +1,5 @@
-"""What belongs to no single paper: processes and what they exchange, batch norm over all of them,
-precision, activation checkpointing, schedule, LARS. run.py writes experiments down."""
+"""Shared plumbing that belongs to no single paper: processes and what they exchange, batch norm
+over all, precision, activation checkpointing, schedule, LARS. run.py writes experiments down."""
 
 import contextlib
 import math

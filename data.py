@@ -313,7 +313,7 @@ def to_float(x):
 
 
 def normalize(x, mean, std):
-    """(x - mean) / std by channel. As tensors they would be copied to the device in every step."""
+    """(x - mean) / std by channel; both are floats, which no step has to copy to the device."""
     return torch.stack([(channel - m).div_(s) for channel, m, s in zip(x.unbind(1), mean, std)], 1)
 
 
@@ -323,8 +323,9 @@ def on_masked(operation, x, mask, *params, at_a_time=8):
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.where(mask.view(-1, 1, 1, 1), operation(x, *params), x)
     x, rows = x.clone(), mask.nonzero().squeeze(1)
-    for some in rows.split(at_a_time) if len(rows) else ():
-        x[some] = operation(x[some], *(p[some] for p in params))
+    if len(rows):
+        for some in rows.split(at_a_time):
+            x[some] = operation(x[some], *(p[some] for p in params))
     return x
 
 

@@ -12,8 +12,7 @@ text, N and N' the entries of a queue nearest to T and T', s = exp(t), alpha = b
     L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z), and no gradient
         through z (SimSiam Eq. 4)
     L_TSS = mean over the masked tokens of -log p(token),  chance ln V
-B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K length of the
-queue, V number of tokens.
+B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K queue, V tokens.
 
 Laptop        torchrun declip.py
 1 GPU         torchrun declip.py --data flickr8k
@@ -32,9 +31,8 @@ of the paper. With --released the following is done as in the released code:
 Never reproduced, even with --released: queue and batch norm of the heads per process; a queue that
 is lost at a restart and drops entries that do not fit before its end; L_TSS averaged over
 processes, not over tokens. All of these would make a run depend on the number of processes or
-restarts. Nor are the class token and the biases of attention's in_proj decayed, as they are there.
-One of a sample's captions is drawn, not the first taken, and a GPU computes in mixed precision, not
-in float32.
+restarts. Nor are the class token and the biases of attention's in_proj decayed, as there. One of a
+sample's captions is drawn, not the first taken; a GPU computes in mixed precision, not in float32.
 
 Diff against: slip.py (backbones: clip.py).
 """
@@ -325,7 +323,7 @@ class Bottleneck(torchvision.models.resnet.Bottleneck):
 
 # Adapted from clip.py: AttentionPool2d, heads of 64
 class AttentionPool2d(nn.Module):
-    """Attention pooling (CLIP Sec. 2.4), the mean token asks alone. (B, D, H, W) -> (B, E)."""
+    """Attention pooling (CLIP Sec. 2.4), its query is the mean token. (B, D, H, W) -> (B, E)."""
 
     def __init__(self, grid, width, embed_dim):
         super().__init__()
@@ -647,6 +645,8 @@ def train(args: Args) -> dict:
     run = Run("declip", args, loader, state, extra)
     if synonyms is None:
         run.say("no --synonyms and no WordNet: captions are augmented by swaps and deletions alone")
+    spread = args.ssl_dim**-0.5
+    run.say(f"feature_std: 1 / sqrt({args.ssl_dim}) = {spread:.3f} if spread, 0 if collapsed")
     # one less each: the official code counts steps from 1 and reaches min_lr in the last one
     warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
@@ -710,10 +710,10 @@ def train(args: Args) -> dict:
             "iss_loss": (iss, 0.0),
             "tss_loss": (tss, tss_chance),
             "nn_cosine": (nn_cosine.mean(), None),
+            "feature_std": (lambda: feature_std(z[0]), None),
         }
         numbers = {
-            "feature_std": lambda: feature_std(z[0]),
-            "feature_std_chance": args.ssl_dim**-0.5,
+            "feature_std_chance": spread,
             "logit_scale": model.logit_scale.detach().exp(),
         }
         run.end_step(terms, **numbers, lr=lr)

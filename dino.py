@@ -60,7 +60,7 @@ class Args(RunArgs):
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
+    zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
     hidden_dim: int = 2048  # hidden width of the head (App. C); the bottleneck after it has 256

@@ -3,7 +3,7 @@
 DINO's loss on class tokens and iBOT's on masked patches, plus changes for scale (Table 1): KoLeo
 spreads features; LayerScale and strong stochastic depth stabilise training; Sinkhorn-Knopp may
 replace centers. The official short run has lower rates for lower layers too. Registers (arXiv
-2309.16588) keep patches clean.
+2309.16588) take up what large networks otherwise store in patches of the background.
 
 Loss (Sec. 4), symbols as in ibot.py, f the student's class token of unit length, before the head:
     P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t) or Sinkhorn-Knopp of g_t / tau_t
@@ -305,7 +305,7 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         of_class, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        # official: 0.1 against rounding down; it shifts the samples too. Not so with registers
+        # Official: 0.1 against rounding down, which shifts the samples too; not with registers
         if self.register_tokens is None:
             scale = (rows + 0.1) / side, (columns + 0.1) / side
             grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")

@@ -57,7 +57,7 @@ class Args(RunArgs):
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base,large}_patchP
-    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
+    zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     drop_path: float = 0.1  # stochastic depth of the student's last block (official code)
     hidden_dim: int = 2048  # hidden width of the head (as DINO); the bottleneck after it has 256
     out_dim: int = 8192  # K, number of prototypes (Sec. 3.2)
@@ -109,8 +109,8 @@ VITL = dict(VITB, arch="vit_large_patch16", epochs=250, base_lr=5e-4, drop_path=
 VITL |= dict(grad_checkpointing="selective")  # to fit 8 GPUs of 80 GB
 RAND = dict(mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05)
 RECIPES = {
-    # our own, for the drawn scenes. At first every class token gets the same answer; a sharp
-    # teacher whose center follows quickly leads out of that
+    # our own, for the drawn scenes. At first every class token gets the same answer; a low
+    # temperature of the teacher and a center that follows quickly prevent this collapse
     "flocks": dict(
         arch="vit_nano_patch8", zero_init_residual=True, image_size=32, local_crops=0,
         crop_split=0.7, jitter_strength=0.0, blur=False, hidden_dim=512, out_dim=64,

@@ -21,7 +21,7 @@ from torch import nn
 from common import UserError, rank
 from names import align_state, vit_to_clip
 from recognise import FAMILIES, HEADS, MISFITS, beside, family, file_of, other, read, reason_of
-from recognise import run_of, some, state_of, tensors_in, unwrapped, wrong_numbers
+from recognise import first_three, run_of, state_of, tensors_in, unwrapped, wrong_numbers
 
 # A tensor that only this kind of image encoder has, and how to call it
 KINDS = {
@@ -105,7 +105,7 @@ def open_source(path, model):
         raise UserError(f"{path} looks like {other(state)}, which no method file here computes")
     name = family(state)
     if name is None:
-        first = some(state) if state else "no tensors"
+        first = first_three(state) if state else "no tensors"
         raise UserError(f"{path} looks like nothing known here: it holds {first}")
     source = Source(path, f"weights of {name}", WHOLE.get(name, set()), state)
     try:
@@ -127,7 +127,7 @@ def whole_align(path, state, model):
     spared = ("pooler", "position_ids", "num_batches_tracked")
     differ = [k for k in state.keys() ^ named.keys() if not any(word in k for word in spared)]
     if differ:
-        reason = f"it and this --arch and --text-layers differ in {some(sorted(differ))}"
+        reason = f"it and this --arch and --text-layers differ in {first_three(sorted(differ))}"
         raise UserError(f"--init {path} (Hugging Face's ALIGN) does not fit: {reason}")
     return align_state(model, state)
 
@@ -250,8 +250,8 @@ def fit_image(source, theirs, own, kinds, whole):
     missing = [k for k in own if k not in theirs and not k.startswith(HEADS_BESIDE + TOKENS)]
     unknown = [k for k in theirs if k not in own and k not in spared]
     if missing or unknown:
-        lacks = [f"it lacks {some(missing)}"] if missing else []
-        holds = [f"it also holds {some(unknown)}"] if unknown else []
+        lacks = [f"it lacks {first_three(missing)}"] if missing else []
+        holds = [f"it also holds {first_three(unknown)}"] if unknown else []
         source.refuse("; ".join(lacks + holds))
     out = {name: theirs[name] for name in own if name in theirs}
     for name in out:
@@ -293,7 +293,8 @@ def fit_text(source, theirs, own):
     missing = [k for k in own if k not in theirs]
     unknown = [k for k in theirs if k not in own]
     if missing or unknown:
-        source.refuse(f"the text encoders differ in {some(missing + unknown)}: see --text-layers")
+        differ = first_three(missing + unknown)
+        source.refuse(f"the text encoders differ in {differ}: see --text-layers")
     out = {name: theirs[name] for name in own}
     for name in ("positional_embedding", "position_embeddings.weight"):
         longer = name in own and theirs[name].ndim == 2 and len(own[name]) < len(theirs[name])
@@ -420,7 +421,8 @@ def load(model, args, tokenizer):
     if rank() == 0:
         print(f"--init {args.init}: {'; '.join([source.kind, *dict.fromkeys(source.notes)])}")
         for what, names in (("loaded", fitted), ("stay random", stay), ("left out", left)):
-            print(f"  {what} {len(names)}" + (f": {some(names)}" if names else ""), flush=True)
+            listed = f": {first_three(names)}" if names else ""
+            print(f"  {what} {len(names)}{listed}", flush=True)
     return stay
 
 
@@ -456,6 +458,6 @@ def start(model: nn.Module, args, tokenizer=None):
         stay = load(model, args, tokenizer)
         random = [name for name in stay if side and is_frozen(name, side)]
         if random:
-            raise UserError(f"--freeze {side} would keep random weights: {some(random)}")
+            raise UserError(f"--freeze {side} would keep random weights: {first_three(random)}")
     if side:
         freeze(model, side)

@@ -198,7 +198,7 @@ def label_number(value, classes, name):
     if not number.is_integer():
         return classes.index(text) if text in (classes or []) else -1
     if number >= 2**63:
-        raise UserError(f"{name} has the label {text}, which is too large: mend it or leave it out")
+        raise UserError(f"{name} has the label {text}, which is too large: fix it or leave it out")
     return max(-1, int(number))
 
 

@@ -57,7 +57,7 @@ class Args(RunArgs):
     arch: str = "resnet50"  # resnet{10,18,34,50,101,152}
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    zero_init_residual: bool = False  # residual branches start at 0 (official: they do not)
+    zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     head_dim: int = 128  # output width of the head (Sec. 3.3)
     queue_size: int = 65536  # K, keys in the queue, a multiple of a step's new keys (Sec. 4.1)
     key_momentum: float = 0.999  # m, momentum of the key encoder (Eq. 2, Sec. 3.2)
@@ -455,7 +455,7 @@ def train(args: Args) -> dict:
     spread = args.head_dim**-0.5
     run.say(f"feature_std: 1 / sqrt({args.head_dim}) = {spread:.3f} if spread, 0 if collapsed")
     if args.bn_group == args.batch_size:
-        run.say("warning: batch norm has one group, so shuffling is in vain, lower --bn-group")
+        run.say("warning: batch norm has one group, so shuffling has no effect: lower --bn-group")
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
@@ -499,7 +499,8 @@ def train(args: Args) -> dict:
 
         terms = {"loss": (loss, chance), "top1": (top1, None)}
         terms["feature_std"] = (lambda: feature_std(keys[0][here]), None)
-        run.end_step(terms, feature_std_chance=spread, lr=lr)
+        by_chance = 1 / (args.queue_size + 1)
+        run.end_step(terms, top1_chance=by_chance, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

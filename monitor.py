@@ -216,7 +216,7 @@ def refuse_labels_beyond(dataset, label):
     """Raises UserError for a label that is not below the number of classes, if the set has any."""
     if dataset.classes and label >= len(dataset.classes):
         which = f"{dataset.name} has the label {label}, but only {len(dataset.classes)} classes"
-        raise UserError(f"{which}, from 0 on: mend its labels or its list of classes")
+        raise UserError(f"{which}, from 0 on: fix its labels or its list of classes")
 
 
 @functools.cache  # once in a run, not at every evaluation
@@ -301,9 +301,8 @@ def rank_scores(features):
 
 def zeroshot_metrics(logits, labels):
     """logits (N, C), labels (N,) -> dict in percent. top1; from five classes on top5 and
-    mean_top1_top5 (Kinetics); mean_per_class, the mean recall of the classes that occur in `labels`
-    (as CLIP_benchmark; SLIP's is NaN when an absent class is predicted); with two classes roc_auc
-    of logit 1 - logit 0."""
+    mean_top1_top5 (Kinetics); mean_per_class, the mean recall of the classes that occur (SLIP's is
+    NaN when an absent class is predicted); with two classes roc_auc of logit 1 - logit 0."""
     classes = torch.arange(logits.shape[1], device=logits.device)
     ranks = [hit_rank(x, y[:, None] == classes) for x, y in chunks(len(classes), logits, labels)]
     ranks, labels = torch.cat(ranks), labels.cpu()

@@ -84,7 +84,7 @@ def read_log(directory):
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): mend it, or delete the line") from error
+        raise UserError(f"{path} is damaged ({error}): fix it, or delete the line") from error
 
 
 def accuracies(directory):

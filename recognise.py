@@ -90,7 +90,7 @@ def read(path):
     return saved
 
 
-def some(words):
+def first_three(words):
     """At most three of these words, and how many more there are."""
     words = list(words)
     rest = f" and {len(words) - 3} more" if len(words) > 3 else ""
@@ -233,7 +233,7 @@ def run_of(file, saved):
     if said.keys() & {"args", "whole"}:
         lacks = [key for key in ("method", "args", "head_layer", "whole") if key not in said]
         if lacks:
-            raise UserError(f"{beside} lacks {some(lacks)}: export the run again")
+            raise UserError(f"{beside} lacks {first_three(lacks)}: export the run again")
         saved = {**said, "model": saved}
         own = file.parent / "tokenizer.json"
         if own.is_file():
@@ -261,7 +261,8 @@ def unwrapped(state):
     words = {key.partition(".")[0] for key in out}
     if "model" in words:
         words = {"model"}
-    for word in words if len(words) == 1 else ():
+    if len(words) == 1:
+        word = words.pop()
         inside = {k.removeprefix(f"{word}."): v for k, v in out.items() if k.startswith(f"{word}.")}
         found = unwrapped(inside)
         if inside and (family(found) or other(found)):

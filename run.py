@@ -253,8 +253,8 @@ class Run:
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.warmup_epochs > args.epochs:
             self.say("warning: the warm-up is longer than the run: the rate never reaches its peak")
-        # Small images have small networks, of which threads share little: workers get a core
-        if loader.small and loader.workers and "OMP_NUM_THREADS" not in os.environ:
+        # Small images have small networks, of which threads share little: a core is left to workers
+        if loader.small and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
         load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
         if loader.device.type == "cpu" and torch.get_num_threads() > 1 and load > 2 * cores:
@@ -377,7 +377,7 @@ class Run:
                     old.writelines(f"{line}\n" for line in lines)
             rows = [row for row in rows if row["step"] <= self.step and self.step > 0]
         except (ValueError, LookupError, TypeError) as error:
-            text = f"{path} is damaged ({error!r}): mend it or use another --output-dir"
+            text = f"{path} is damaged ({error!r}): fix it or use another --output-dir"
             raise UserError(text) from error
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if "end" not in row))
         file = open(path, "a", buffering=1, encoding="utf-8")

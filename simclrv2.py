@@ -195,7 +195,7 @@ class ResNet(torchvision.models.ResNet):
         # SimCLR's official code: normal of variance 1 / fan-in, cut off at two standard deviations
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                std = module.weight[0].numel() ** -0.5 / 0.87962566  # what cutting off leaves of it
+                std = module.weight[0].numel() ** -0.5 / 0.87962566  # the cut leaves 0.88 of it
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):

@@ -27,7 +27,7 @@ Parameter names are the official code's, so its checkpoints load strictly
    Pillow's box filters, bytes, and float16.
  - The three images of a pair go through the encoder in one batch, in the official code in three.
    There is no batch norm in it, so the numbers are the same.
- - Losses are computed in float32. --accum-steps is exact; officially a piece is a batch of its own.
+ - Losses are computed in float32. --accum-steps is exact; officially each piece is its own batch.
 
 Diff against: clip.py (and simclr.py for L_ssl).
 """

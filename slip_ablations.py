@@ -2,8 +2,8 @@
 and Sec. 5).
 
 slip.py is the method; here its parts are exchanged. --ssl: must self-supervision be SimCLR's?
---clip-scale 0: would it do to have it first, and CLIP second? --clip-views: is it only the
-augmentation that helps CLIP? --images: must both losses see the same images?
+--clip-scale 0: is it enough to train with it first and CLIP afterwards? --clip-views: is it only
+the augmentation that helps CLIP? --images: must both losses see the same images?
 
 Loss, with a = --clip-scale, c = --ssl-scale and L_clip as in slip.py; p, q, k, z of unit length:
     L = a L_clip + c L_ssl,  chance level a ln B + c times that of L_ssl:

@@ -19,7 +19,8 @@ and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables
     scale              what runs on 1 to 1,024 GPUs cost                     docs/scale.md
     results METHOD     the runs of one method                                docs/METHOD.md
     curves METHOD      their learning curves                                 docs/METHOD.md
-    ends PREFIX        the last evaluation of runs with this prefix          docs/align.md
+    ends PREFIX        the last evaluation of runs with this prefix          docs/init.md
+    spread PREFIX      the same of all seeds, with mean and deviation        docs/align.md
     ablations          the rows of SLIP's tables, published and measured     docs/slip_ablations.md
 """
 
@@ -39,7 +40,7 @@ from ablations import BUDGET, PAPER, ROWS, record_name
 ROOT = Path(__file__).resolve().parent.parent
 # Tables: those that are named by one word, and those of data, a prefix or a method
 ALONE = "methods|diffs|shared|speed|scale|evaluations|ablations|parity"
-KINDS = rf"{ALONE}|(?:knn|seeds|retrieval|ends) \w+|(?:results|curves)(?: \w+)?"
+KINDS = rf"{ALONE}|(?:knn|seeds|retrieval|ends|spread) \w+|(?:results|curves)(?: \w+)?"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
 PROTOCOLS = {
@@ -427,6 +428,19 @@ def seeds(prefix, data):
     return table(["method", "epochs", "steps", *SEEDS], rows)
 
 
+def spread(prefix, names):
+    """A row for each run whose name begins so and which has no seed in it: its note, its last step,
+    and what all its seeds came to."""
+    rows = []
+    for name in results():
+        if name.startswith(names) and not re.search(r"_s\d+$", name):
+            runs = with_seeds(name)
+            step = str(runs[0]["metrics"]["training"]["step"])
+            what = f"{name.removeprefix(names).strip('_')}: {runs[0]['note']}"
+            rows.append([what, step, *cells_of_seeds(prefix, runs)])
+    return table(["run", "steps", *SEEDS], rows) if rows else "Nothing is recorded yet.\n"
+
+
 def with_first(script, flags, command):
     """`command`, after the run that its --init names, if it does: that of `script` with `flags`."""
     start = re.search(r"--init (\S+)", command)
@@ -518,8 +532,9 @@ def updated(path, missing):
         kind, _, method = match[2].partition(" ")
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "curves": curves,
                 "results": results_table, "knn": knn_of_all, "retrieval": retrieval_of_all,
-                "ends": ends, "speed": speed, "scale": scale_tables, "evaluations": evaluations,
-                "ablations": ablations, "parity": parity_table, "seeds": seeds}[kind]  # fmt: skip
+                "ends": ends, "spread": spread, "speed": speed, "scale": scale_tables,
+                "evaluations": evaluations, "ablations": ablations, "parity": parity_table,
+                "seeds": seeds}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):

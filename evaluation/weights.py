@@ -23,7 +23,7 @@ from data import Tokenizer
 from monitor import EvalView
 from names import align_state
 from recognise import FAMILIES, HEADS, MISFITS, Known, beside, depth, family, file_of, other, read
-from recognise import reason_of, run_of, some, state_of, wrong_numbers
+from recognise import first_three, reason_of, run_of, state_of, wrong_numbers
 
 ROOT = Path(__file__).parent.parent  # where the method files are
 
@@ -37,12 +37,12 @@ def load_strictly(model, state):
     unknown = [k for k in state if k not in own]
     differ = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing:
-        problems.append(f"it lacks {some(missing)}")
+        problems.append(f"it lacks {first_three(missing)}")
     if unknown:
-        problems.append(f"it also holds {some(unknown)}")
+        problems.append(f"it also holds {first_three(unknown)}")
     if differ:
         shapes = (tuple(x[differ[0]].shape) for x in (state, own))
-        problems.append("{} has the shape {}, not {}".format(some(differ), *shapes))
+        problems.append("{} has the shape {}, not {}".format(first_three(differ), *shapes))
     if not problems and (wrong := wrong_numbers(state, own)):
         problems.append(wrong)
     if problems:
@@ -80,7 +80,7 @@ def has_sines(state):
 
 def vit_of(state, known, table):
     """A state dict with timm's names -> dino.VisionTransformer with the sizes of its tensors, image
-    size. Of 384 channels MoCo v3 has 12 heads, as others have not."""
+    size. For 384 channels MoCo v3 has 12 heads, others have 6."""
     dino = importlib.import_module("dino")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     heads = known.heads_of(width, table, 12 if width in (384, 768) and has_sines(state) else 0)
@@ -142,7 +142,7 @@ def encoder_of(state, name, known):
     left_out = [k for k in every if k not in fitting]
     left_out += [k for k in state if not k.startswith(prefix)]
     if left_out:
-        known.notes.append(f"without {some(left_out)}")
+        known.notes.append(f"without {first_three(left_out)}")
     if any(key.startswith("patch_embed.") for key in fitting):
         build = dinov2_of if method == "dinov2" else vit_of
         table = HEADS | {128: 4}  # as in our smallest ones
@@ -415,7 +415,7 @@ def open_published(path, state, random_weights, known):
     refuse_others(path, state)
     name = family(state)
     if name is None:
-        first = some(state) if state else "no tensors"
+        first = first_three(state) if state else "no tensors"
         raise UserError(f"{path} was not written by one of our method files, and looks like "
                         f"nothing known here: it holds {first}")  # fmt: skip
     method = FAMILIES[name].method

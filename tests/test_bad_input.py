@@ -218,7 +218,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("clip", "--data {0}/classes", "classes has no captions, docs/data.md"),
     ("simclr", "--data {0}/tar", "{0}/tar/shard.tar cannot be read: "),
     ("slip", "--data {0}/table", "the columns of {0}/table/train.csv are ['a', 'b']"),
-    ("simclr", "--data {0}/label", "/0.jpg has the label 1e30, which is too large: mend it or leave it out"),
+    ("simclr", "--data {0}/label", "/0.jpg has the label 1e30, which is too large: fix it or leave it out"),
     ("clip", "--data {0}/label.jsonl", "/0.jpg has the label 1e30, which is too large"),
     ("simclr", "--data {0}/label.jsonl --workers 1", "/0.jpg has the label 1e30, which is too large"),
     ("simclr", "--data {0}/gone", "a hundred samples of gone in a row are bad"),

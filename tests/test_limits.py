@@ -41,7 +41,7 @@ def test_a_label_beyond_the_classes_is_one_sentence(folder, tmp_path, protocol, 
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     method = "clip" if protocol == "zeroshot" else "simclr"
     argv = [protocol, str(folder / method), "--data", str(tmp_path), *FLAGS, *flags, "--no-cache", "--workers", workers]
-    sentence = r"has the label 3, but only 3 classes, from 0 on: mend its labels or its list of classes"
+    sentence = r"has the label 3, but only 3 classes, from 0 on: fix its labels or its list of classes"
     with pytest.raises(UserError, match=sentence):
         main(argv)
 

@@ -209,7 +209,7 @@ def test_loader_workers_share_the_cores(cores, processes, workers, monkeypatch):
     assert Loader(Numbers(), {}, {}, 8, workers=0).workers == 0
 
 
-@pytest.mark.parametrize("flags, given, threads", [([], False, 2), ([], True, 3), (["--workers", "0"], False, 3), (["--image-size", "80"], False, 3)])
+@pytest.mark.parametrize("flags, given, threads", [([], False, 2), ([], True, 3), (["--workers", "0"], False, 2), (["--image-size", "80"], False, 3)])
 def test_a_run_on_small_images_leaves_a_core_to_its_workers(photos, tmp_path, monkeypatch, flags, given, threads):
     """Threads that wait for each other would take it. OMP_NUM_THREADS is obeyed; large images keep all threads."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
