@@ -420,7 +420,7 @@ class Run:
         if not written:
             return
         row, texts = {"epoch": self.step / self.epoch_steps}, []
-        warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.1 * self.total)
+        warm = self.step > max(self.args.warmup_epochs * self.epoch_steps, 0.4 * self.total)
         for (name, (_, chance)), value in zip(terms.items(), self._means()):
             row[name] = value
             texts.append(f"{name} {value:.3f}")
