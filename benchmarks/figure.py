@@ -5,6 +5,8 @@ results/METHOD_NAME.json.
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
     python benchmarks/figure.py simsiam_ablation    # a run on flocks beside those without a part
     python benchmarks/figure.py speed       # steps beside other libraries, of side_by_side.json
+    python benchmarks/figure.py drawings    # scenes of both drawn sets
+    python benchmarks/figure.py views_simclr        # views.png of simclr.py without flags
 
 A line is the accuracy in the training loop; a dashed line in its colour is the same network with
 random weights, which the loop measured before the first step. Older runs did not: there a ring at
@@ -15,6 +17,12 @@ Needs matplotlib.
 import argparse
 import json
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
 
 from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
 
@@ -150,9 +158,46 @@ def draw_speed(path):
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def draw_drawings(path):
+    """Eight scenes of flocks with their classes, and of shapes with a caption of each."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    sys.path.insert(0, str(ROOT))
+    from data import open_dataset
+
+    figure, axes = plt.subplots(2, 8, figsize=(SIZE[0], 2.8), layout="constrained")
+    for row, name in zip(axes, ("flocks", "shapes")):
+        dataset = open_dataset(name)
+        for index, axis in enumerate(row):
+            sample = dataset[11 * index]  # another form and another colour
+            text = sample.captions[0] if sample.captions else dataset.classes[sample.label]
+            axis.imshow(sample.image, interpolation="nearest")
+            axis.set_title(textwrap.fill(text, 16), fontsize=6)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw_views(method, path):
+    """views.png of METHOD.py without flags, which a run writes before its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--max-steps", "1", "--eval-every", "0", "--workers", "0"]
+        command = [sys.executable, str(ROOT / f"{method}.py"), *flags, "--output-dir", folder]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        shutil.copyfile(Path(folder) / "views.png", path)
+
+
 def draw(name, path):
     if name == "speed":
         draw_speed(path)
+    elif name == "drawings":
+        draw_drawings(path)
+    elif name.startswith("views_"):
+        draw_views(name.removeprefix("views_"), path)
     elif name.endswith("_ablation"):
         draw_ablation(name.removesuffix("_ablation"), path)
     else:
@@ -162,7 +207,7 @@ def draw(name, path):
 def parser():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("data", help="last part of the names of the recorded runs, or speed")
+    parser.add_argument("data", help="what to draw, see above")
     return parser
 
 

@@ -9,7 +9,8 @@ continues its runs up to its number of steps, under the schedule of the whole ru
 half by kNN accuracy goes into the next, which has twice as many steps. Nothing is trained twice,
 because a run directory continues where it ended. One row for each run is added to
 results/search_flocks.jsonl: method, flags, seed, accuracy by step (0: random weights) and the CPU
-seconds of all its parts.
+seconds of all its parts. Most rows there are of trials that were started by hand: their CPU
+seconds are null, and `among` says what kNN was of.
 """
 
 import argparse
