@@ -66,7 +66,7 @@ def init_distributed(device: str = "") -> torch.device:
     if kind.startswith("cuda"):
         kind = kind if ":" in kind else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         if int(kind[5:]) >= (count := torch.cuda.device_count()):
-            raise UserError(f"there is no {kind} among {count}, lower --nproc_per_node")
+            raise UserError(f"there is no {kind} among {count}, lower --nproc_per_node or --device")
         torch.cuda.set_device(kind)
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         import trouble
@@ -111,7 +111,7 @@ def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 class GlooSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the global batch, with running statistics, on CPUs, where torch has none."""
+    """Batch norm over the global batch on CPUs, where torch has none. (b, C, ...) -> the same."""
 
     def forward(self, x):
         if not self.training:
@@ -152,7 +152,7 @@ def mixed_precision(dtype: str, device: torch.device):
     elif dtype == "auto":
         dtype = "fp32"
     low = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[dtype]
-    # cast anew in each call: gradients of calls add up in fp32, and recomputation casts as often
+    # cast anew in each call: gradients of calls add up in fp32, and checkpoints recompute the same
     autocast = torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 

@@ -22,7 +22,7 @@ Official backbones load strictly (docs/dinov2.md). Differences from the official
    Official: exactly half of a GPU's crops are masked, and a fixed number of samples is dropped.
  - All masked patches weigh the same in their center. Official: all GPUs weigh the same.
  - Epochs are passes over the data. Official: 1,250 steps, 2 passes over ImageNet at batch 2048.
- - A GPU computes by autocast. Official: float16 parameters.
+ - Colours are floats and a GPU computes by autocast. Official: bytes, and float16 parameters.
 
 Diff against: ibot.py.
 """
@@ -147,12 +147,10 @@ def draw_mask(rng, side, prob=0.5, ratio=0.3, var=0.2):
         most = min(budget, side**2 / 2)
         area = rng.uniform(4, most)
         aspect = 0.3 ** rng.uniform(-1, 1)
-        h = round((area * aspect) ** 0.5)
-        w = round((area / aspect) ** 0.5)
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if h >= side or w >= side:
             continue
-        top = rng.randint(0, side - h)
-        left = rng.randint(0, side - w)
+        top, left = rng.randint(0, side - h), rng.randint(0, side - w)
         block = mask[top : top + h, left : left + w]
         new = h * w - int(block.sum())
         if 0 < new <= most:
@@ -667,8 +665,8 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 and not args.fsdp else model
     temp_warmup = round(args.warmup_teacher_temp_epochs * loader.steps_per_epoch)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        encoder = whole_encoder(model, args)
-        run.log_evaluation(probe(encoder, bank, val, eval_view(args), device))
+        view = eval_view(args)
+        run.log_evaluation(probe(whole_encoder(model, args), bank, val, view, device))
 
     for step, batch in run.batches():
         crops, params = [batch[name] for name in views], batch["params"]
@@ -703,10 +701,13 @@ def train(args: Args) -> dict:
         else:
             p_t = center_softmax(teacher, model.center, teacher_temp)
             p_t_patches = center_softmax(teacher_patches, model.center2[0], teacher_temp)
+        sizes = [len(patches) for _, patches in targets]
+        del targets, teacher, teacher_patches  # some GiB, and P_t alone is needed
         p_t = p_t.split(2 * piece)
-        p_t_patches = p_t_patches.split([len(patches) for _, patches in targets])
+        p_t_patches = p_t_patches.split(sizes)
         sums = 0.0
         for inputs, p, p_patches in zip(pieces, p_t, p_t_patches):
+            ddp.require_backward_grad_sync = inputs is pieces[-1]  # gradients are sent once
             with autocast:
                 student, patches, features = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, p)
@@ -728,17 +729,20 @@ def train(args: Args) -> dict:
 
         loss, cls, patch, koleo, entropy, kl = sums
         terms = {
-            "loss": (loss, chance), "cls_loss": (cls, cls_chance),
-            "patch_loss": (patch, patch_chance), "koleo": (koleo, None),
-            "teacher_entropy": (entropy, None), "kl": (kl, None),
+            "loss": (loss, chance),
+            "cls_loss": (cls, cls_chance),
+            "patch_loss": (patch, patch_chance),
+            "koleo": (koleo, None),
+            "teacher_entropy": (entropy, None),
+            "kl": (kl, None),
         }
         run.end_step(
             terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
             teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
         )
         if val and run.due(args.eval_every):
-            encoder = whole_encoder(model, args)
-            run.log_evaluation(probe(encoder, bank, val, eval_view(args), device))
+            view = eval_view(args)
+            run.log_evaluation(probe(whole_encoder(model, args), bank, val, view, device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 

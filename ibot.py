@@ -637,6 +637,7 @@ def train(args: Args) -> dict:
             rows = slice(first, first + piece)
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
             inputs = [x[rows] for x in crops], mask, [u[rows] for u in drop_path]
+            ddp.require_backward_grad_sync = first + piece == b  # gradients are sent once
             with autocast:
                 student, patches, teacher, teacher_patches = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, teacher, model.center, *temps)
@@ -646,8 +647,8 @@ def train(args: Args) -> dict:
             scaler.scale(losses[0]).backward()
             sums = sums + losses.detach()
             teachers.append(teacher)
-            all_patches = teacher_patches.float().flatten(0, 1)  # masked or not (official code)
-            patch_means.append(all_patches.mean(0, keepdim=True))
+            mean = teacher_patches.flatten(0, 1).mean(0, keepdim=True, dtype=torch.float32)
+            patch_means.append(mean)  # of all patches, masked or not (official code)
         update_center(model.center, torch.cat(teachers), args.center_momentum)
         update_center(model.center2[0], torch.cat(patch_means), args.center_momentum)
         if args.clip_grad:

@@ -302,8 +302,7 @@ def average_statistics(model):
     buffers = [buffer for name, buffer in model.named_buffers() if "running" in name]
     sizes = [len(buffer) for buffer in buffers]
     mean = all_reduce_mean(torch.cat(buffers))
-    for buffer, part in zip(buffers, mean.split(sizes)):
-        buffer.copy_(part)
+    torch._foreach_copy_(buffers, mean.split(sizes))
 
 
 # ---------------------------------------- model ----------------------------------------
@@ -432,8 +431,8 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args, dataset)
-    s = args.jitter_strength
-    view = MoCoView(args.image_size, args.version, args.crop_min, args.blur, strength=s)
+    options = dict(crop_min=args.crop_min, blur=args.blur, strength=args.jitter_strength)
+    view = MoCoView(args.image_size, args.version, **options)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
@@ -464,7 +463,7 @@ def train(args: Args) -> dict:
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
         for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(args, step / run.epoch_steps)
+            group["lr"] = lr = learning_rate(args, step / loader.steps_per_epoch)
 
         if args.symmetric:
             query_views, key_views = (view1, view2), (view2, view1)
@@ -495,7 +494,8 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
         model.enqueue(torch.cat(keys))  # only now: a query's own key is no negative
-        average_statistics(model)
+        if world_size() > 1:
+            average_statistics(model)
 
         terms = {"loss": (loss, chance), "top1": (top1, None)}
         terms["feature_std"] = (lambda: feature_std(keys[0][here]), None)

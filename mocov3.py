@@ -172,7 +172,8 @@ class MoCoV3View:
         if self.blur:
             kernel_size = 13  # 3 sigma on either side
             x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
-        x = solarize(x, params["solarize"])
+        if self.solarize_p:
+            x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)
 
 

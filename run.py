@@ -61,7 +61,7 @@ RANGES = {name: (least, most) for names, least, most in [
     ("text_layers head_layers projector_layers local_crops", 0, 1000),
     ("momentum key_momentum center_momentum bn_momentum teacher_momentum tau tau_end ema", 0, 1),
     ("teacher_momentum_end mass mask_prob mask_ratio crop_min crop_split", 0, 1),
-    ("label_smoothing alpha", 0, 1),
+    ("label_smoothing alpha layer_decay", 0, 1),
     ("drop_path drop_connect erase beta2", 0, 0.9999),
     ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
@@ -140,11 +140,12 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         least, most = RANGES.get(name, (0, 0))
         if most and isinstance(value, int | float) and not least <= value <= most:
             refuse(f"--{name.replace('_', '-')} {value} must lie between {least} and {most}")
-    if getattr(args, "crop_min", 0) > (split := getattr(args, "crop_split", 1)):
+    if getattr(args, "local_crops", 0) and args.crop_min > (split := args.crop_split):
         refuse(f"--crop-min {args.crop_min} is above --crop-split {split}, the largest local crop")
-    for name in ("width", "stem"):
-        if name in given and args.arch.startswith("vit"):
-            refuse(f"--{name} changes a ResNet, but --arch is {args.arch}: leave it out")
+    wrong = dict(width="vit", stem="vit", drop_path="resnet", freeze_patch_embed="resnet")
+    for name in filter(wrong.get, vars(given)):
+        if args.arch.startswith(wrong[name]):
+            refuse(f"--{name.replace('_', '-')} changes nothing with {args.arch}: leave it out")
     return args
 
 
@@ -163,7 +164,7 @@ def load_checkpoint(path: str | Path) -> dict:
             raise ValueError("a checksum does not fit")
         return saved
     except Exception as error:
-        text = f"{path} is no checkpoint, is damaged or holds code, which is never run"
+        text = f"{path} cannot be read, is damaged or holds code, which is never run"
         raise UserError(text) from error
 
 
@@ -307,7 +308,7 @@ class Run:
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} does not fit, use another --output-dir") from error
+            raise UserError(f"{path} does not fit ({error!r:.60}), use another folder") from error
         if (before := saved.get("data", self.data)) != self.data:
             was, now = (f"{n:,} samples with checksum {crc}" for n, crc in (before, self.data))
             raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds "

@@ -334,7 +334,8 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args, dataset)
-    view = SimCLRView(args.image_size, args.jitter_strength, args.blur, args.crop_min)
+    options = dict(crop_min=args.crop_min, blur=args.blur, strength=args.jitter_strength)
+    view = SimCLRView(args.image_size, **options)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

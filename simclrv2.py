@@ -60,7 +60,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import LARS, UserError, all_gather, init_distributed, mixed_precision, rank
 from common import sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import Loader, hflip, open_dataset, random_resized_crop, to_float
+from data import Loader, at_most_cores, has_shm, hflip, open_dataset, processes_here
+from data import random_resized_crop, to_float
 from monitor import EvalView, evaluation_set, extract, labelled, refuse_labels_beyond
 from monitor import say_evaluation, zeroshot_metrics
 from run import Run, RunArgs, fingerprint, init_weights, load_checkpoint, parse_args
@@ -386,6 +387,9 @@ def take_network_of(before, args):
 
 def accuracy(model, val, view, device, workers):
     """Collective. -> {"val_top1", "val_top5", "val_chance"} on all of a split, in percent."""
+    batch = 256 * 3 * view.size**2  # bytes
+    held = 3 * batch * at_most_cores(workers) * processes_here()  # up to three for each worker
+    workers = workers if has_shm(held) else 0
     logits, labels = labelled(val, *extract(model, val, view, device, workers=workers))
     metrics = zeroshot_metrics(logits, labels)
     scores = {f"val_{name}": metrics[name] for name in ("top1", "top5") if name in metrics}
@@ -412,7 +416,7 @@ def train(args: Args) -> dict:
     known = [dataset.classes, args.label_fraction, args.seed, fingerprint(dataset)]
     if taught:  # a student may use the labels that its teacher had, and no others
         known = json.loads(taught["labels"])
-    classes, args.label_fraction, label_seed, *images = known  # older teachers do not say which
+    classes, args.label_fraction, label_seed, *images = known  # [] of older teachers
     labels_used = not taught or args.alpha < 1
     if not classes or (labels_used and dataset.classes != classes):
         raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")
@@ -563,7 +567,7 @@ def whole_sequence():
         process = subprocess.Popen([sys.executable, *words])
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         if status := process.wait():
-            sys.exit(status)
+            sys.exit(status if status > 0 else 128 - status)  # killed by a signal
 
 
 if __name__ == "__main__":

@@ -315,8 +315,8 @@ def train(args: Args) -> dict:
     # data
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args, dataset)
-    s = args.jitter_strength
-    view = SimSiamView(args.image_size, args.blur, args.crop_min, strength=s)
+    options = dict(crop_min=args.crop_min, blur=args.blur, strength=args.jitter_strength)
+    view = SimSiamView(args.image_size, **options)
     views = {"view1": view, "view2": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
