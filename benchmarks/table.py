@@ -80,6 +80,9 @@ SHARED = {
     "evaluation/weights.py": "opens checkpoints as networks, those of other projects too",
     "evaluation/exports.py": "writes weights for other projects",
 }
+# Shared files that every language-image file loads; test_fork.py sees which they are
+LOADED = ["common.py", "data.py", "monitor.py", "pictures.py", "run.py", "scenes.py", "sources.py",
+          "trouble.py"]  # fmt: skip
 START = ", random weights"  # end of a label
 REAL = ("cifar10", "flickr8k")  # data of the table of evaluations
 IN_LOOP = {
@@ -208,9 +211,15 @@ def diffs(prefix):
 
 
 def shared(prefix):
+    """A row for each shared file, and how many lines of all of them a run of slip.py loads."""
     rows = [[f"[{file}]({prefix}{file})", str(line_count(ROOT / file)), what]
             for file, what in SHARED.items() if (ROOT / file).exists()]  # fmt: skip
-    return table(["file", "lines", "holds"], rows)
+    lines = sum(line_count(ROOT / file) for file in ("slip.py", *LOADED))
+    more = line_count(ROOT / "layouts.py")
+    told = f"A run of slip.py on a drawn set loads {lines:,} lines: its own and those of "
+    told += f"{', '.join(LOADED[:5])},\n{', '.join(LOADED[5:])}. "
+    told += f"On other data it loads layouts.py too, {more} lines.\n"
+    return f"{table(['file', 'lines', 'holds'], rows)}\n{told}"
 
 
 def results_table(prefix, method=None):

@@ -19,6 +19,7 @@ import torch.distributed.run as torchrun
 from common import UserError
 from copies import ROOT, method_files
 from run import parse_args
+import test_fork
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import figure  # noqa: E402
@@ -119,6 +120,7 @@ def test_shared_files_are_listed():
     flat = {path.name for path in ROOT.glob("*.py")} - methods
     package = {f"evaluation/{path.name}" for path in (ROOT / "evaluation").glob("*.py")} - {"evaluation/__init__.py"}
     assert set(table.SHARED) == flat | package
+    assert {*table.LOADED, "layouts.py"} == set(test_fork.SHARED)  # that test sees what is loaded
     rows = re.findall(r"^\| \[([\w/.]+)\]\(\.\./\1\) \| (\d+) \|", PAGES["docs/contributing.md"], re.M)
     assert {name: int(lines) for name, lines in rows} == {
         name: len((ROOT / name).read_text().splitlines()) for name in table.SHARED
