@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common import UserError, rank, world_size
-from sources import NAMES, Sample, open_dataset  # noqa: F401
+from sources import open_dataset  # noqa: F401, method files import it from here
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from common import UserError
 from data import at_most_cores, has_shm, processes_here
-from monitor import EvalView  # noqa: F401, so that a method finds all it needs here
 from monitor import MOST, chunks, evaluation_set, extract, hit_rank, labelled, percent, rank_scores
 from monitor import say_evaluation, subset_indices, what_classes_lack
 

@@ -43,7 +43,8 @@ from common import UserError, all_gather, init_distributed, mixed_precision, syn
 from common import user_errors, warmup_cosine, world_size
 from data import IMAGENET_MEAN, IMAGENET_STD, Loader, color_jitter, draw_jitter, gaussian_blur
 from data import grayscale, hflip, normalize, open_dataset, random_resized_crop, to_float
-from knn import EvalView, probe_sets
+from knn import probe_sets
+from monitor import EvalView
 from run import Run, RunArgs, init_weights, parse_args
 
 

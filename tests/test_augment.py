@@ -18,7 +18,7 @@ import clip
 import data
 import simclr
 import slip
-from data import Sample
+from sources import Sample
 
 N = 20000  # draws: a probability is known to 0.003, five times that is far below 0.05
 ORDERS = list(itertools.permutations(range(4)))

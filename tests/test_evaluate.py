@@ -27,7 +27,7 @@ import runs
 import test_golden
 from command import Args, main
 from common import LARS, UserError, init_distributed, rank, user_errors
-from data import Loader, Sample, Tokenizer, decode
+from data import Loader, Tokenizer, decode
 from evaluation import pictures, probes
 from evaluation.features import LastBlocks, block_features, cached_extract
 from evaluation.protocols import chosen_names
@@ -37,6 +37,7 @@ from evaluation.weights import open_network
 from knn import knn, knn_eval, knn_sweep, linear, linear_eval, ridge
 from monitor import EvalView, extract, language_eval, recall, zeroshot_metrics, zeroshot_weights
 from run import parse_args
+from sources import Sample
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")

@@ -19,9 +19,10 @@ import common
 import runs
 from command import main
 from common import UserError, init_distributed, rank, user_errors
-from data import Sample, decode, open_dataset
+from data import decode, open_dataset
 from evaluation.probes import logistic_regression, principal_axes
 from monitor import EvalView, evaluation_set, extract
+from sources import Sample
 from test_evaluate import CPU, FLAGS, LINEAR, Toy, folder, results  # noqa: F401
 
 

@@ -20,8 +20,9 @@ import runs
 import slip
 from command import Args, main
 from common import UserError, init_distributed, user_errors
-from data import Sample, open_dataset
+from data import open_dataset
 from evaluation import pictures
+from sources import Sample
 from test_golden import close, golden
 
 CPU = torch.device("cpu")

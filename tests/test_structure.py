@@ -279,6 +279,25 @@ def test_paste_simclr():
         loss(torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), 0.1).backward()
 
 
+@pytest.mark.parametrize("name", [*METHOD_NAMES, *EXPERIMENTS])
+def test_every_piece_can_be_carried_away(name):
+    """What stands before the training section needs no more of this project than common.py and data.py, but for the view
+    of evaluations, and for align.py's filters, which read and write files."""
+    text = modules()[name].read_text()
+    begins = next(i for i, line in enumerate(text.splitlines(), 1) if re.match(r"# -+ training -+$", line))
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    origin = {alias.name: node.module for node in imports for alias in node.names}
+    filters = {"Picture", "read_pictures", "filter_data"} if name == "align" else set()
+    found, pieces = {}, [node for node in ast.parse(text).body if hasattr(node, "name") and node.lineno < begins]
+    assert len(pieces) > 4
+    for piece in pieces:
+        used = {node.id for node in ast.walk(piece) if isinstance(node, ast.Name)} - {"EvalView"}
+        of_the_run = {x for x in used if origin.get(x) in {"run", "monitor", "knn", "layouts", "sources", "synonyms"}}
+        if of_the_run and piece.name not in {"Args", *filters}:
+            found[piece.name] = of_the_run
+    assert found == {}
+
+
 @pytest.mark.parametrize("file, name", [("clip.py", "LanguageView"), ("slip.py", "LanguageView"), ("slip.py", "SSLView"),
                                         ("simclr.py", "SimCLRView"), ("moco.py", "MoCoView"), ("mocov3.py", "MoCoV3View")])  # fmt: skip
 def test_paste_augmentation(file, name):
