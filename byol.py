@@ -1,5 +1,5 @@
 """BYOL: Bootstrap Your Own Latent, A New Approach to Self-Supervised Learning
-(2020, arXiv 2006.07733).
+(Grill et al. 2020, arXiv 2006.07733).
 
 An online network predicts, from one augmentation of an image, what a target network says of another
 one; no image is pushed away from any other. The target follows the online network as a slow moving

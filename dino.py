@@ -1,4 +1,5 @@
-"""DINO: Emerging Properties in Self-Supervised Vision Transformers (2021, arXiv 2104.14294).
+"""DINO: Emerging Properties in Self-Supervised Vision Transformers
+(Caron et al. 2021, arXiv 2104.14294).
 
 A student sees any crop of an image and learns to give the distribution over K prototypes that a
 teacher gives for two large crops of it: the parts predict the whole. The teacher is an EMA of the

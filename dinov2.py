@@ -1,4 +1,5 @@
-"""DINOv2: Learning Robust Visual Features without Supervision (2023, arXiv 2304.07193).
+"""DINOv2: Learning Robust Visual Features without Supervision
+(Oquab et al. 2023, arXiv 2304.07193).
 
 DINO's loss on class tokens and iBOT's on masked patches, plus changes for scale (Table 1): KoLeo
 spreads features; LayerScale and strong stochastic depth stabilise training; Sinkhorn-Knopp may

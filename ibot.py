@@ -1,4 +1,4 @@
-"""iBOT: Image BERT Pre-Training with Online Tokenizer (2021, arXiv 2111.07832).
+"""iBOT: Image BERT Pre-Training with Online Tokenizer (Zhou et al. 2021, arXiv 2111.07832).
 
 DINO plus masked patch prediction. The student sees the two large crops with some patches replaced
 by a mask token, and for each of these it predicts the distribution that the teacher gives for that

@@ -1,4 +1,5 @@
-"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (2019, arXiv 1911.05722).
+"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning
+(He et al. 2019, arXiv 1911.05722).
 
 A view's query must match the key of another view of the same image among many other keys. The other
 keys wait in a queue, so that there can be far more of them than a batch holds. They stay consistent

@@ -1,5 +1,5 @@
 """MoCo v3: An Empirical Study of Training Self-Supervised Vision Transformers
-(2021, arXiv 2104.02057).
+(Chen et al. 2021, arXiv 2104.02057).
 
 MoCo without a queue: the keys of a large batch are enough. Both views are query and key, a
 predictor follows the query encoder, and the key encoder is an EMA whose momentum rises to 1. Vision

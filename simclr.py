@@ -1,5 +1,5 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations
-(2020, arXiv 2002.05709).
+(Chen et al. 2020, arXiv 2002.05709).
 
 Two random augmentations of an image are pulled together, all other images of the batch are pushed
 away. Four things make this work: strong colour augmentation, a non-linear head that is thrown away

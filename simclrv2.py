@@ -1,5 +1,5 @@
 """SimCLR v2: Big Self-Supervised Models are Strong Semi-Supervised Learners
-(2020, arXiv 2006.10029).
+(Chen et al. 2020, arXiv 2006.10029).
 
 Stages 2 and 3 of three; stage 1 is simclr.py. The pretrained network becomes a classifier with the
 labels of a small part of the images; that classifier then teaches a student on all images, without

@@ -1,4 +1,4 @@
-"""SimSiam: Exploring Simple Siamese Representation Learning (2020, arXiv 2011.10566).
+"""SimSiam: Exploring Simple Siamese Representation Learning (Chen and He 2020, arXiv 2011.10566).
 
 BYOL without the moving average: the network predicts, from one augmentation of an image, its own
 output for another one. Two things prevent collapse (a constant output): the predictor, and that no
