@@ -416,7 +416,8 @@ def train(args: Args) -> dict:
     known = [dataset.classes, args.label_fraction, args.seed, fingerprint(dataset)]
     if taught:  # a student may use the labels that its teacher had, and no others
         known = json.loads(taught["labels"])
-    classes, args.label_fraction, label_seed, *images = known  # [] of older teachers
+    classes, args.label_fraction, label_seed = known[:3]
+    images = known[3:]  # their checksum, which older teachers did not keep
     labels_used = not taught or args.alpha < 1
     if not classes or (labels_used and dataset.classes != classes):
         raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")

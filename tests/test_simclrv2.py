@@ -544,7 +544,7 @@ def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
     assert "labels" in refused("finetune", "--data", str(make_photos(tmp_path / "unlabelled")))
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no checkpoint")
-    assert "no checkpoint" in refused("finetune", "--checkpoint", str(broken))
+    assert "cannot be read" in refused("finetune", "--checkpoint", str(broken))
     torch.save([1, 2], broken)
     assert "was not written by" in refused("finetune", "--checkpoint", str(broken))
 
