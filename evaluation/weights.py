@@ -20,7 +20,6 @@ from torch import nn
 
 from common import UserError, rank
 from data import Tokenizer
-from monitor import EvalView
 from names import align_state
 from recognise import FAMILIES, HEADS, MISFITS, Known, beside, depth, family, file_of, other, read
 from recognise import first_three, reason_of, run_of, state_of, wrong_numbers
@@ -459,7 +458,7 @@ def view_of(said, view):
     if interpolation not in ("bilinear", "bicubic"):  # open_clip's "random" is for training
         interpolation = own
     mean, std = (tuple(said.get(key, getattr(view, key))) for key in ("mean", "std"))
-    return EvalView(size, resize, interpolation, mean, std)
+    return type(view)(size, resize, interpolation, mean, std)  # ALIGN's squashes
 
 
 def published_tokenizer(path, net, asked, data_dir):
