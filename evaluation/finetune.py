@@ -181,6 +181,7 @@ def smooth_targets(labels, num_classes, smoothing):
 # -------------------------------------------- layers --------------------------------------------
 # A block's name within a parameter's name, for ViTs of timm and OpenAI, ResNets, EfficientNet
 BLOCK = re.compile(r"^(?:.*\.)?(?:blocks|resblocks|layer[1-4]|features\.[1-9])\.\d+(?=\.)")
+STEM = re.compile(r"^(?:.*\.)?(?:conv|bn)[123]\.")  # the convolutions and norms before a ResNet's
 
 
 def blocks_of(encoder) -> list:
@@ -203,18 +204,21 @@ def parameter_groups(model, names, weight_decay, layer_decay):
     groups, layer = {}, 0
     for name in names:
         p, match = model.get_parameter(name), BLOCK.match(name)
-        after = layer > 0 or name.startswith("head.")  # the names are in the order of the network
+        # names are in the order of the network, but for DeCLIP's last norm and its ResNet's stem
+        after = layer > 0 or name.startswith("head.") or ".ln_post." in name
         if match:
             layer = 1 + blocks.index(match[0])
         else:
             layer = len(blocks) + 1 if after else 0
+        stem = not match and STEM.match(name)
+        place = 0 if stem else layer
         token = re.search(
             r"(cls_token|pos_embed|register_tokens|(class|positional)_embedding)$", name
         )
         decay = 0.0 if p.ndim < 2 or token else weight_decay
-        scale = layer_decay ** (len(blocks) + 1 - layer)
+        scale = layer_decay ** (len(blocks) + 1 - place)
         group = groups.setdefault(
-            (layer, decay), {"params": [], "weight_decay": decay, "scale": scale}
+            (place, decay), {"params": [], "weight_decay": decay, "scale": scale}
         )
         group["params"].append(p)
     return list(groups.values())

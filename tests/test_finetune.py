@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import clip
+import declip
 import dino
 import dinov2
 import runs
@@ -191,6 +193,15 @@ def test_layers_of_every_family():
     assert found["encoder.positional_embedding"] == (pytest.approx(0.65**3), 0.0)
     assert found["encoder.transformer.resblocks.0.attn.in_proj_weight"] == (pytest.approx(0.65**2), 0.05)
     assert found["encoder.ln_post.weight"] == (1.0, 0.0)
+    found = scales(with_head(declip.VisionTransformer(16, 8, 64, 2, 16), 64))  # registers its last norm before the blocks
+    assert found["encoder.ln_post.weight"] == (1.0, 0.0)
+    assert found["encoder.ln_pre.weight"] == (pytest.approx(0.65**3), 0.0)
+    assert found["encoder.transformer.resblocks.1.attn.in_proj_weight"][0] == pytest.approx(0.65)
+    found = scales(with_head(declip.ModifiedResNet(32, (1, 1, 1, 1), 16), 2048))  # and two of its first layers behind them
+    for name, (scale, _) in found.items():
+        if re.match(r"encoder\.(conv|bn)[123]\.", name):
+            assert scale == pytest.approx(0.65**5), name
+    assert found["encoder.layer1.0.bn3.weight"][0] == pytest.approx(0.65**4) and found["encoder.attnpool.positional_embedding"][0] == 1
     found = scales(with_head(dinov2.VisionTransformer(16, 8, 64, 2, 2, registers=2), 64))
     assert found["encoder.register_tokens"] == (pytest.approx(0.65**3), 0.0)
     assert found["encoder.blocks.1.ls1.gamma"] == (pytest.approx(0.65), 0.0)
