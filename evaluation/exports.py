@@ -266,8 +266,9 @@ def to_safetensors(net):
 
 
 def is_whole(net):
-    """Whether a network is written with its text encoder."""
-    return hasattr(net.model, "encode_text")
+    """Whether a network is written with its text encoder. slip_ablations.py has models without."""
+    tables = "token_embedding.weight", "word_embeddings.weight"
+    return any(name.endswith(tables) for name in net.model.state_dict())
 
 
 EXPORTS = {"timm": to_timm, "torchvision": to_torchvision, "open_clip": to_open_clip}

@@ -34,7 +34,7 @@ def checkpoint(folder, name):
     more = {"simclr_cifar": ["--stem", "cifar"], "simclr_small": ["--stem", "small"],
             "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
             "align_hf": ["--embed-dim", "160"], "simclr_imagenet": ["--stem", "imagenet", "--image-size", "64"],
-            "simclrv2_bare": ["--head-layer", "0"]}  # fmt: skip
+            "simclrv2_bare": ["--head-layer", "0"], "slip_ablations": ["--clip-scale", "0"]}  # fmt: skip
     flags = SIMCLRV2 if name.startswith("simclrv2") else runs.FLAGS.get(name) or runs.FLAGS[name.split("_")[0]]
     flags = [*flags, *more.get(name, [])]
     if name in RESNETS or name == "simclr_imagenet":
@@ -47,7 +47,7 @@ def checkpoint(folder, name):
     for value in model.state_dict().values():
         if value.is_floating_point():
             value += 0.05 * torch.rand(value.shape, generator=g)
-    saved = {"method": name.split("_")[0], "args": vars(args), "model": model.state_dict(), "step": 3}
+    saved = {"method": module.__name__, "args": vars(args), "model": model.state_dict(), "step": 3}
     if name in ("clip", "slip"):
         captions = ["a red thing", "a green thing"] * 99
         saved["tokenizer"] = Tokenizer("train", args.context_length, captions, args.vocab_size).to_json()
@@ -121,7 +121,7 @@ def test_align_in_transformers(folder, capsys):
         main(["export", str(checkpoint(folder, "align")), "--to", "transformers"])
 
 
-METHODS = ["clip", "clip_resnet", "slip", "declip", "declip_resnet", "align", "align_hf", "simclr_small", "simclr_cifar",
+METHODS = ["clip", "clip_resnet", "slip", "slip_ablations", "declip", "declip_resnet", "align", "align_hf", "simclr_small", "simclr_cifar",
            "simclr_imagenet", "simclrv2", "simclrv2_bare", "moco", "mocov3",
            "byol", "simsiam", "dino", "ibot", "dinov2", "dinov2_registers", "dinov2_swiglu"]  # fmt: skip
 
