@@ -357,7 +357,13 @@ def export(net, to, folder):
             (folder / "tokenizer.json").write_text(net.tokenizer.to_json(), encoding="utf-8")
     except (OSError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be written ({error}), use another --out") from error
-    view = net.view
-    expects = (f"# images: shorter side to {view.resize}, centre of {view.size} pixels, "
-               f"minus {view.mean} over {view.std}")  # fmt: skip
-    return usage.replace("FOLDER", str(folder)) + "\n" + expects
+    return usage.replace("FOLDER", str(folder)) + "\n" + preprocessing(net.view)
+
+
+def preprocessing(view):
+    """What the images of a network need, as a line of Python that is a comment."""
+    squashes = isinstance(view, importlib.import_module("align").AlignEvalView)
+    sides = "both sides" if squashes else "shorter side"
+    resize = f"{sides} to {view.resize} ({view.filter.name.lower()})"
+    return (f"# images: {resize}, centre of {view.size} pixels, "
+            f"minus {view.mean} over {view.std}")  # fmt: skip

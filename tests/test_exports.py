@@ -74,7 +74,9 @@ def test_encoders(folder, name, to, capsys):
     net, space, printed = exported(folder, name, to, capsys)
     with torch.no_grad():
         close(space["model"].eval()(space["images"]), net.encoder.eval()(space["images"]), atol=1e-4)
-    assert f"centre of {net.view.size} pixels" in printed and (folder / name / f"export_{to}/model.pt").exists()
+    filter = "bilinear" if name in ("moco", "mocov3", "simsiam", "slip") else "bicubic"
+    assert f"# images: shorter side to {net.view.resize} ({filter}), centre of {net.view.size} pixels, minus" in printed
+    assert (folder / name / f"export_{to}/model.pt").exists()
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers"])
@@ -110,7 +112,8 @@ def test_dinov2_of_518_pixels(registers, to, tmp_path, capsys):
 
 
 def test_align_in_transformers(folder, capsys):
-    net, space, _ = exported(folder, "align_hf", "transformers", capsys)
+    net, space, printed = exported(folder, "align_hf", "transformers", capsys)
+    assert "# images: both sides to 77 (bilinear), centre of 64 pixels, minus (0.5, 0.5, 0.5)" in printed
     images, ids, other = torch.rand(2, 3, 64, 64), torch.randint(1, 500, (3, 24)), space["model"].eval()
     with torch.no_grad():
         close(other.get_image_features(images).pooler_output, net.model.eval().encode_image(images), atol=1e-4)
