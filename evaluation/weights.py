@@ -472,6 +472,8 @@ def published_tokenizer(path, net, asked, data_dir):
         words, places = "text.word_embeddings.weight", "text.position_embeddings.weight"
     state, own = net.model.state_dict(), path.parent / "tokenizer.json"
     tokens, length = len(state[words]), len(state[places])
+    if net.method == "Hugging Face's ALIGN" and length == 512:
+        length = 64  # align-base was trained with 64, the other positions were not
     published = LANGUAGE_IMAGE[net.method][1]
     spec = asked or (str(own) if own.is_file() else published)
     tokenizer = Tokenizer(spec, length, data_dir=data_dir)

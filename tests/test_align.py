@@ -109,6 +109,21 @@ def test_align_base_loads_from_a_file(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_texts_of_align_base_are_as_long_as_in_its_training(tmp_path):
+    """64 tokens, as transformers' AlignProcessor has them; the table of positions has BERT's 512."""
+    from tokenizers import BertWordPieceTokenizer
+
+    bert = BertWordPieceTokenizer()
+    bert.train_from_iterator(["a red star"], vocab_size=40, show_progress=False)
+    bert.save(str(tmp_path / "tokenizer.json"))
+    for positions, length in ((512, 64), (48, 48)):
+        ours = align.ALIGN(320, align.EfficientNet(1.0, 1.0), align.BERT(positions, 90, 64, 1), 64)
+        torch.save(align_state(ours), tmp_path / "pytorch_model.bin")
+        net = open_network(tmp_path / "pytorch_model.bin", torch.device("cpu"))
+        assert len(net.tokenizer("a red star " * 99)) == length
+        assert torch.equal(net.model.text.position_embeddings.weight, ours.text.position_embeddings.weight)
+
+
 def test_alignmodel_has_no_image_projection():
     """A network of another width than the embedding has one, which the names of AlignModel cannot hold."""
     with torch.device("meta"):
