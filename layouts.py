@@ -832,19 +832,33 @@ def refuse_unwritable(path):
         raise UserError(f"{folder} cannot hold {path.name}: choose another --output-dir")
 
 
+def kept_row(line, number):
+    """A line of a kept.jsonl as a dict. ValueError for one that --filter-only would not write."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        row = json.loads(line)
+        index, key, captions = row["index"], row["key"], row["captions"]
+        texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
+        if texts and isinstance(key, str) and isinstance(index, int) and index >= 0:
+            return row
+    raise ValueError(f"line {number} lacks an index from 0 on, a key or a list of captions")
+
+
 class Kept:
     """The samples of a dataset that a kept.jsonl names, with the captions that it keeps."""
 
     def __init__(self, dataset, path):
         try:
             lines = Path(path).read_text("utf-8").strip().split("\n")
-            self.rows = [json.loads(line) for line in lines]
-            for row in (self.rows[0], self.rows[-1]):
+            self.rows = [kept_row(line, number) for number, line in enumerate(lines, 1)]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--keep {path} cannot be read: {error}, see --filter-only") from error
+        try:
+            for row in (self.rows[0], self.rows[-1], max(self.rows, key=lambda row: row["index"])):
                 there = Path(dataset[row["index"]].key).name
                 if there != Path(row["key"]).name:
-                    raise ValueError("another picture")
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"names no picture of {dataset.name}, see --filter-only"
+                    raise ValueError(f"another picture is at {row['index']} than {row['key']}")
+        except (OSError, ValueError, LookupError) as error:
+            reason = f"names no picture of {dataset.name} ({error}), see --filter-only"
             raise UserError(f"--keep {path} {reason}") from error
         self.dataset = dataset
         self.name = dataset.name

@@ -432,6 +432,16 @@ def test_filter_only_reports_and_training_keeps(photos, tmp_path):
     with pytest.raises(ValueError, match="--keep has the captions of another.png for "):  # a bad sample, which is counted
         subset[1]
     train_here("align", photos, tmp_path / "run", "--keep", str(tmp_path / "kept/kept.jsonl"), "--max-steps", "2", "--eval-every", "0")
+    for change in ({"captions": "a dog"}, {"captions": [3]}, {"captions": None}, {"index": -3}, {"index": "1"}, {"key": 5}):
+        wrong = [kept[0], kept[1] | change, *kept[2:]]
+        (tmp_path / "wrong.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in wrong))
+        with pytest.raises(UserError, match="wrong.jsonl cannot be read: line 2 lacks an index from 0 on, a key or a list of"):
+            align.Kept(dataset, tmp_path / "wrong.jsonl")
+    (tmp_path / "wrong.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (kept[0], kept[1] | {"index": 99999}, kept[2])))
+    with pytest.raises(UserError, match="wrong.jsonl names no picture of .*, see --filter-only"):
+        align.Kept(dataset, tmp_path / "wrong.jsonl")
+    with pytest.raises(UserError, match="--keep .*/nothing.jsonl cannot be read: .*No such file.*, see --filter-only"):
+        align.Kept(dataset, tmp_path / "nothing.jsonl")
     other = make_photos(tmp_path / "other", train=9, val=4)
     (tmp_path / "empty.jsonl").write_text("")
     for data, kept in ((other, tmp_path / "kept/kept.jsonl"), (photos, tmp_path / "empty.jsonl")):
