@@ -220,6 +220,11 @@ def captions_of(row):
     return []
 
 
+def picture_of(row):
+    """The path of the picture in a row of a table; None if it names none."""
+    return next((str(row[key]) for key in IMAGE_KEYS if row.get(key)), None)
+
+
 LOST = "texts that lost letters"  # how an index counts them
 
 
@@ -228,6 +233,14 @@ def say_lost(name, lost):
     if lost and rank() == 0:
         text = f"{name}: {lost:,} texts have U+FFFD in place of letters that are lost"
         print(f"{text}: save what is not UTF-8 as UTF-8", file=sys.stderr, flush=True)
+
+
+def say_again(name, again, seen):
+    """Says that rows of one picture follow each other, which CSV and TSV would make one sample."""
+    if again and rank() == 0:
+        text = f"{name}: {again} of {seen} rows looked at have the picture of the row before"
+        advice = "they stay samples of their own, give one row per picture with a list of captions"
+        print(f"{text}: {advice}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------- tables ----------------------------------------
@@ -282,6 +295,8 @@ def strict_rows(file, delimiter):
             if fields:
                 yield fields
     except csv.Error as error:
+        if "field limit" in str(error):
+            advice = "shorten that text, or close the quote that it begins with"
         raise ValueError(f"line {table.line_num}: {error}: {advice}") from error
 
 
@@ -700,10 +715,13 @@ def open_root(root, split, words, kind, whole, Sample):
             rows = index_rows(root / "captions.txt", table_rows)
             return Rows(root / "Images", rows, None, Sample)
         return open_files(root, names, root, Sample)
-    part = next((parts[word] for word in words if word in parts), None)
-    if part is None:
+    word = next((word for word in words if word in parts), None)
+    if word is None:
         places = f"{split}/, {split}*.tar, {split}.csv ..."
         raise UserError(f"{root} has no {split} split, no folder {places}")
+    if not word.startswith(split) and rank() == 0:
+        print(f"{root}: no {split} split, its {word} is taken", file=sys.stderr, flush=True)
+    part = parts[word]
     if files := [n for n in part if "." in n]:
         return open_files(root, files, root, Sample)
     dataset = open_files(root / part[0], visible(root / part[0]), root, Sample)
@@ -787,12 +805,17 @@ class Rows:
                     starts.append(position)
                 lost += b"\\ufffd" in line  # an index is ASCII
                 position += len(line)
+        self.starts = np.array([*starts, position])
+        some, again = np.linspace(0, len(self) - 1, min(100, len(self)), dtype=int), 0
+        for i in some:
+            with contextlib.suppress(ValueError):
+                row = self.row(i)
+                picture = picture_of(row)
+                self.captioned = self.captioned or bool(captions_of(row))
+                again += i > 0 and picture is not None and picture == picture_of(self.row(i - 1))
         if isinstance(rows, Path):
             say_lost(rows.name.removesuffix(".idx"), lost)
-        self.starts = np.array([*starts, position])
-        for i in np.linspace(0, len(self) - 1, min(100, len(self)), dtype=int):
-            with contextlib.suppress(ValueError):
-                self.captioned = self.captioned or bool(captions_of(self.row(i)))
+            say_again(rows.name.removesuffix(".idx"), again, len(some))
 
     def __len__(self):
         return len(self.starts) - 1
@@ -807,7 +830,7 @@ class Rows:
 
     def __getitem__(self, i):
         row = self.row(i)
-        name = next((str(row[key]) for key in IMAGE_KEYS if row.get(key)), None)
+        name = picture_of(row)
         if name is None:
             raise ValueError(f"row {i} names no picture ({' or '.join(IMAGE_KEYS)})")
         path = os.path.join(self.root, name)

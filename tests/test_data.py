@@ -272,7 +272,7 @@ def test_names_are_looked_for_in_data_dir(tmp_path, monkeypatch):
     assert len(open_dataset("cc3m")) == N and len(open_dataset("../cc3m/pairs.jsonl")) == N
 
 
-def test_splits(tmp_path):
+def test_splits(tmp_path, capsys):
     """Which of the parts of a dataset answers for train, val and test."""
 
     def size(root, split):
@@ -294,9 +294,15 @@ def test_splits(tmp_path):
     write(tmp_path / "a/train.jsonl", 2)
     assert sizes(tmp_path / "a") == [2, None, None]
     write(tmp_path / "a/test.jsonl", 3)
-    assert sizes(tmp_path / "a") == [2, 3, 3]
+    capsys.readouterr()
+    assert sizes(tmp_path / "a") == [2, 3, 3] and "a: no val split, its test is taken\n" in capsys.readouterr().err
     write(tmp_path / "a/validation.jsonl", 4)
-    assert sizes(tmp_path / "a") == [2, 4, 3]
+    assert sizes(tmp_path / "a") == [2, 4, 3] and "is taken" not in capsys.readouterr().err
+    write(tmp_path / "only/train.jsonl", 2)
+    write(tmp_path / "only/valid.jsonl", 1)
+    assert sizes(tmp_path / "only") == [2, 1, 1]
+    assert [line for line in capsys.readouterr().err.splitlines() if "taken" in line] == [
+        f"{tmp_path}/only: no test split, its valid is taken"]
     write(tmp_path / "a/values.jsonl", 6)  # no word for a split
     assert sizes(tmp_path / "a") == [2, 4, 3]
     pictures_in(tmp_path / "b/val", [f"cat/{i}.jpg" if i < 2 else f"dog/{i}.jpg" for i in range(N)])
@@ -347,6 +353,22 @@ def test_rows_of_a_table(tmp_path):
     for i in range(5, 8):
         with pytest.raises(ValueError):
             dataset[i]
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "csv", "apart"])
+def test_rows_of_one_picture_that_follow_each_other(form, tmp_path, capsys):
+    """A table makes them one sample. JSON lines stay as they are, as rows may differ in more than a caption; a line says so."""
+    pictures_in(tmp_path)
+    rows = [{"image": f"{i}.jpg", "caption": f"{word} thing"} for i in range(3) for word in ("a red", "one", "some")]
+    if form == "apart":
+        rows = sorted(rows, key=lambda row: row["caption"])
+    path = tmp_path / ("t.csv" if form == "csv" else "t.jsonl")
+    text = "\n".join(map(json.dumps, rows)) if form != "array" else json.dumps(rows)
+    path.write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows) if form == "csv" else text)
+    for _ in range(2):  # also when an index is there already
+        assert len(open_dataset(str(path))) == (3 if form == "csv" else 9)
+        said = "t.jsonl: 6 of 9 rows looked at have the picture of the row before: they stay samples of their own, give one row"
+        assert (said in capsys.readouterr().err) == (form in ("lines", "array"))
 
 
 def test_what_a_split_or_an_archive_hides_is_counted(tmp_path, capsys):
@@ -607,7 +629,7 @@ def damaged(name, root):
         return path, r"a.csv are \[\]"
     if name == "csv unbalanced":
         (path / "a.csv").write_text('image,caption\nx,"' + "y\n" * 100000)
-        return path, "a.csv cannot be read: line .*field larger than field limit"
+        return path, r"a.csv cannot be read: line .*field larger than field limit \(131072\): shorten that text, or close the quote that"
     if name == "two columns":
         (path / "a.csv").write_text("image,caption,caption\nx.jpg,one,two\n")
         return path, "a.csv has two columns caption: rename one of them"
