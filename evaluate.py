@@ -39,6 +39,7 @@ from evaluation.protocols import PROTOCOLS, parse_numbers
 from evaluation.results import check_folder, environment, export_folder, folder_of, names_of
 from evaluation.results import save_picture, save_result, table
 from evaluation.weights import open_network
+from monitor import what_classes_lack
 from recognise import file_of
 from run import parse_args
 
@@ -161,9 +162,11 @@ def open_splits(protocol, args):
     train, test = None, open_dataset(args.data, args.data_dir, args.split)
     if protocol in ("knn", "linear", "logreg", "finetune", "semi"):
         train = open_dataset(args.data, args.data_dir, "train")
-    needs = "captions" if protocol == "retrieval" else "classes"
-    if not (test.captioned if needs == "captions" else test.classes):
-        raise UserError(f"{protocol} needs {needs}, which {args.data} does not have")
+    if protocol == "retrieval" and not test.captioned:
+        raise UserError(f"retrieval needs captions, which {args.data} does not have")
+    named = protocol == "zeroshot" and args.classnames  # which may name the classes of any labels
+    if protocol != "retrieval" and not (test.classes or named):
+        raise UserError(f"{protocol} needs classes: {what_classes_lack(test)}")
     if train and (args.split == "train" or train.classes != test.classes):
         raise UserError(f"{protocol} needs a --split other than train, with the same classes")
     return WithinClasses(train) if train else None, test

@@ -87,10 +87,12 @@ def chosen_templates(args):
 
 
 def chosen_names(test, args):
-    """The names of a dataset's classes, or those that --classnames asks for. Raises UserError."""
+    """The names of a dataset's classes, or those that --classnames asks for, which also become the
+    classes of a dataset that has labels alone. Raises UserError."""
     names = test.classes
     if args.classnames == "open_clip":
         names = list(open_clip_lists("--classnames").IMAGENET_CLASSNAMES)
+        test.classes = test.classes or names
         if test.name in SHIFTED and len(test.classes) < len(names):
             groups = robustness.groups_of(test, len(names), args)
             if any(len(group) != 1 for group in groups):
@@ -98,9 +100,11 @@ def chosen_names(test, args):
             names = [names[group[0]] for group in groups]
     elif args.classnames:
         lines = read_lines(args.classnames, "--classnames")
-        names = [[word.strip() for word in line.split("|") if word.strip()] for line in lines]
-        if not all(names):  # synonyms of each class
+        lines = [[word.strip() for word in line.split("|") if word.strip()] for line in lines]
+        if not all(lines):  # synonyms of each class
             raise UserError(f"--classnames {args.classnames} has a line without a name")
+        test.classes = test.classes or [synonyms[0] for synonyms in lines]
+        names = [[word.replace("_", " ") for word in synonyms] for synonyms in lines]
     elif all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
         kind = "numbers" if names[0].isdecimal() else "WordNet ids"
         raise UserError(

@@ -818,11 +818,35 @@ def test_a_recipe_is_found_under_a_folder_of_the_user(monkeypatch):
 
 def test_class_names_between_bars(tmp_path):
     file, classes = tmp_path / "names", types.SimpleNamespace(name="x", classes=["a", "b"])
-    file.write_text("cat|kitten|\n dog \n")
-    assert chosen_names(classes, Args(classnames=str(file))) == [["cat", "kitten"], ["dog"]]
+    file.write_text("tabby_cat|kitten|\n dog \n")
+    assert chosen_names(classes, Args(classnames=str(file))) == [["tabby cat", "kitten"], ["dog"]]
     file.write_text("cat\n|\n")
     with pytest.raises(UserError, match="has a line without a name"):
         chosen_names(classes, Args(classnames=str(file)))
+
+
+def test_class_names_for_labels_without_any(folder, tmp_path):
+    """A labelled table needs no classnames.txt where --classnames names its labels, which may be numbers or these names."""
+    pictures = sorted((folder / "classes/val").rglob("*.png"))
+    names = sorted({path.parent.name for path in pictures})
+    for kind in ("number", "name"):
+        labels = [path.parent.name if kind == "name" else names.index(path.parent.name) for path in pictures]
+        rows = "".join(f"{path},{label}\n" for path, label in zip(pictures, labels))
+        (tmp_path / f"{kind}.csv").write_text("image,label\n" + rows)
+    (tmp_path / "names").write_text("\n".join(names))
+    shown = []
+    for data in ("number.csv", "name.csv", None):
+        where = str(tmp_path / data) if data else str(folder / "classes")
+        argv = ["zeroshot", str(folder / "clip"), "--data", where, "--classnames", str(tmp_path / "names"), *FLAGS]
+        main([*argv, "--split", "train"] if data else argv)
+        shown.append(results(folder / "clip")[-1]["metrics"])
+    assert shown[0] == shown[1] == shown[2]
+    (tmp_path / "names").write_text("\n".join(names[:2]))
+    with pytest.raises(UserError, match="number.csv has the label 2, but only 2 classes"):
+        main(["zeroshot", str(folder / "clip"), "--data", str(tmp_path / "number.csv"), "--classnames", str(tmp_path / "names"),
+              "--split", "train", *FLAGS])  # fmt: skip
+    with pytest.raises(UserError, match="zeroshot needs classes: number.csv has labels but its classnames.txt is missing, see"):
+        main(["zeroshot", str(folder / "clip"), "--data", str(tmp_path / "number.csv"), "--split", "train", *FLAGS])
 
 
 def test_rows_before_an_error_are_shown(folder, capsys):
