@@ -4,9 +4,9 @@ imports this file for these flags alone.
 
 Weights of the same method are taken whole. From other weights come the encoders: that of images,
 wherever the model has one (student and teacher, query and key encoder), and that of texts where
-both have one; heads and projections stay random. Position embeddings are resized, and conversions
-that do not change what an encoder computes are made. What else does not fit is refused; what was
-loaded, what stayed random and what was left out is printed."""
+both have one for the same tokens; heads and projections stay random. Position embeddings are
+resized, and conversions that do not change what an encoder computes are made. What else does not
+fit is refused; what was loaded, what stayed random and what was left out is printed."""
 
 import inspect
 import json
@@ -378,7 +378,12 @@ def fit(source, model, args, tokenizer):
         ours |= {place + name for name in mine}
     mark, start, theirs = text_encoder(state)
     my_mark, place, mine = text_encoder(own)
-    if mark and mark == my_mark:
+    both = mark and mark == my_mark
+    if both and ("encode_text." in start) != ("encode_text." in place):
+        source.notes.append("text encoder left out, as DeCLIP's tokens are shifted by its mask")
+        if kind == here == CLIP_VIT:
+            check_gelu(source, args)
+    elif both:
         check_tokens(source, args, tokenizer)
         if mark == TEXT_MARKS[0]:
             check_gelu(source, args)

@@ -95,6 +95,22 @@ def test_whole_models(name, tmp_path, capsys):
     assert f"loaded {count}: " in out and f"stay random {len(state)}" in out and f"left out {len(state)}" in out
 
 
+@pytest.mark.parametrize("source, target", [("clip", "declip"), ("declip", "clip")])
+def test_declips_tokens_are_others(source, target, tmp_path, capsys):
+    """The mask token stands before start and end, so no tokenizer would fit both tables: the image encoder alone is taken."""
+    path, before = saved(tmp_path, source, tokenizer=Tokens(source))
+    model = started(path, target, tokenizer=Tokens(target))
+    torch.testing.assert_close(features(target, model), features(source, before), rtol=1e-4, atol=1e-4)
+    assert "text encoder left out, as DeCLIP's tokens are shifted by its mask" in capsys.readouterr().out
+    torch.save(before.state_dict(), tmp_path / "weights.pt")  # as published ones are
+    assert not [name for name in staying(tmp_path / "weights.pt", target) if name.startswith("visual.") and "proj" not in name]
+    with pytest.raises(UserError, match="--freeze text would keep random weights"):
+        started(path, target, "--freeze", "text", tokenizer=Tokens(target))
+    if target == "clip":
+        with pytest.raises(UserError, match="it has quick GELU, and here is exact GELU"):
+            started(path, target, "--gelu", "exact", tokenizer=Tokens(target))
+
+
 SAME = [("dino", "slip"), ("dino", "ibot"), ("dino", "dinov2"), ("dinov2", "dino"), ("dinov2", "slip"),
         ("ibot", "dinov2"), ("slip", "dino"), ("ibot", "slip"), ("slip", "ibot")]  # fmt: skip
 
