@@ -455,15 +455,14 @@ def clip_bpe(merges=(), captions=None, vocab_size=49408):
 
 
 class Tokenizer:
-    """Captions to token ids [sot, ..., eot], at most context_length, the last eot if restore_eot.
+    """Captions to token ids [sot, ..., eot], at most context_length, the last is always eot.
     spec: "clip" (its merges, from data_dir, an installed open_clip or the Hugging Face hub),
     "train" (CLIP's form learnt from captions, at most vocab_size tokens), a hub name, the path or
     text of a tokenizer.json, or the path of bpe_simple_vocab_16e6.txt.gz. Raises UserError."""
 
-    def __init__(self, spec, context_length=77, captions=(), vocab_size=0, data_dir=None,
-                 restore_eot=True):  # fmt: skip
+    def __init__(self, spec, context_length=77, captions=(), vocab_size=0, data_dir=None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in forked workers
-        self.context_length, self.restore_eot = context_length, restore_eot
+        self.context_length = context_length
         try:
             self.bpe = self.open_once(spec, captions, vocab_size or 49408, data_dir)
             self.vocab_size = size = self.bpe.get_vocab_size()
@@ -475,7 +474,8 @@ class Tokenizer:
                 raise ValueError("it has no start and end token")
         except Exception as error:  # tokenizers raises nothing narrower
             name = spec if len(spec) < 200 else "of the checkpoint"
-            raise UserError(f"tokenizer {name}: {error}; use train or a tokenizer.json") from error
+            advice = "raise it" if "--vocab-size" in str(error) else "use train or a tokenizer.json"
+            raise UserError(f"tokenizer {name}: {error}; {advice}") from error
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.clip_form = getattr(self.bpe.model, "end_of_word_suffix", None) == "</w>"
@@ -529,7 +529,7 @@ class Tokenizer:
     def __call__(self, caption, rng=None):
         caption = caption[: 1000 * self.context_length]  # of megabytes, all but that is cut anyway
         ids = [self.sot, *self.encode(caption), self.eot][: self.context_length]
-        return [*ids[:-1], self.eot] if self.restore_eot else ids
+        return [*ids[:-1], self.eot]
 
     def batch(self, captions):
         """-> int64 (n, context_length), padded with 0."""
