@@ -261,7 +261,7 @@ def filter_data(args):
     if args.keep:
         raise UserError("--filter-only reads all of --data: leave --keep out")
     refuse_unwritable(kept)
-    texts, hashes = text_rows(args.data), []
+    texts, tests, hashes = text_rows(args.data), [], []
     if texts is not None:
         pictures = [Picture(i, key, None, 0, [text]) for i, key, text in texts]
     else:
@@ -274,7 +274,7 @@ def filter_data(args):
         else:
             hashes = [picture.hash for picture in read_pictures(tests)]
         pictures = list(read_pictures(dataset))
-        compared = f"compared with {len(hashes)} test images"
+        compared = f"compared with {len(hashes)} of {len(tests)} test images"
         print(f"{len(pictures)} of {len(dataset)} pictures read, {compared}")
     pairs = sum(len(picture.captions) for picture in pictures)
     if not pairs:
