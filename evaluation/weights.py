@@ -338,6 +338,10 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
     saved = read(file)
     torch.manual_seed(0)
     run = run_of(file, saved)
+    given = {"heads": heads, "text-heads": text_heads, "gelu": gelu, "tokenizer": tokenizer}
+    if run and any(given.values()) and not random_weights and rank() == 0:
+        unused = ", ".join(f"--{name}" for name in given if given[name])
+        print(f"{path} was saved here and says this itself: {unused} not used", file=sys.stderr)
     if run and "whole" not in run:
         net = open_ours(path, run, head_layer, random_weights)
     elif run:
