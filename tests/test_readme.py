@@ -261,13 +261,15 @@ def test_console_output_is_of_a_recorded_run():
     """What README shows of torchrun slip.py is what results/slip_shapes.json recorded."""
     shown = re.search(r"<!-- output: slip -->\n```\n(.*?)```\n<!-- /output -->", PAGES["README.md"], re.S)[1]
     curve = dict(json.loads((ROOT / "results/slip_shapes.json").read_text())["curve"])
-    rows = re.findall(r"^step (\d+)(?:/\d+ |: )(.*)$", shown, re.M)
-    assert len(rows) >= 5
+    rows = re.findall(r"^step (\d+)(?:/\d+ |, percent: )(.*)$", shown, re.M)
+    compared = 0
     for step, text in rows:
-        for name, value in re.findall(r"\b([a-z]+(?:_\w+|@1)?) ([\d.]+)(?= \(|,|$)", text):
+        for name, value in re.findall(r"\b([a-z]+(?:_\w+|@1)?) ([\d.]+)(?= \(|[,;]|$)", text):
             if "chance" not in name and name in curve[int(step)]:
                 recorded, digits = curve[int(step)][name], len(value.partition(".")[2])
                 assert math.isclose(recorded, float(value), abs_tol=0.51 * 10**-digits), (step, name)
+                compared += 1
+    assert len(rows) >= 8 and compared >= 20  # evaluations among them
 
 
 # ----------------------------------- the scripts behind the tables -----------------------------------
