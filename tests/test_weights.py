@@ -517,9 +517,11 @@ def test_wrong_files_are_sentences(kind, sentence, tmp_path):
 
 
 def test_files_of_other_kinds(tmp_path):
-    for name, content in (("x.safetensors", b"12345678901"), ("x.pt", pickle.dumps({"a": 1})), ("x.pth", b"PK\x03\x04")):
+    no_tensors, no_checkpoint = "is no safetensors file or is damaged (", "is no checkpoint, is damaged or holds code, which is never run"
+    for name, content, sentence in (("x.safetensors", b"12345678901", no_tensors), ("x.pt", pickle.dumps({"a": 1}), no_checkpoint),
+                                    ("x.pth", b"PK\x03\x04", no_checkpoint)):  # fmt: skip
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path / name} {sentence}")):
             open_network(tmp_path / name, CPU)
 
 
