@@ -7,9 +7,10 @@
     python benchmarks/end_to_end.py --methods simclr dino --out results/end_to_end.json
 
 All three have the same backbone, pictures, order, batch, number of loader workers (two) and threads
-of the model (one). The first ten steps are not timed: workers start, buffers are allocated. A row
-is the median of the rounds and the median ratio of a round. What the views are is in parity.py;
-there is no blur. With --out, methods that were measured before stay in the file.
+of the model (one). The first ten steps are not timed: workers start, buffers are allocated. Every
+other round goes backwards, so that no loop always follows the same. A row is the median of the
+rounds and the median ratio of a round. What the views are is in parity.py; there is no blur. With
+--out, methods that were measured before stay in the file.
 
 Needs lightly (pip install -r requirements-test.txt).
 """
@@ -108,11 +109,15 @@ def there(method, options, plain):
 
 def compare(method, options):
     """-> what goes into the record."""
-    rates = {"lightly": [], "torchvision": [], "here": []}
-    for _ in range(options.rounds):
-        rates["lightly"].append(there(method, options, plain=False))
-        rates["torchvision"].append(there(method, options, plain=True))
-        rates["here"].append(here(method, options))
+    loops = {
+        "lightly": lambda: there(method, options, plain=False),
+        "torchvision": lambda: there(method, options, plain=True),
+        "here": lambda: here(method, options),
+    }
+    rates = {name: [] for name in loops}
+    for i in range(options.rounds):
+        for name, loop in [*loops.items()][:: -1 if i % 2 else 1]:
+            rates[name].append(loop())
     found = {"rounds": options.rounds, "steps": options.steps, "rows": {}}
     found["date"] = time.strftime("%Y-%m-%d")
     for name, measured in rates.items():

@@ -162,6 +162,43 @@ def test_end_to_end(method, data_dir, tmp_path, monkeypatch):
         end_to_end.here("simclr", end_to_end.argparse.Namespace(steps=5))
 
 
+def test_steps_that_start_a_loop_are_not_timed(data_dir, monkeypatch):
+    """Ten slow steps, then fast ones of known rates: theirs count."""
+    monkeypatch.setattr(end_to_end, "flags_of", lambda options: [*FLAGS, *SMALL, "--data-dir", str(data_dir)])
+    spans = [9.0] * end_to_end.UNTIMED + [1.0, 2.0, 2.0, 3.0]
+    monkeypatch.setattr(parity, "train", lambda *_: [7.0, *(7.0 + sum(spans[: i + 1]) for i in range(len(spans)))])
+    assert end_to_end.there("simclr", end_to_end.argparse.Namespace(steps=4), plain=False) == 16 * 4 / 8
+
+    def log(command, **_):
+        folder = parity.Path(command[command.index("--output-dir") + 1])
+        folder.mkdir()
+        rates = {1: 3, 10: 4, 20: 100, 25: 50}  # the steps since the row before
+        rows = [{"step": step, "loss": 1.0, "images_per_sec": rate} for step, rate in rates.items()]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 25, "knn_top1": 1.0}]))
+        return end_to_end.argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(end_to_end.subprocess, "run", log)
+    steps = end_to_end.argparse.Namespace(steps=15)
+    assert end_to_end.here("simclr", steps) == pytest.approx(15 / (10 / 100 + 5 / 50))
+
+
+def test_every_other_round_goes_backwards(monkeypatch):
+    """A row is the median of its rounds, and its ratio the median of those of a round, not the ratio of medians."""
+    rates, order = {"lightly": [10, 20, 40], "torchvision": [5, 10, 20], "here": [20, 100, 60]}, []
+
+    def timed(name):
+        order.append(name)
+        return rates[name][order.count(name) - 1]
+
+    monkeypatch.setattr(end_to_end, "here", lambda *_: timed("here"))
+    monkeypatch.setattr(end_to_end, "there", lambda *_, plain: timed("torchvision" if plain else "lightly"))
+    found = end_to_end.compare("simclr", end_to_end.argparse.Namespace(rounds=3, steps=7))
+    assert order == [*rates, *reversed(rates), *rates]
+    assert list(found["rows"]) == list(rates) and found["rounds"] == 3 and found["steps"] == 7
+    assert found["rows"]["lightly"] == {"images_per_second": 20, "here_over": 2.0}
+    assert found["rows"]["here"] == {"images_per_second": 60, "here_over": 1.0}
+
+
 @pytest.mark.parametrize("args, text", [
     ('{"method": "mocov3"}', "not written here"),
     ('{"method": "dino", "local_crops": 2, "blur": false}', "--optimizer adamw"),
