@@ -46,15 +46,18 @@ def curve(directory):
 
 def main():
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=plain, epilog="Flags behind -- are given to all runs."
+    )
     parser.add_argument("method")
     listed = dict(dest="tried", action="append", default=[], metavar="FLAG=VALUE,VALUE")
     parser.add_argument("--try", **listed)
     parser.add_argument("--steps", type=int, default=120, help="of the first round (default: 120)")
     parser.add_argument("--rounds", type=int, default=1, help="each with half the runs (default 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "results/search_flocks.jsonl")
-    parser.add_argument("rest", nargs="*", metavar="-- FLAGS", help="the same for all runs")
-    args = parser.parse_args()
+    # argparse would let the method alone stand before --
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, rest = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if wrong := [text for text in args.tried if "=" not in text]:
         parser.error(f"--try {wrong[0]} has no values: --try FLAG=VALUE,VALUE")
     names = [text.split("=")[0] for text in args.tried]
@@ -70,7 +73,7 @@ def main():
         for trial in going:
             words = [f"--{name}={value}" for name, value in trial["flags"].items()]
             directory = trial["directory"]
-            trial["cpu_seconds"] += train(args.method, [*args.rest, *words], directory, steps)
+            trial["cpu_seconds"] += train(args.method, [*rest, *words], directory, steps)
             trial["knn"] = curve(directory)
             print(trial["flags"], trial["knn"], f"{trial['cpu_seconds']:.0f} s", flush=True)
         if not any(trial["knn"] for trial in going):
@@ -81,7 +84,7 @@ def main():
         for trial in trials:
             settings = trial["directory"] / "args.json"
             known = json.loads(settings.read_text()) if settings.exists() else {}
-            row = {"method": args.method, "flags": trial["flags"], "rest": args.rest}
+            row = {"method": args.method, "flags": trial["flags"], "rest": rest}
             row |= {"seed": known.get("seed"), "knn": trial["knn"]}
             row |= {"cpu_seconds": round(trial["cpu_seconds"])}
             out.write(json.dumps(row) + "\n")
