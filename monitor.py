@@ -4,8 +4,7 @@ The training loops and evaluate.py share these functions, so that both report th
 the same network. Scores are in percent. Every function that is marked "Collective" is called by all
 processes at once and returns the same on each of them, whatever their number.
 
-Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch, S image size.
-"""
+Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch, S image size."""
 
 import contextlib
 import functools
