@@ -1,6 +1,6 @@
 """The paper trail of a training run: its command line, directory, log, checkpoint and pictures.
 
-Nothing here changes a number, but for --init, or knows a method, but for the ranges of its flags."""
+Nothing here changes a number, but for --init, or knows a method, but for ranges of its flags."""
 
 import argparse
 import atexit
