@@ -123,6 +123,8 @@ def record(directory, name, note="", chosen=None):
         curve.setdefault(row["step"], {}).update(rounded(keep))
     on_gpu = env["gpu"] and args["device"] != "cpu"
     ended = time.localtime((directory / "metrics.jsonl").stat().st_mtime)
+    words = directory / "synonyms.json"  # of declip.py: how many words WordNet or a file gave it
+    synonyms = {"synonyms": read(words)} if words.exists() else {}
     return {
         "name": name,
         "method": args["method"],
@@ -136,6 +138,7 @@ def record(directory, name, note="", chosen=None):
         "curve": [[step, values] for step, values in curve.items()],
         "note": note,
         "args": {k: v for k, v in args.items() if k not in ("output_dir", "data_dir", "method")},
+        **synonyms,
         "versions": {"torch": env["torch"], "python": env["python"]},
     }
 

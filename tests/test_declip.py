@@ -438,6 +438,9 @@ def test_other_synonyms_do_not_continue_a_run(photos, tmp_path):
     train_here("declip", photos, tmp_path / "run", *flags, "1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     assert json.loads(before["synonyms.json"])["words"] == 1
+    done = command("benchmarks/record.py", tmp_path / "run", "--name", "mine", "--out", tmp_path / "records")
+    recorded = json.loads((tmp_path / "records/mine.json").read_text())
+    assert done.returncode == 0 and recorded["synonyms"] == json.loads(before["synonyms.json"])
     file.write_text("red, crimson, ruby\n")
     with pytest.raises(UserError, match=r"checkpoint.pt does not have this run's synonyms: bring back"):
         train_here("declip", photos, tmp_path / "run", *flags, "2")
