@@ -66,7 +66,7 @@ def init_distributed(device: str = "") -> torch.device:
     if kind.startswith("cuda"):
         kind = kind if ":" in kind else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         if int(kind[5:]) >= (count := torch.cuda.device_count()):
-            raise UserError(f"there is no {kind} among {count}, lower --nproc_per_node or --device")
+            raise UserError(f"no {kind} among {count} GPUs, lower --nproc_per_node or --device")
         torch.cuda.set_device(kind)
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         import trouble

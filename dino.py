@@ -652,7 +652,7 @@ def train(args: Args) -> dict:
         sums, teachers = 0.0, []
         for first in range(0, b, piece):
             rows = slice(first, first + piece)
-            ddp.require_backward_grad_sync = first + piece == b  # gradients are sent once
+            ddp.require_backward_grad_sync = first + piece == b  # DDP sends gradients once
             with autocast:
                 student, teacher = ddp([x[rows] for x in crops], [u[rows] for u in drop_path])
             losses = dino_loss(student, teacher, model.center, teacher_temp, args.temperature)

@@ -709,7 +709,7 @@ def train(args: Args) -> dict:
         p_t_patches = p_t_patches.split(sizes)
         sums = 0.0
         for inputs, p, p_patches in zip(pieces, p_t, p_t_patches):
-            ddp.require_backward_grad_sync = inputs is pieces[-1]  # gradients are sent once
+            ddp.require_backward_grad_sync = inputs is pieces[-1]  # DDP sends gradients once
             with autocast:
                 student, patches, features = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, p)

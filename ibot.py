@@ -638,7 +638,7 @@ def train(args: Args) -> dict:
             rows = slice(first, first + piece)
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
             inputs = [x[rows] for x in crops], mask, [u[rows] for u in drop_path]
-            ddp.require_backward_grad_sync = first + piece == b  # gradients are sent once
+            ddp.require_backward_grad_sync = first + piece == b  # DDP sends gradients once
             with autocast:
                 student, patches, teacher, teacher_patches = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, teacher, model.center, *temps)

@@ -239,7 +239,7 @@ def say_again(name, again, seen):
     """Says that rows of one picture follow each other, which CSV and TSV would make one sample."""
     if again and rank() == 0:
         text = f"{name}: {again} of {seen} rows looked at have the picture of the row before"
-        advice = "they stay samples of their own, give one row per picture with a list of captions"
+        advice = "each stays a sample of its own; give one row per picture, with a list of captions"
         print(f"{text}: {advice}", file=sys.stderr, flush=True)
 
 
@@ -857,7 +857,7 @@ def refuse_unwritable(path):
 
 def kept_row(line, number):
     """A line of a kept.jsonl as a dict. ValueError for one that --filter-only would not write."""
-    with contextlib.suppress(ValueError, LookupError, TypeError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         row = json.loads(line)
         index, key, captions = row["index"], row["key"], row["captions"]
         texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
@@ -879,7 +879,7 @@ class Kept:
             for row in (self.rows[0], self.rows[-1], max(self.rows, key=lambda row: row["index"])):
                 there = Path(dataset[row["index"]].key).name
                 if there != Path(row["key"]).name:
-                    raise ValueError(f"another picture is at {row['index']} than {row['key']}")
+                    raise ValueError(f"sample {row['index']} is {there}, not {row['key']}")
         except (OSError, ValueError, LookupError) as error:
             reason = f"names no picture of {dataset.name} ({error}), see --filter-only"
             raise UserError(f"--keep {path} {reason}") from error

@@ -41,7 +41,7 @@ CHUNK = 2**23  # the largest number of elements of a similarity matrix that is h
 
 # -------------------------------------------- features --------------------------------------------
 class EvalView:
-    """Resizes the shorter side, crops the centre, normalises; RGB and grey bit for bit as CLIP."""
+    """Resizes the shorter side, crops the centre, normalises: for RGB and grey CLIP's own bits."""
 
     def __init__(self, size, resize=None, interpolation="bicubic", mean=CLIP_MEAN, std=CLIP_STD):
         self.size, self.resize, self.mean, self.std = size, resize or size, mean, std

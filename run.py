@@ -66,6 +66,7 @@ RANGES = {name: (least, most) for names, least, most in [
     ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
 ] for name in names.split()}
+UNUSED = dict(width="vit", stem="vit", drop_path="resnet", freeze_patch_embed="resnet")  # by arch
 
 
 def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.ArgumentParser:
@@ -140,12 +141,10 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         least, most = RANGES.get(name, (0, 0))
         if most and isinstance(value, int | float) and not least <= value <= most:
             refuse(f"--{name.replace('_', '-')} {value} must lie between {least} and {most}")
+        if name in given and getattr(args, "arch", "").startswith(UNUSED.get(name, "-")):
+            refuse(f"--{name.replace('_', '-')} changes nothing with {args.arch}: leave it out")
     if getattr(args, "local_crops", 0) and args.crop_min > (split := args.crop_split):
         refuse(f"--crop-min {args.crop_min} is above --crop-split {split}, the largest local crop")
-    wrong = dict(width="vit", stem="vit", drop_path="resnet", freeze_patch_embed="resnet")
-    for name in filter(wrong.get, vars(given)):
-        if args.arch.startswith(wrong[name]):
-            refuse(f"--{name.replace('_', '-')} changes nothing with {args.arch}: leave it out")
     return args
 
 
@@ -254,7 +253,7 @@ class Run:
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
         if args.warmup_epochs > args.epochs:
             self.say("warning: the warm-up is longer than the run: the rate never reaches its peak")
-        # Small images have small networks, of which threads share little: a core is left to workers
+        # Small images have small networks, of which threads share little: one core is for workers
         if loader.small and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
         load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
@@ -308,7 +307,8 @@ class Run:
             if len(rng) > 1 and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng[1])
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} does not fit ({error!r:.60}), use another folder") from error
+            reason = str(error).strip().rpartition("\n")[2].strip()
+            raise UserError(f"{path} does not fit ({reason}), use another --output-dir") from error
         if (before := saved.get("data", self.data)) != self.data:
             was, now = (f"{n:,} samples with checksum {crc}" for n, crc in (before, self.data))
             raise UserError(f"{self.dir} was trained on {was}, but --data {self.args.data} holds "

@@ -9,7 +9,7 @@ continues its runs up to its number of steps, under the schedule of the whole ru
 half by kNN accuracy goes into the next, which has twice as many steps. Nothing is trained twice,
 because a run directory continues where it ended. One row for each run is added to
 results/search_flocks.jsonl: method, flags, seed, accuracy by step (0: random weights) and the CPU
-seconds of all its parts. Most rows there are of trials that were started by hand: their CPU
+seconds of all its parts. The rows there now are of trials that were started by hand: their CPU
 seconds are null, and `among` says what kNN was of.
 """
 
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--steps", type=int, default=120, help="of the first round (default: 120)")
     parser.add_argument("--rounds", type=int, default=1, help="each with half the runs (default 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "results/search_flocks.jsonl")
-    # argparse would let the method alone stand before --
+    # split here, as argparse takes no further positionals after an option
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, rest = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if wrong := [text for text in args.tried if "=" not in text]:

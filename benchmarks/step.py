@@ -200,7 +200,7 @@ def check(make, pairs, device):
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision(precision)
     for a, b in pairs:
-        # not "any of them > 1e-4", which NaN is not
+        # not any(... > 1e-4), which is false for NaN
         if not all(abs(x / y - 1) <= 1e-4 for x, y in zip(losses[a], losses[b])):
             sys.exit(f"not the same computation: {a} has losses {losses[a]}, {b} {losses[b]}")
     return losses

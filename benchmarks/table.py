@@ -217,7 +217,7 @@ def shared(prefix):
     lines = sum(line_count(ROOT / file) for file in ("slip.py", *LOADED))
     more = line_count(ROOT / "layouts.py")
     told = f"A run of slip.py on a drawn set loads {lines:,} lines: its own and those of "
-    told += f"{', '.join(LOADED[:5])},\n{', '.join(LOADED[5:])}. "
+    told += f"{', '.join(LOADED[:5])},\n{', '.join(LOADED[5:-1])} and {LOADED[-1]}. "
     told += f"On other data it loads layouts.py too, {more} lines.\n"
     return f"{table(['file', 'lines', 'holds'], rows)}\n{told}"
 

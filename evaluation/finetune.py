@@ -181,7 +181,7 @@ def smooth_targets(labels, num_classes, smoothing):
 # -------------------------------------------- layers --------------------------------------------
 # A block's name within a parameter's name, for ViTs of timm and OpenAI, ResNets, EfficientNet
 BLOCK = re.compile(r"^(?:.*\.)?(?:blocks|resblocks|layer[1-4]|features\.[1-9])\.\d+(?=\.)")
-STEM = re.compile(r"^(?:.*\.)?(?:conv|bn)[123]\.")  # the convolutions and norms before a ResNet's
+STEM = re.compile(r"^(?:.*\.)?(?:conv|bn)[123]\.")  # what stands before a ResNet's blocks
 
 
 def blocks_of(encoder) -> list:

@@ -341,7 +341,8 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
     given = {"heads": heads, "text-heads": text_heads, "gelu": gelu, "tokenizer": tokenizer}
     if run and any(given.values()) and not random_weights and rank() == 0:
         unused = ", ".join(f"--{name}" for name in given if given[name])
-        print(f"{path} was saved here and says this itself: {unused} not used", file=sys.stderr)
+        text = f"{path} is of this project and holds these settings: {unused} not used"
+        print(text, file=sys.stderr)
     if run and "whole" not in run:
         net = open_ours(path, run, head_layer, random_weights)
     elif run:

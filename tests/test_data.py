@@ -367,7 +367,7 @@ def test_rows_of_one_picture_that_follow_each_other(form, tmp_path, capsys):
     path.write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows) if form == "csv" else text)
     for _ in range(2):  # also when an index is there already
         assert len(open_dataset(str(path))) == (3 if form == "csv" else 9)
-        said = "t.jsonl: 6 of 9 rows looked at have the picture of the row before: they stay samples of their own, give one row"
+        said = "t.jsonl: 6 of 9 rows looked at have the picture of the row before: each stays a sample of its own; give one row"
         assert (said in capsys.readouterr().err) == (form in ("lines", "array"))
 
 

@@ -976,8 +976,8 @@ def test_flags_for_others_weights_do_nothing_to_ours_and_say_so(folder, capsys):
     run(folder, "knn", "simclr", "--k", "3", "--heads", "2", "--gelu", "exact", "--random")
     run(folder, "zeroshot", "clip", "--text-heads", "2", "--tokenizer", "clip")
     said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("not used")]
-    assert said == [f"{folder}/simclr was saved here and says this itself: --heads, --gelu not used",
-                    f"{folder}/clip was saved here and says this itself: --text-heads, --tokenizer not used"]  # fmt: skip
+    assert said == [f"{folder}/simclr is of this project and holds these settings: --heads, --gelu not used",
+                    f"{folder}/clip is of this project and holds these settings: --text-heads, --tokenizer not used"]  # fmt: skip
 
 
 def test_mistake_ends_with_status_2(folder):

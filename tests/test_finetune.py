@@ -453,7 +453,7 @@ ERRORS = [
     ("finetune slip --train-batch 8 --randaugment 11", "--randaugment at most 10"),
     ("finetune slip --train-batch 8 --label-smoothing 1", "must be below 1"),
     ("finetune slip --train-batch 8 --layer-decay 0", "--layer-decay above 0"),
-    ("finetune slip --train-batch 8 --layer-decay 2", "--layer-decay above 0"),
+    ("finetune slip --train-batch 8 --layer-decay 2", "--layer-decay 2.0 must lie between 0 and 1"),
     ("finetune slip --optimizer lars", "invalid choice"),
     ("finetune slip --layer-dekay 0.7", "did you mean --layer-decay"),
     ("finetune slip --split train", "other than train"),

@@ -228,6 +228,7 @@ def test_a_run_fills_the_queue(tmp_path, symmetric):
     close(saved["queue"].norm(dim=0), torch.ones(48))
     assert saved["queue"].shape == start.shape and len(saved["queue"].unique(dim=1)[0]) == 48
     logged = rows(tmp_path / "run")[0]
+    assert logged["top1_chance"] == pytest.approx(1 / 49)  # a key and the queue
     assert 0 <= logged["top1"] <= 1 and 0 < logged["feature_std"] <= 0.25 * 1.2  # 1 / sqrt(16) at most, but for 7 of 8
     assert not any(k.startswith("encoder_k") and "running_mean" in k and not v.any() for k, v in saved.items())
 

@@ -445,6 +445,11 @@ def test_whole_sequence(monkeypatch, tmp_path, capfd):
     with pytest.raises(SystemExit) as stopped:  # a stage that fails is the last one
         simclrv2.whole_sequence()
     assert stopped.value.code == 3 and capfd.readouterr().out.count("$ python") == 1
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda argv: start(killed))
+    with pytest.raises(SystemExit) as stopped:
+        simclrv2.whole_sequence()
+    assert stopped.value.code == 128 + 15
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="give --checkpoint"):
         simclrv2.whole_sequence()

@@ -517,7 +517,7 @@ def test_wrong_files_are_sentences(kind, sentence, tmp_path):
 
 
 def test_files_of_other_kinds(tmp_path):
-    no_tensors, no_checkpoint = "is no safetensors file or is damaged (", "is no checkpoint, is damaged or holds code, which is never run"
+    no_tensors, no_checkpoint = "is no safetensors file or is damaged (", "cannot be read, is damaged or holds code, which is never run"
     for name, content, sentence in (("x.safetensors", b"12345678901", no_tensors), ("x.pt", pickle.dumps({"a": 1}), no_checkpoint),
                                     ("x.pth", b"PK\x03\x04", no_checkpoint)):  # fmt: skip
         (tmp_path / name).write_bytes(content)
