@@ -12,8 +12,11 @@ The parts, in this order. Each runs in processes of its own and has a time limit
             eager and with --compile
     data    the same loop fed by loader workers from JPEG files, against one batch repeated
     peers   benchmarks/side_by_side.py, where open_clip, lightly and transformers are installed
-    cifar   simclr.py on CIFAR-10 for as many epochs as the remaining time allows, and the seconds
-            until its kNN classifier is right in 80% of the test images
+    cifar   simclr.py, then byol, moco, simsiam and dino, on CIFAR-10 for as many epochs as the
+            time allows, and the seconds until the kNN classifier is right in 80% of the test images
+
+Every method of the last part gets the time of that part, or its share if there is more. Those that
+a gpu.jsonl in --out has already are left out, so a next invocation continues where one has ended.
 
 Every result is a line of gpu.jsonl, written at once, so that a machine that goes away leaves what
 it has measured. What fails is a line too, and the next part starts. gpu.md has the same as tables,
@@ -23,12 +26,13 @@ The steps are those of the method files: train() runs as it is, and only its loa
 a step is everything between two batches: views, forward, losses, backward, optimizer, teacher, log.
 MFU counts the matrix products and convolutions of an eager step, two operations for each
 multiplication, against what a bfloat16 matrix product of 8192 x 8192 x 8192 reaches in the same
-process. Compilation is not in any time: while the tests run, which leave the GPU mostly idle, it
-fills a cache on disk.
+process. What activation checkpointing computes again takes its time and is not counted. Compilation
+is not in any time: while the tests run, which leave the GPU mostly idle, it fills a cache on disk.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.util
@@ -53,7 +57,8 @@ sys.path.insert(0, str(ROOT))
 
 PARTS = {"tests": 110, "steps": 140, "data": 70, "peers": 40, "cifar": 100}  # shares of the time
 # The most telling first: what the time does not allow is left out from the end. The batch is an
-# eighth of the documented one, or what fits a GPU of 80 GB. A batch that does not fit is halved.
+# eighth of the documented one, for the CLIPs of other sizes less: ViT-L/14 takes 78 GiB with 256.
+# A batch that does not fit is halved.
 MODELS = {
     "clip_b16": ("clip", "--data yfcc15m --batch-size 512"),
     "simclr_r50": ("simclr", "--data imagenet --batch-size 512"),
@@ -61,7 +66,7 @@ MODELS = {
     "clip_l14": ("clip", "--data yfcc15m --arch vit_large_patch14 --batch-size 256"),
     "slip_b16": ("slip", "--data yfcc15m --batch-size 512"),
     "clip_b32": ("clip", "--data yfcc15m --arch vit_base_patch32 --batch-size 512"),
-    "dinov2_l16": ("dinov2", "--data imagenet --batch-size 64"),
+    "dinov2_l16": ("dinov2", "--data imagenet --batch-size 256"),
     "ibot_s16": ("ibot", "--data imagenet --batch-size 128"),
     "mocov3_s16": ("mocov3", "--data imagenet --batch-size 512"),
     "simclr_r18_cifar": ("simclr", "--data cifar10 --batch-size 512"),
@@ -75,6 +80,8 @@ MINIATURE = {
     "simclr_r50": ("simclr", "--data shapes --batch-size 4"),
     "dino_s16": ("dino", "--data shapes --batch-size 4"),
 }
+# In this order. Their recipes for CIFAR-10 have no warm-up, in which a run of few epochs would end.
+CIFAR = "simclr", "byol", "moco", "simsiam", "dino"
 QUIET = "--eval-every 0 --save-every 0 --log-every 0"
 TARGET = 80.0  # percent right of the kNN classifier on CIFAR-10
 
@@ -396,9 +403,21 @@ def part_steps(job):
 
     device = prepare(job)
     batch = int(job["flags"].split()[-1])
+    module = importlib.import_module(job["method"])
+    args = module.parse_args(module.Args, module.RECIPES, job["flags"].split() + job["extra"])
+    kept = getattr(args, "grad_checkpointing", "none")
+    if kept == "full" and "eager" in job["modes"]:
+        # FlopCounterMode would count the products that the backward pass computes again, and MFU be
+        # a third too high. So they are counted without that, in a quarter of the batch, which fits.
+        few, meter, brief = batch // 4, Meter(device), job | {"seconds": 0.0, "least": 1}
+        flags = [*with_batch(job["flags"], few), "--grad-checkpointing", "none"]
+        attempt(brief, synthetic_loader(meter, brief), flags, meter)
+        job["flops"] = meter.flops / few
+        job.pop("gate", None)  # brief has waited
+        free_memory()
     for mode in job["modes"]:
         while True:
-            meter = Meter(device, count_flops=mode == "eager")
+            meter = Meter(device, count_flops=mode == "eager" and kept != "full")
             flags = with_batch(job["flags"], batch) + ["--compile"] * (mode == "compiled")
             error = None
             try:
@@ -412,7 +431,7 @@ def part_steps(job):
             batch //= 2
         if job.get("warm"):  # a smaller batch has another graph
             return int(bool(error) or batch < int(job["flags"].split()[-1]))
-        row = {"model": job["model"], "mode": mode, "batch": batch}
+        row = {"model": job["model"], "mode": mode, "batch": batch, "grad_checkpointing": kept}
         if error:
             record("steps", **row, error=error)
             continue
@@ -575,7 +594,8 @@ def tiny_cifar(folder, train=16, val=8):
 class Evaluations:
     """knn_eval with the whole training set as its bank and all test images there are, timed."""
 
-    def __init__(self, knn_eval, workers):
+    def __init__(self, tell, knn_eval, workers):
+        self.tell = tell
         self.knn_eval, self.options = knn_eval, {"max_train": 0, "max_val": 0, "workers": workers}
         self.spent, self.began, self.points = 0.0, None, []
 
@@ -586,7 +606,7 @@ class Evaluations:
             point = {"knn_top1": scores["knn_top1"], "seconds": begin - self.began,
                      "training_seconds": begin - self.began - self.spent}  # fmt: skip
             self.points.append(point)
-            record("cifar", evaluation=len(self.points), **point)
+            self.tell(evaluation=len(self.points), **point)
         self.spent += time.perf_counter() - begin
         return scores
 
@@ -600,11 +620,11 @@ def part_cifar(job):
     import torch
 
     device = prepare(job)
-    simclr = importlib.import_module("simclr")
-    words = job["flags"].split()
-    batch = int(words[words.index("--batch-size") + 1])
-    flags = [*words, "--workers", str(job["workers"]), "--data-dir", job["data_dir"]]
+    tell = functools.partial(record, "cifar", method=job["method"])
+    method = importlib.import_module(job["method"])
+    flags = [*job["flags"].split(), "--workers", str(job["workers"]), "--data-dir", job["data_dir"]]
     flags += ["--compile"] * (job["mode"] == "compiled")
+    batch = method.parse_args(method.Args, method.RECIPES, flags).batch_size
     meter = Meter(device, count_flops=False)
     fast = job | {"real_only": True}
     attempt(fast, real_loader(meter, fast), [*flags, "--epochs", "100000"], meter)
@@ -612,12 +632,12 @@ def part_cifar(job):
     speed = 1e3 * batch / meter.result["ms"]
 
     flags += job.get("extra", [])
-    args = simclr.parse_args(simclr.Args, simclr.RECIPES, flags)
-    knn_eval, bank, val = simclr.probe_sets(args)
-    evaluate = Evaluations(knn_eval, job["workers"])
+    args = method.parse_args(method.Args, method.RECIPES, flags)
+    knn_eval, bank, val = method.probe_sets(args)
+    evaluate = Evaluations(tell, knn_eval, job["workers"])
     torch.manual_seed(args.seed)
-    model = simclr.build_model(args).to(device, memory_format=torch.channels_last)
-    scores = evaluate(simclr.image_encoder(model), bank, val, simclr.eval_view(args), device)
+    model = method.build_model(args).to(device, memory_format=torch.channels_last)
+    scores = evaluate(method.image_encoder(model), bank, val, method.eval_view(args), device)
     steps_per_epoch = len(bank) // batch
     # Five seconds start the workers and compile; five more write the checkpoint and the curves.
     # Eight evaluations show the way. A tenth is kept back, as a run that is cut off says little.
@@ -625,19 +645,19 @@ def part_cifar(job):
     epochs = max(1, math.floor(0.9 * seconds * speed / (steps_per_epoch * batch)))
     epochs = 2 if job["miniature"] else epochs
     every = math.ceil(epochs / 8) * steps_per_epoch
-    record("cifar", images_per_s=speed, data_wait=meter.result["waited"], mode=job["mode"],
-           workers=job["workers"], train=len(bank), val=len(val), epochs=epochs,
-           untrained_knn_top1=scores["knn_top1"], evaluation_seconds=evaluate.spent)  # fmt: skip
+    tell(images_per_s=speed, data_wait=meter.result["waited"], mode=job["mode"],
+         workers=job["workers"], train=len(bank), val=len(val), epochs=epochs,
+         untrained_knn_top1=scores["knn_top1"], evaluation_seconds=evaluate.spent)  # fmt: skip
     flags += ["--epochs", str(epochs), "--eval-every", str(every), "--save-every", "0"]
-    flags += ["--output-dir", job["temp"] + "/cifar_run"]
-    simclr.probe_sets = lambda *_: (evaluate, bank, val)
+    flags += ["--output-dir", f"{job['temp']}/cifar_{job['method']}"]
+    method.probe_sets = lambda *_: (evaluate, bank, val)
     evaluate.start()
-    simclr.train(simclr.parse_args(simclr.Args, simclr.RECIPES, flags))
+    method.train(method.parse_args(method.Args, method.RECIPES, flags))
     reached = [point["seconds"] for point in evaluate.points if point["knn_top1"] >= job["target"]]
-    record("cifar", epochs=epochs, last_knn_top1=evaluate.points[-1]["knn_top1"],
-           best_knn_top1=max(point["knn_top1"] for point in evaluate.points), target=job["target"],
-           seconds_to_target=reached[0] if reached else None,
-           seconds=time.perf_counter() - evaluate.began)  # fmt: skip
+    tell(epochs=epochs, last_knn_top1=evaluate.points[-1]["knn_top1"],
+         best_knn_top1=max(point["knn_top1"] for point in evaluate.points), target=job["target"],
+         seconds_to_target=reached[0] if reached else None,
+         seconds=time.perf_counter() - evaluate.began)  # fmt: skip
     return 0
 
 
@@ -898,23 +918,40 @@ class Session:
         if not folder and not self.args.miniature:
             record("cifar", skipped="no folder cifar10 with train.npz and val.npz in --data-dir")
             return self.news()
-        flags = MODELS["simclr_r18_cifar"][1]
+        known = [json.loads(line) for line in self.results.read_text().splitlines()]
+        # Until other methods were trained, simclr was not named.
+        known = {row.get("method", "simclr") for row in known if "best_knn_top1" in row}
+        todo = [method for method in CIFAR if method not in known]
         if self.args.miniature:
-            flags = flags.replace("512", "8 --stem imagenet")
-            folder = Path(self.temp, "data/cifar10")
+            folder, todo = Path(self.temp, "data/cifar10"), todo[:1]
             tiny_cifar(folder)
-        seconds = self.left("cifar") - 3
-        compiled = "simclr_r18_cifar" in self.warmed or seconds > 240 and not self.args.miniature
+        if not todo:
+            record("cifar", skipped=f"{self.results} has every method")
+            return self.news()
+        for i, method in enumerate(todo):
+            left = self.left("cifar") - 3
+            seconds = max(left / (len(todo) - i), min(left, PARTS["cifar"]))
+            if seconds < 40:
+                record("cifar", skipped=f"no time was left for {', '.join(todo[i:])}")
+                return self.news()
+            self.train_cifar(method, folder, seconds)
+        return None
+
+    def train_cifar(self, method, folder, seconds):
+        flags = "--data cifar10"
+        if self.args.miniature:
+            flags += " --batch-size 8 --stem imagenet" + " --bn-group 4" * (method == "moco")
+        warm = method == "simclr" and "simclr_r18_cifar" in self.warmed
+        compiled = warm or seconds > 240 and not self.args.miniature
         mode = "compiled" if compiled else "eager"
-        job = self.job | {"part": "cifar", "method": "simclr", "flags": flags, "mode": mode,
-                          "data_dir": str(folder.parent), "target": TARGET,
-                          "deadline": time.time() + seconds}  # fmt: skip
-        done = self.finish(Child(job, self.temp), seconds)
+        job = self.job | {"part": "cifar", "method": method, "flags": flags,
+                          "mode": mode, "data_dir": str(folder.parent), "target": TARGET,
+                          "name": method, "deadline": time.time() + seconds}  # fmt: skip
+        self.finish(Child(job, self.temp), seconds)
         for name in ("metrics.jsonl", "curves.png"):
-            file = Path(self.temp, "cifar_run", name)
+            file = Path(self.temp, f"cifar_{method}", name)
             if file.exists():
-                shutil.copy(file, self.out / f"cifar10_{name}")
-        return done
+                shutil.copy(file, self.out / f"cifar10_{method}_{name}")
 
     def summary(self):
         """gpu.md: the rows as tables."""
@@ -927,7 +964,7 @@ class Session:
                      "gflop_per_image tflops matmul_tflops mfu views_share",
             "data": "model files mode batch workers images_per_s synthetic_images_per_s "
                     "real_over_synthetic data_wait data_wait_logged",
-            "cifar": "evaluation knn_top1 seconds training_seconds",
+            "cifar": "evaluation method knn_top1 seconds training_seconds",
         }  # fmt: skip
         for part in self.args.only:
             rows = [r for r in self.rows if r["part"] == part]
