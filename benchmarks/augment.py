@@ -20,7 +20,6 @@ import platform
 import random
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +37,8 @@ from common import init_distributed  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, decode  # noqa: E402
 from clip import LanguageView  # noqa: E402
 from dino import DINOView  # noqa: E402
+from evaluation import results  # noqa: E402
+from record import warn_of  # noqa: E402
 from simclr import SimCLRView  # noqa: E402
 from slip import SSLView  # noqa: E402
 
@@ -153,10 +154,9 @@ def environment():
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": results.environment(torch.device("cpu"))["commit"],
         "cpu": cpu,
         "cores": os.cpu_count(),
         "platform": platform.platform(),
@@ -180,14 +180,14 @@ def main():
     random.seed(0)
     torch.manual_seed(0)
     files = (photos() * args.batch_size)[: args.batch_size]
-    results = {}
+    found = {}
     print(f"CPU ms per sample, fastest round (median) of {args.rounds}, one thread")
     for name, (what, views, policies) in cases().items():
         ms = measure(views, policies, files, args.rounds)
         ratios = {}
         for way in ("worker", "worker+device"):
             ratios[way] = [ms["pil"][i] / ms[way][i] for i in (0, 1)]
-        results[name] = {"what": what, "ms": ms, "times_faster_than_pil": ratios}
+        found[name] = {"what": what, "ms": ms, "times_faster_than_pil": ratios}
         cells = [f"{way} {fastest:.2f} ({median:.2f})" for way, (fastest, median) in ms.items()]
         for way, (fastest, median) in ratios.items():
             cells.append(f"pil / {way} {fastest:.1f} ({median:.1f})")
@@ -200,7 +200,8 @@ def main():
             "rounds": args.rounds,
             "batch_size": args.batch_size,
         }
-        written = {**environment(), **settings, "results": results}
+        written = {**environment(), **settings, "results": found}
+        warn_of([written["commit"]])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(written, indent=1) + "\n")
 

@@ -36,6 +36,7 @@ import torch  # noqa: E402
 import parity  # noqa: E402
 from common import UserError, user_errors  # noqa: E402
 from data import Loader, open_dataset  # noqa: E402
+from record import warn_of  # noqa: E402
 from run import parse_args  # noqa: E402
 from step import environment  # noqa: E402
 
@@ -155,6 +156,8 @@ def main():
             record = environment() | {"data": options.data, "workers": options.workers}
             record |= {"lightly": importlib.metadata.version("lightly"), "results": results}
             options.out.write_text(json.dumps(record, indent=1) + "\n")
+    if options.out:
+        warn_of([record["commit"]])
 
 
 if __name__ == "__main__":

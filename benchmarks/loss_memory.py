@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 from augment import environment  # noqa: E402
+from record import warn_of  # noqa: E402
 
 from clip import clip_loss  # noqa: E402
 from simclr import nt_xent_loss  # noqa: E402
@@ -73,6 +74,7 @@ def main():
                                   "matrix_bytes_per_b_x_B": each})  # fmt: skip
     if args.out:
         record = environment() | {"date": time.strftime("%Y-%m-%d"), "width": E, "dtype": "float32"}
+        warn_of([record["commit"]])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
 

@@ -42,7 +42,7 @@ from evaluation.results import environment  # noqa: E402
 from evaluation.weights import open_network  # noqa: E402
 from knn import knn_eval  # noqa: E402
 from monitor import EvalView  # noqa: E402
-from record import training_command, training_minutes  # noqa: E402
+from record import training_command, training_minutes, warn_of  # noqa: E402
 
 try:
     from lightly import loss as losses
@@ -368,6 +368,7 @@ def main():
     row["versions"]["lightly"] = importlib.metadata.version("lightly")
     print(json.dumps(row, indent=1))
     if options.out:
+        warn_of([row["commit"], row["commit here"]])
         found[args.method] = row
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -168,6 +168,14 @@ def write(path, content):
     path.write_text(text.replace('"CURVE"', f"[\n{lines}\n ]", 1) + "\n")
 
 
+def warn_of(commits):
+    """Says which numbers are of a tree that nobody else can check out."""
+    for commit in sorted(set(commits)):
+        if "dirty" in commit or not commit:
+            text = f"recorded from commit {commit or 'unknown'}, which others do not have"
+            print(f"warning: {text}", file=sys.stderr)
+
+
 def parser():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
@@ -192,10 +200,7 @@ def main(argv=None):
         content = evaluations(args.run, args.note)
     else:
         content = record(args.run[0], args.name, args.note, args.result)
-    for commit in {row["commit"] for row in content.get("rows", [content])}:
-        if "dirty" in commit or not commit:
-            text = f"recorded from commit {commit or 'unknown'}, which others do not have"
-            print(f"warning: {text}", file=sys.stderr)
+    warn_of(row["commit"] for row in content.get("rows", [content]))
     write(args.out / f"{args.name}.json", content)
     print(f"{args.out / args.name}.json; now run: python benchmarks/table.py")
 

@@ -45,6 +45,7 @@ if lacking := [name for name in NEEDED if not importlib.util.find_spec(name)]:
     sys.exit(f"install {', '.join(lacking)} first: pip install -r requirements-test.txt")
 
 import step  # noqa: E402
+from record import warn_of  # noqa: E402
 from step import Row  # noqa: E402
 
 
@@ -359,6 +360,8 @@ def main():
                 record[name] = importlib.metadata.version(name)
             record["open_clip"] = importlib.metadata.version("open_clip_torch")
             args.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    if args.out:
+        warn_of(found.get("commit", "") for found in results.values())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import torchvision  # noqa: E402
 from augment import environment  # noqa: E402
 from lightly.loss import NTXentLoss  # noqa: E402
 from lightly.models.modules import SimCLRProjectionHead  # noqa: E402
+from record import warn_of  # noqa: E402
 from torch import nn  # noqa: E402
 
 import clip  # noqa: E402
@@ -283,6 +284,7 @@ def main():
         versions = {m.__name__: m.__version__ for m in (open_clip, lightly)}
         gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
         record = environment() | {"gpu": gpu, "date": time.strftime("%Y-%m-%d")} | versions | flags
+        warn_of([record["commit"]])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
 

@@ -75,7 +75,37 @@ def test_step_compares_what_it_times(side_by_side, monkeypatch, tmp_path):
         assert row["first_two_losses"] == pytest.approx(rows["here"]["first_two_losses"], rel=1e-4)
 
 
+def test_whole_loops_and_steps_warn_of_an_uncommitted_tree(side_by_side, tmp_path, monkeypatch, capsys):
+    """As record.py does: their numbers are of a tree that nobody else has."""
+    import end_to_end
+
+    for module, owner in ((side_by_side, side_by_side.step), (end_to_end, end_to_end)):
+        monkeypatch.setattr(owner, "environment", lambda: {"commit": "abc-dirty"})
+        monkeypatch.setattr(module, "compare", lambda *_: {"rows": {}})
+        monkeypatch.setattr(sys, "argv", ["x.py", "--methods", "byol", "--out", str(tmp_path / f"{module.__name__}.json")])
+        module.main()
+        assert capsys.readouterr().err == "warning: recorded from commit abc-dirty, which others do not have\n"
+        assert "abc-dirty" in (tmp_path / f"{module.__name__}.json").read_text()
+
+
 # ----------------------------------- without other libraries -----------------------------------
+def test_views_and_losses_warn_of_an_uncommitted_tree(tmp_path, monkeypatch, capsys):
+    """And without git their commit is unknown, as in results.jsonl."""
+    pytest.importorskip("sklearn", reason="the two photos are its own")
+    import augment
+
+    ways = dict.fromkeys(("pil", "worker", "device", "worker+device"), (1.0, 2.0))
+    monkeypatch.setattr(augment, "measure", lambda *_: ways)
+    monkeypatch.setattr(loss_memory, "LOSSES", {})
+    monkeypatch.setenv("PATH", "")
+    for module in (augment, loss_memory):
+        monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path / "out.json")])
+        with torch.enable_grad():  # main() may turn it off
+            module.main()
+        assert capsys.readouterr().err == "warning: recorded from commit unknown, which others do not have\n"
+        assert json.loads((tmp_path / "out.json").read_text())["commit"] == ""
+
+
 @pytest.mark.parametrize("name", loss_memory.LOSSES)
 def test_losses_keep_what_is_recorded(name):
     recorded = json.loads((ROOT / "results/loss_memory.json").read_text())["results"][name]
