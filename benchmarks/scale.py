@@ -127,6 +127,12 @@ HEADER = ["GPUs", "pairs per GPU", "`--accum-steps`", "GiB per GPU", "computing,
           "days", "GPU-hours"]  # fmt: skip
 
 
+def how_measured(row):
+    """Rows that do not say so are of a time when no recipe had activation checkpointing."""
+    kept = row.get("grad_checkpointing", "none")
+    return f"{'without' if kept == 'none' else f'with {kept}'} activation checkpointing"
+
+
 def tables():
     """-> markdown, a table per plan."""
     rates, worker_ms = measured()
@@ -135,7 +141,8 @@ def tables():
         seen = plan.pairs * plan.epochs / 1e9
         text += f"### {plan.title}\n\n`{plan.command}`: {plan.epochs} epochs, "
         text += f"{seen:.2g} billion pairs seen, "
-        text += f"batch {plan.batch:,}, {plan.parameters / 1e6:.0f}M parameters.\n\n"
+        text += f"batch {plan.batch:,}, {plan.parameters / 1e6:.0f}M parameters.\n"
+        text += f"Measured {how_measured(rates[plan.measured])}.\n\n"
         text += f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}\n"
         for gpus in GPUS:
             found = costs(plan, gpus, rates[plan.measured], worker_ms)

@@ -92,6 +92,22 @@ def test_one_gpu_is_what_was_measured():
         assert found["gpu_hours"] == pytest.approx(plan.pairs * plan.epochs / row["images_per_s"] / 3600)
 
 
+def test_each_table_says_how_it_was_measured(monkeypatch):
+    """slip.py's recipe has turned activation checkpointing on, and gpu.py measures what the recipe says."""
+    (rows, worker_ms), said = scale.measured(), "Measured without activation checkpointing."
+    kept = [rows[plan.measured].get("grad_checkpointing", "none") for plan in scale.PLANS]
+    assert PAGE.count(said) == kept.count("none")
+    slip_row = rows["slip_b16"]
+    if "grad_checkpointing" not in slip_row:  # of a time before: its peak says the same
+        gib = {row["command"]: row["gib"]["peak"] for row in json.loads((ROOT / "results/memory.json").read_text())["rows"]}
+        none, selective = gib["slip.py --data yfcc15m --grad-checkpointing none"], gib["slip.py --data yfcc15m"]
+        assert abs(slip_row["peak_gib"] - none) < abs(slip_row["peak_gib"] - selective)
+    fresh = rows | {"slip_b16": slip_row | {"grad_checkpointing": "selective"}}
+    monkeypatch.setattr(scale, "measured", lambda: (fresh, worker_ms))
+    first, *others = scale.tables().split("### ")[1:]
+    assert "Measured with selective activation checkpointing." in first and all(said in text for text in others)
+
+
 def test_numbers_in_the_text():
     logits = 8 * 4096 * 32768 / scale.GIB
     assert logits == 1 and "1 GiB for CLIP with 4,096 of 32,768 pairs" in PAGE
