@@ -3,6 +3,7 @@
     python benchmarks/memory.py slip --data yfcc15m --gpus 8             # predicted, in seconds
     python benchmarks/memory.py dinov2 --recipe imagenet --gpus 8 --grad-checkpointing selective
     python benchmarks/memory.py slip --recipe yfcc15m --gpus 8 --measure # on a GPU, beside that
+    python benchmarks/memory.py slip --data yfcc15m --out results/memory.json
 
 train() of the method file runs two steps as it is, with the flags of the command, on tensors that
 have a shape and no content (torch's FakeTensorMode), under bf16 autocast, at the batch of one
@@ -22,6 +23,9 @@ and two blocks of student and teacher are whole.
 --measure runs the same two steps on random pixels on this machine's GPU and prints
 torch.cuda.max_memory_allocated() beside the prediction. It is one process with the batch of one
 of --gpus, so gathered features and buckets are those of --gpus there too.
+
+--out writes what is predicted into a record of many commands: a row that it has of the same command
+and --gpus is replaced, otherwise one is added at the end. docs/running.md has the table.
 """
 
 import argparse
@@ -48,6 +52,8 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from common import UserError, user_errors  # noqa: E402
 from data import Loader  # noqa: E402
+from evaluation.results import environment  # noqa: E402
+from record import warn_of  # noqa: E402
 from run import parse_args  # noqa: E402
 
 GIB = 2**30
@@ -397,6 +403,27 @@ def say(found):
         print(f"  {name:20} {size / GIB:8.2f} GiB", flush=True)
 
 
+def read_record(path):
+    """-> what the file holds, rows of commands, or a new record."""
+    what = "benchmarks/memory.py METHOD FLAGS, predicted on tensors without content, no GPU"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {"what": what, "rows": []}
+        if isinstance(found["rows"], list):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is no record of this script: use another --out")
+
+
+def write_row(path, row):
+    """Replaces the row of the same command and number of processes, or adds one."""
+    record = read_record(path)
+    same = [all(old.get(k) == row[k] for k in ("command", "gpus")) for old in record["rows"]]
+    i = same.index(True) if any(same) else len(same)
+    record["rows"][i : i + 1] = [row]
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
@@ -404,15 +431,24 @@ def main():
     parser.add_argument("--gpus", type=int, default=8, help="processes of the command")
     more = "also run two steps on this machine's GPU, if it has one"
     parser.add_argument("--measure", action="store_true", help=more)
+    parser.add_argument("--out", type=Path, help="also write what is predicted here, as json")
     options, words = parser.parse_known_args()
     began = time.time()
     module, args = resolve(options.method, words)
+    if options.out:
+        read_record(options.out)  # not a minute later
     args.device, args.dtype = "cpu", "bf16"
     found = predict(module, args, options.gpus)
-    each = f"batch {args.batch_size // options.gpus} on each of {options.gpus}"
-    print(f"{options.method}.py {' '.join(words)}: {each}")
+    command, batch = f"{options.method}.py {' '.join(words)}", args.batch_size // options.gpus
+    print(f"{command}: batch {batch} on each of {options.gpus}")
     say(found)
     print(f"  predicted in {time.time() - began:.0f} s", flush=True)
+    if options.out:
+        gib = {name: round(size / GIB, 2) for name, size in found.items()}
+        row = {"command": command, "gpus": options.gpus, "batch": batch, "gib": gib}
+        row |= {"commit": environment(torch.device("cpu"))["commit"], "torch": torch.__version__}
+        warn_of([row["commit"]])
+        write_row(options.out, row)
     if options.measure:
         cuda = torch.cuda.is_available()
         args.device, began = "cuda:0" if cuda else "cpu", time.time()

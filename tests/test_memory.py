@@ -143,6 +143,36 @@ def test_predicted_is_what_real_tensors_take(words, monkeypatch):
     assert peaks[0] == pytest.approx(peaks[1], rel=1e-3)
 
 
+def test_a_prediction_is_recorded_and_is_what_the_record_says(tmp_path, monkeypatch, capsys):
+    """One of the documented commands again: only its row is replaced. Since the record was made, pixels live shorter."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    path, text = tmp_path / "memory.json", (ROOT / "results/memory.json").read_text()
+    before = json.loads(text)["rows"]
+    at = next(i for i, row in enumerate(before) if row["command"] == "moco.py --data imagenet")
+    path.write_text(text.replace(f'"peak": {before[at]["gib"]["peak"]}', '"peak": 99.0'))
+    monkeypatch.setattr("sys.argv", ["memory.py", "moco", "--data", "imagenet", "--out", str(path)])
+    memory.main()
+    printed = {name: float(gib) for name, gib in re.findall(r"^  ([a-zA-Z ]+?) +(\d+\.\d\d) GiB$", capsys.readouterr().out, re.M)}
+    after = json.loads(path.read_text())["rows"]
+    assert len(after) == len(before) and after[:at] + after[at + 1 :] == before[:at] + before[at + 1 :]
+    assert after[at]["gib"] == printed and list(printed) == list(before[at]["gib"])
+    assert printed == pytest.approx(before[at]["gib"], abs=0.02) and after[at]["batch"] == before[at]["batch"]
+    assert after[at]["torch"] == torch.__version__ and after[at]["commit"]
+    for more in ({"gpus": 2}, {"command": "moco.py --data flickr8k"}):  # other rows
+        memory.write_row(path, after[at] | more)
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[: len(after)] == after and [(row["command"], row["gpus"]) for row in rows[len(after) :]] == [
+        ("moco.py --data imagenet", 2), ("moco.py --data flickr8k", 8)]  # fmt: skip
+    memory.write_row(tmp_path / "new.json", after[at])
+    assert json.loads((tmp_path / "new.json").read_text())["rows"] == [after[at]]
+    for wrong in ("{", "[]", "{}"):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="is no record of this script: use another --out"):
+            memory.main()
+
+
 def test_a_method_that_is_none_is_one_sentence():
     for name in ("clp", "common"):
         done = command("benchmarks/memory.py", name, "--gpus", "1")
