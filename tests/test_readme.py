@@ -15,6 +15,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed.run as torchrun
+from PIL import Image
 
 from common import UserError
 from copies import ROOT, method_files
@@ -295,7 +296,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_record(run):
+def test_record(run, capsys):
     record.main([str(run), "--name", "mine", "--note", "a note", "--out", str(run / "out")])
     found = json.loads((run / "out/mine.json").read_text())
     assert found["command"] == "python slip.py --data shapes --lr 1e-3 --no-gather-grad"
@@ -306,6 +307,10 @@ def test_record(run):
     assert metrics[label + ", random weights"]["top1"] == 1.5
     assert found["curve"][3] == [25, {"zeroshot_top1": 5.5}] and len(found["curve"]) == 5
     assert str(run) not in (run / "out/mine.json").read_text()
+    assert not capsys.readouterr().err
+    (run / "env.json").write_text((run / "env.json").read_text().replace('"abc"', '"abc-dirty"'))
+    record.main([str(run), "--name", "mine", "--out", str(run / "out")])
+    assert capsys.readouterr().err == "warning: recorded from commit abc-dirty, which others do not have\n"
 
 
 def test_record_of_evaluations(run):
@@ -326,13 +331,15 @@ def test_record_of_evaluations(run):
 
 
 def test_figures_are_of_recorded_runs(tmp_path):
-    """Each one is shown somewhere and can be drawn again; its points are those of the records."""
+    """Each one is shown somewhere, and what is drawn in it is what the records say now."""
     drawn = sorted((ROOT / "docs/figures").glob("*.png"))
     assert drawn
     for path in drawn:
         assert any(f"figures/{path.name})" in text for text in PAGES.values())
         figure.draw(path.stem, tmp_path / path.name)
         assert (tmp_path / path.name).stat().st_size > 10000
+        now, then = (Image.open(file).info["Comment"] for file in (tmp_path / path.name, path))
+        assert now == then, f"run python benchmarks/figure.py {path.stem}"
     shapes = json.loads((ROOT / "results/slip_shapes.json").read_text())
     last = shapes["metrics"]["training"]
     name, points = figure.accuracy(shapes)
