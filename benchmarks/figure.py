@@ -195,8 +195,7 @@ def draw_drawings(path):
             axis.set_title(textwrap.fill(text, 16), fontsize=6)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    save(figure, path)
 
 
 def draw_views(method, path):

