@@ -26,7 +26,7 @@ something open, this file does what open_clip does. Differences:
  - The crop is open_clip's RandomResizedCrop of 90 to 100% of the area; the paper says "a random
    square crop".
  - The warm-up starts from a rate of 1e-6, as SLIP's does; open_clip's starts from lr divided by
-   the number of its steps.
+   the number of warm-up steps.
  - --accum-steps is exact, see replay_backward.
  - Batch norm of a ResNet is over the global batch (open_clip: --use-bn-sync).
 

@@ -31,8 +31,8 @@ of the paper. With --released the following is done as in the released code:
 Never reproduced, even with --released: queue and batch norm of the heads per process; a queue that
 is lost at a restart and drops entries that do not fit before its end; L_TSS averaged over
 processes, not over tokens. All of these would make a run depend on the number of processes or
-restarts. Nor are the class token and the biases of attention's in_proj decayed, as there. One of a
-sample's captions is drawn, not the first taken; a GPU computes in mixed precision, not in float32.
+restarts. The class token and in_proj's biases are not decayed; there they are. One of a sample's
+captions is drawn, not the first taken; a GPU computes in mixed precision, not in float32.
 
 Diff against: slip.py (backbones: clip.py).
 """

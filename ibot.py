@@ -111,7 +111,7 @@ VITL |= dict(grad_checkpointing="selective")  # to fit 8 GPUs of 80 GB
 RAND = dict(mask_shape="rand", mask_ratio=0.7, mask_ratio_var=0.05)
 RECIPES = {
     # our own, for the drawn scenes. At first every class token gets the same answer; a low
-    # temperature of the teacher and a center that follows quickly prevent this collapse
+    # temperature of the teacher and a center that follows quickly make them differ
     "flocks": dict(
         arch="vit_nano_patch8", zero_init_residual=True, image_size=32, local_crops=0,
         crop_split=0.7, jitter_strength=0.0, blur=False, hidden_dim=512, out_dim=64,

@@ -815,7 +815,8 @@ class Rows:
                 again += i > 0 and picture is not None and picture == picture_of(self.row(i - 1))
         if isinstance(rows, Path):
             say_lost(rows.name.removesuffix(".idx"), lost)
-            say_again(rows.name.removesuffix(".idx"), again * self.captioned, len(some))
+            if self.captioned:
+                say_again(rows.name.removesuffix(".idx"), again, len(some))
 
     def __len__(self):
         return len(self.starts) - 1

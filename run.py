@@ -66,7 +66,7 @@ RANGES = {name: (least, most) for names, least, most in [
     ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
 ] for name in names.split()}
-UNUSED = dict(width="vit", stem="vit", drop_path="resnet", freeze_patch_embed="resnet")  # by arch
+UNUSED_BY = dict(width="vit", stem="vit", drop_path="resnet", freeze_patch_embed="resnet")
 
 
 def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.ArgumentParser:
@@ -141,7 +141,7 @@ def parse_args(Args, recipes: dict, argv: list[str] | None = None):
         least, most = RANGES.get(name, (0, 0))
         if most and isinstance(value, int | float) and not least <= value <= most:
             refuse(f"--{name.replace('_', '-')} {value} must lie between {least} and {most}")
-        if name in given and getattr(args, "arch", "").startswith(UNUSED.get(name, "-")):
+        if name in given and getattr(args, "arch", "").startswith(UNUSED_BY.get(name, "-")):
             refuse(f"--{name.replace('_', '-')} changes nothing with {args.arch}: leave it out")
     if getattr(args, "local_crops", 0) and args.crop_min > (split := args.crop_split):
         refuse(f"--crop-min {args.crop_min} is above --crop-split {split}, the largest local crop")

@@ -117,8 +117,11 @@ def compare(method, options):
     }
     rates = {name: [] for name in loops}
     for i in range(options.rounds):
-        for name, loop in [*loops.items()][:: -1 if i % 2 else 1]:
-            rates[name].append(loop())
+        order = list(loops)
+        if i % 2:
+            order.reverse()
+        for name in order:
+            rates[name].append(loops[name]())
     found = {"rounds": options.rounds, "steps": options.steps, "rows": {}}
     found["date"] = time.strftime("%Y-%m-%d")
     for name, measured in rates.items():
