@@ -166,23 +166,20 @@ def chance_of(name, metrics):
     return metrics.get(re.split("_top|@", name)[0] + "_chance")
 
 
-def scores(record):
-    """Texts, in percent: what evaluate.py found; without that, the last evaluation in the training
-    loop."""
-    out = []
-    for label, metrics in record["metrics"].items():
-        protocol, *words = label.split()
-        if protocol in PROTOCOLS:
-            where = " ".join(w for w in words if w != record["data"])
-            first = next(iter(metrics.values()))
-            text = said(f"{PROTOCOLS[protocol]} {where}", first, metrics.get("chance"))
-            for way in ("image_to_text", "text_to_image") if protocol == "retrieval" else ():
-                found = "/".join(number(metrics[f"{way}_recall@{k}"]) for k in (1, 5, 10))
-                text += f", {way.replace('_', ' ')} R@1/5/10 {found}"
-            out.append(text)
-    last = record["metrics"]["training"]
-    there = [k for k in IN_LOOP if k in last]
-    return out or [said(f"{IN_LOOP[k]} in training", last[k], chance_of(k, last)) for k in there]
+def found_by_evaluate(record, start=False):
+    """Texts in percent of the trained network, or of the one that it started from."""
+    return [
+        said(PROTOCOLS[label.split()[0]], next(iter(metrics.values())))
+        for label, metrics in record["metrics"].items()
+        if label.split()[0] in PROTOCOLS and label.endswith(START) == start
+    ]
+
+
+def found_in_loop(record, start=False):
+    """Texts in percent of the last evaluation in the training loop, or of the one at step 0."""
+    at_start = next((values for step, values in record["curve"] if step == 0), {})
+    values = at_start if start else record["metrics"]["training"]
+    return [said(IN_LOOP[k], values[k]) for k in IN_LOOP if k in values]
 
 
 def table(header, rows):
@@ -223,18 +220,21 @@ def shared(prefix):
 
 
 def results_table(prefix, method=None):
-    header, rows = ["run", "setting", "hardware", "minutes", "result in percent", "commit"], []
-    mine = {name: r for name, r in results().items() if method in (None, r["method"])}
+    """A row for each run, with evaluate.py's results or, without those, the loop's; on the page of
+    a method its commands too."""
+    header = ["run", "network", "px", "batch", "steps", "epochs", "seed", "minutes"]
+    header += ["result in percent", "random weights", "by"]
+    mine, rows = {n: r for n, r in results().items() if method in (None, r["method"])}, []
     for name, r in mine.items():
         args, last = r["args"], r["metrics"]["training"]
-        setting = f"{r['data']}, {args['arch']}, {args['image_size']} px, "
-        setting += f"batch {args['batch_size']}, {last['step']} steps "
-        setting += f"(epochs: {last['epochs']:.3g}), seed {args['seed']}"
-        told = "; ".join(scores(r)) or f"loss {last['loss']:.3f}"
-        told += f". {r['note']}" if r["note"] else ""
-        link, minutes = f"[{name}]({prefix}results/{name}.json)", f"{r['minutes']:.1f}"
-        rows.append([link, setting, r["hardware"], minutes, told, r["commit"]])
-    commands = "".join(f"- {name}: `{r['command']}`\n" for name, r in mine.items())
+        by = "evaluate.py" if found_by_evaluate(r) else "the loop"
+        found = found_by_evaluate if by == "evaluate.py" else found_in_loop
+        result = ", ".join(found(r)) or f"loss {last['loss']:.3f}"
+        row = [f"[{name}]({prefix}results/{name}.json)", args["arch"]]
+        row += [str(args[k]) for k in ("image_size", "batch_size")]
+        row += [str(last["step"]), f"{last['epochs']:.3g}", str(args["seed"])]
+        rows.append([*row, f"{r['minutes']:.1f}", result, ", ".join(found(r, start=True)), by])
+    commands = "".join(f"- {name}: `{r['command']}`\n" for name, r in mine.items() if method)
     return f"{table(header, rows)}\n{commands}" if rows else "Nothing is recorded yet.\n"
 
 
