@@ -374,20 +374,26 @@ def evaluations(prefix):
 
 
 def retrieval_of_all(prefix, data):
-    """A row for each run METHOD_DATA that evaluate.py retrieval was run on, and its start."""
-    header = ["method", "steps", "px", "mean recall", "random weights", "image to text R@1/5/10",
-              "text to image R@1/5/10", "minutes"]  # fmt: skip
-    rows, label = [], f"retrieval {data} test"
-    for r in results().values():
-        if r["name"] == f"{r['method']}_{data}" and (found := r["metrics"].get(label)):
-            recalls = []
-            for way in ("image_to_text", "text_to_image"):
-                recalls.append("/".join(number(found[f"{way}_recall@{k}"]) for k in (1, 5, 10)))
-            start = r["metrics"].get(label + START, {}).get("mean_recall")
-            link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
-            cells = [str(r["metrics"]["training"]["step"]), str(r["args"]["image_size"])]
-            cells += [number(found["mean_recall"]), "" if start is None else number(start)]
-            rows.append([link, *cells, *recalls, f"{r['minutes']:.1f}"])
+    """A row for each run METHOD_DATA that evaluate.py retrieval was run on, with its other seeds
+    METHOD_DATA_sSEED, and its start. Recalls of each direction and minutes are of the first."""
+    header = ["method", "steps", "px", "seeds", "mean recall", "mean and s.d.", "random weights",
+              "image to text R@1/5/10", "text to image R@1/5/10", "minutes"]  # fmt: skip
+    rows = []
+    for name, r in results().items():
+        label = f"retrieval {r['data']} test"
+        if name != f"{r['method']}_{data}" or label not in r["metrics"]:
+            continue
+        runs = [run for run in with_seeds(name) if label in run["metrics"]]
+        links = [f"[{run['args']['seed']}]({prefix}results/{run['name']}.json)" for run in runs]
+        values = [run["metrics"][label]["mean_recall"] for run in runs]
+        recalls, start = [], r["metrics"].get(label + START, {}).get("mean_recall")
+        for way in ("image_to_text", "text_to_image"):
+            found = (r["metrics"][label][f"{way}_recall@{k}"] for k in (1, 5, 10))
+            recalls.append("/".join(map(number, found)))
+        row = [methods()[r["method"]][0], str(r["metrics"]["training"]["step"])]
+        row += [str(r["args"]["image_size"]), ", ".join(links), ", ".join(map(number, values))]
+        row += [mean_and_deviation(values), "" if start is None else number(start)]
+        rows.append([*row, *recalls, f"{r['minutes']:.1f}"])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
@@ -413,6 +419,12 @@ def with_seeds(name):
     return sorted(found, key=lambda r: r["args"]["seed"])
 
 
+def mean_and_deviation(values):
+    if len(values) < 2:
+        return ""
+    return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+
+
 SEEDS = ["seeds", "zero-shot", "mean and s.d.", "recall@1", "mean and s.d."]
 
 
@@ -423,10 +435,7 @@ def cells_of_seeds(prefix, runs):
     cells = [", ".join(links)]
     for key in ("zeroshot_top1", "recall@1"):
         values = [r["metrics"]["training"][key] for r in runs]
-        spread = ""
-        if len(values) > 1:
-            spread = f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
-        cells += [", ".join(map(number, values)), spread]
+        cells += [", ".join(map(number, values)), mean_and_deviation(values)]
     return cells
 
 
