@@ -87,7 +87,7 @@ def copy_project(folder: Path):
     (folder / "tests").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
         shutil.copy(path, folder / "tests")
-    for name in ("tests/golden", "docs", "results"):
+    for name in ("tests/golden", "tests/hidden", "docs", "results"):
         (folder / name).symlink_to(ROOT / name, target_is_directory=True)
 
 

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import pictures
 import torch
 from common import user_errors
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -73,8 +75,9 @@ def make_photos(folder: Path, train=52, val=12):
     return folder
 
 
-def train_here(name, photos, directory, *flags):
-    """Runs train() in this process (or in all processes of this group); -> gradient of the first step, by parameter."""
+def train_here(name, photos, directory, *flags, curves=False):
+    """Runs train() in this process (or in all processes of this group); -> gradient of the first step, by parameter.
+    curves.png is left out, unless it is asked for: to draw it takes longer than the steps."""
     module, grads = module_of(name), []
 
     def keep(optimizer, *_):
@@ -83,8 +86,10 @@ def train_here(name, photos, directory, *flags):
 
     handle = register_optimizer_step_pre_hook(keep)
     argv = ["--data", str(photos), "--output-dir", str(directory), *FLAGS[name], *flags]
+    drawing = contextlib.nullcontext() if curves else mock.patch.object(pictures, "save_curves")
     try:
-        module.train(module.parse_args(module.Args, module.RECIPES, argv))
+        with drawing:
+            module.train(module.parse_args(module.Args, module.RECIPES, argv))
     finally:
         handle.remove()
     return grads[0] if grads else None
@@ -126,8 +131,10 @@ def argv_of(script, *flags, processes=1):
     return [sys.executable, *launcher, str(ROOT / script), *map(str, flags)]
 
 
-def environment():
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+def environment(matplotlib=False):
+    """Of a command. It does not find matplotlib, unless that is asked for."""
+    folders = [ROOT, ROOT / "tests", *([] if matplotlib else [ROOT / "tests/hidden"])]
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 

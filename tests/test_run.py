@@ -1,18 +1,23 @@
 """run.py: what --help says, which flag a slip of the pen meant, which command a run names at its end."""
 
 import gc
+import json
 import re
 import shlex
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+import pictures
 from common import UserError
 from pictures import next_command
 from run import Run, RunArgs, load_checkpoint, parse_args
-from runs import METHODS, ROOT, command, module_of
+from runs import METHODS, ROOT, command, make_photos, module_of, train_here
 from test_readme import parse
 
 
@@ -126,3 +131,34 @@ def test_a_run_may_end_while_it_is_profiled(tmp_path):
     flags = ["--max-steps", "11", "--batch-size", "8", "--eval-every", "0", "--device", "cpu", "--workers", "0"]
     done = command("simclr.py", *flags, "--profile", "--output-dir", tmp_path / "run")
     assert done.returncode == 0 and (tmp_path / "run/trace.json").stat().st_size > 1000, done.stderr
+
+
+def test_curves_of_every_column(tmp_path, monkeypatch):
+    """With their chance levels, and for an effective rank the full one."""
+    found, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (found.append(figure), save(figure, *args, **options)))
+    log = [{"step": 0, "knn_top1": 10.0, "knn_chance": 10, "effective_rank": 2.0, "full_rank": 8},
+           {"step": 1, "epoch": 0.5, "loss": 3.0, "chance": 2.5, "lr": 0.1},
+           {"step": 2, "epoch": 1.0, "loss": 1.0, "chance": 2.5, "lr": 0.2},
+           {"step": 2, "knn_top1": 30.0, "knn_chance": 10, "effective_rank": 4.0, "full_rank": 8}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    pictures.save_curves(tmp_path)
+    drawn = {axes.get_title(): {line.get_linestyle(): line.get_xydata().tolist() for line in axes.get_lines()} for axes in found[0].axes}
+    assert drawn == {
+        "knn_top1": {"-": [[0, 10], [2, 30]], "--": [[0, 10], [2, 10]]},
+        "effective_rank": {"-": [[0, 2], [2, 4]], "--": [[0, 8], [2, 8]]},
+        "loss": {"-": [[1, 3], [2, 1]], "--": [[1, 2.5], [2, 2.5]]},
+        "lr": {"-": [[1, 0.1], [2, 0.2]]},
+    }
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (4 * 4 * 80, 3 * 80)
+
+
+def test_a_run_ends_with_its_curves(tmp_path, monkeypatch):
+    photos = make_photos(tmp_path / "photos")
+    flags = ["--max-steps", "2", "--eval-every", "0"]
+    train_here("simclr", photos, tmp_path / "run", *flags, curves=True)
+    assert (tmp_path / "run/curves.png").stat().st_size > 1000
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # it is not installed
+    train_here("simclr", photos, tmp_path / "bare", *flags, curves=True)
+    assert not (tmp_path / "bare/curves.png").exists() and (tmp_path / "bare/checkpoint.pt").exists()
