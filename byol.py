@@ -301,11 +301,6 @@ class BYOL(nn.Module):
         return p1, p2, z1, z2
 
 
-def target_decay(step, total, start, end=1.0):
-    """tau at 0-based `step`: `start` at first, on half a cosine to `end` at `total` (Sec. 3.3)."""
-    return warmup_cosine(step, total, 0, start, end=end)
-
-
 @torch.no_grad()
 def update_target(online, target, tau):
     """xi <- tau xi + (1 - tau) theta (Eq. 1). Only parameters move: the target's batch norm has
@@ -416,7 +411,7 @@ def train(args: Args) -> dict:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        tau = target_decay(step, run.total, args.tau, args.tau_end)
+        tau = warmup_cosine(step, run.total, 0, args.tau, end=args.tau_end)  # Sec. 3.3
         if args.target == "random":
             tau = 1.0
         update_target(model.online, model.target, tau)

@@ -390,11 +390,6 @@ class MoCoV3(nn.Module):
         torch._foreach_lerp_(theta_k, theta_q, 1 - m)
 
 
-def key_momentum(step, total, start):
-    """m at 0-based `step`: `start` at first, on half a cosine to 1 at `total` (Sec. 4.1)."""
-    return warmup_cosine(step, total, 0, start, end=1.0)
-
-
 def build_model(args) -> MoCoV3:
     encoders = []
     for _ in range(2):
@@ -501,7 +496,7 @@ def train(args: Args) -> dict:
 
         with autocast:
             q1, q2 = ddp(view1, view2)
-        m = key_momentum(step, run.total, args.key_momentum)
+        m = warmup_cosine(step, run.total, 0, args.key_momentum, end=1.0)  # Sec. 4.1
         model.update_momentum_encoder(m)  # official: with the weights that gave the queries
         with autocast, torch.no_grad():
             k1, k2 = model.momentum_encoder(view1), model.momentum_encoder(view2)

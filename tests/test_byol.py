@@ -46,12 +46,13 @@ def test_loss(name, key):
 
 
 @pytest.mark.parametrize("start", [0.97, 0.99, 0.996])
-def test_target_decay(start):
+def test_tau_rises_on_half_a_cosine(start):
+    """As train() calls warmup_cosine."""
     x, y, args = golden("byol_schedules")
-    ours = [byol.target_decay(int(step), args["max_steps"], start) for step in x["steps"]]
+    ours = [warmup_cosine(int(step), args["max_steps"], 0, start, end=1.0) for step in x["steps"]]
     close(ours, y[f"tau_base_{start}"], rtol=1e-6, atol=0)
-    assert ours[0] == pytest.approx(start) and byol.target_decay(7, 7, start) == 1
-    assert {byol.target_decay(step, 9, start, end=start) for step in range(9)} == {start}
+    assert ours[0] == pytest.approx(start) and warmup_cosine(7, 7, 0, start, end=1.0) == 1
+    assert {warmup_cosine(step, 9, 0, start, end=start) for step in range(9)} == {start}
 
 
 def test_learning_rate():
@@ -175,7 +176,7 @@ def test_logged(photos, tmp_path):
     for row in trained:
         assert row["chance"] == 4 and row["feature_std_chance"] == 0.25  # 1 / sqrt(16)
         assert 0.1 < row["feature_std"] < 0.26
-    assert [row["tau"] for row in trained] == pytest.approx([byol.target_decay(k, 24, 0.9) for k in range(3)])
+    assert [row["tau"] for row in trained] == pytest.approx([warmup_cosine(k, 24, 0, 0.9, end=1.0) for k in range(3)])
     assert not any("target_knn_top1" in row for row in rows(tmp_path))
     network = open_network(tmp_path, torch.device("cpu"))
     assert torch.equal(network.encoder.conv1.weight, load_checkpoint(tmp_path)["model"]["online.backbone.conv1.weight"])

@@ -112,7 +112,7 @@ def test_schedules():
         a = out["args"]
         for e, lr, m in zip(x[name]["fractional_epoch"], out["lr"], out["momentum"], strict=True):
             close(warmup_cosine(e.item(), a["epochs"], a["warmup_epochs"], a["lr"]), lr)
-            close(mocov3.key_momentum(e.item(), a["epochs"], a["moco_m"]), m)
+            close(warmup_cosine(e.item(), a["epochs"], 0, a["moco_m"], end=1.0), m)
 
 
 # ------------------------------------------------ method ------------------------------------------------
