@@ -692,8 +692,9 @@ def train(args: Args) -> dict:
         inputs = batch["image"], batch["text"], depth
         rise = step / warmup if warmup else 1.0  # linear from 0, then linear to 0 (Sec. 5)
         fall = (run.total - step) / max(1, run.total - warmup)
+        lr = args.lr * min(rise, fall)
         for group in optimizer.param_groups:
-            group["lr"] = lr = args.lr * min(rise, fall)
+            group["lr"] = lr
 
         if args.accum_steps == 1:
             loss, terms = loss_of(*encode(*inputs))

@@ -386,7 +386,8 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("byol", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("byol", args, loader, state)
     run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     spread = args.out_dim**-0.5
     run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if spread, 0 if collapsed")
@@ -398,8 +399,9 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+            group["lr"] = lr
 
         with autocast:
             p1, p2, z1, z2 = ddp(view1, view2)
@@ -417,7 +419,7 @@ def train(args: Args) -> dict:
         update_target(model.online, model.target, tau)
 
         terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(z1), None)}
-        run.end_step(terms, feature_std_chance=spread, lr=lr, tau=tau)
+        run.end_step(terms, feature_std_chance=spread, tau=tau, lr=lr)
         if val and run.due(args.eval_every):
             metrics = probe(image_encoder(model), bank, val, eval_view(args), device)
             if args.target == "random":  # the online network should surpass it

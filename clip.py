@@ -552,10 +552,11 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         inputs = batch["image"], batch["text"]
+        lr = warmup_cosine(
+            step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
+        )
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(
-                step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
-            )
+            group["lr"] = lr
 
         if args.accum_steps == 1:
             loss, terms = loss_of(*encode(*inputs))

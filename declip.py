@@ -617,8 +617,7 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    model = build_model(args)
-    model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
+    model = sync_batchnorm(build_model(args), device).to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     if args.released and isinstance(model.visual, VisionTransformer):
         model.visual.conv1.requires_grad_(False)
@@ -664,10 +663,11 @@ def train(args: Args) -> dict:
         length = text.shape[1]  # of the longest caption, on a GPU rounded up
         masked = batch["masked"][:, :length]
         labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
+        lr = warmup_cosine(
+            step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr
+        )
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(
-                step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr
-            )
+            group["lr"] = lr
 
         seen = None if args.released else text
         with autocast:
@@ -712,11 +712,9 @@ def train(args: Args) -> dict:
             "nn_cosine": (nn_cosine.mean(), None),
             "feature_std": (lambda: feature_std(z[0]), None),
         }
-        numbers = {
-            "feature_std_chance": spread,
-            "logit_scale": model.logit_scale.detach().exp(),
-        }
-        run.end_step(terms, **numbers, lr=lr)
+        run.end_step(
+            terms, feature_std_chance=spread, logit_scale=model.logit_scale.detach().exp(), lr=lr
+        )
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

@@ -623,7 +623,8 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("dino", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("dino", args, loader, state)
     run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     chance = math.log(args.out_dim)
     run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {chance:.3f} or 0")

@@ -603,7 +603,8 @@ def train(args: Args) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("ibot", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("ibot", args, loader, state)
     run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     cls_chance = math.log(args.out_dim)
     patch_chance = args.mask_prob * cls_chance  # on average over batches

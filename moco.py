@@ -451,7 +451,8 @@ def train(args: Args) -> dict:
     temperature = args.temperature or {"1": 0.07, "2": 0.2}[args.version]
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("moco", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("moco", args, loader, state)
     run.say(f"version {args.version}, temperature {temperature}")
     spread = args.head_dim**-0.5
     run.say(f"feature_std: 1 / sqrt({args.head_dim}) = {spread:.3f} if spread, 0 if collapsed")
@@ -464,8 +465,9 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
+        lr = learning_rate(args, step / loader.steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(args, step / loader.steps_per_epoch)
+            group["lr"] = lr
 
         if args.symmetric:
             query_views, key_views = (view1, view2), (view2, view1)

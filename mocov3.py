@@ -476,10 +476,12 @@ def train(args: Args) -> dict:
         ]
         optimizer = LARS(groups, lr=peak, trust=args.trust)
     else:  # official: AdamW decays norms and biases too
-        optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay, fused=True)
+        groups = [{"params": trained, "weight_decay": args.weight_decay}]
+        optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("mocov3", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("mocov3", args, loader, state)
     run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     spread = args.head_dim**-0.5
     run.say(f"feature_std: 1 / sqrt({args.head_dim}) = {spread:.3f} if spread, 0 if collapsed")
@@ -491,8 +493,9 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+            group["lr"] = lr
 
         with autocast:
             q1, q2 = ddp(view1, view2)
@@ -512,7 +515,7 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
 
         terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(k1), None)}
-        run.end_step(terms, feature_std_chance=spread, lr=lr, key_momentum=m)
+        run.end_step(terms, feature_std_chance=spread, key_momentum=m, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

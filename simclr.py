@@ -362,7 +362,8 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("simclr", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("simclr", args, loader, state)
     if args.lr_scaling == "sqrt":
         run.say(f"lr = {args.base_lr} * sqrt({args.batch_size}) = {peak:g}")
     else:
@@ -375,8 +376,9 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+            group["lr"] = lr
 
         with autocast:
             z1, z2 = ddp(torch.cat([view1, view2])).chunk(2)

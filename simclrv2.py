@@ -493,8 +493,9 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         x, labels = batch["view"], batch["label"]
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+            group["lr"] = lr
 
         with autocast:
             logits = ddp(x)

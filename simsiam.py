@@ -335,7 +335,8 @@ def train(args: Args) -> dict:
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum)
 
     # run directory; continues from its checkpoint if it has one
-    run = Run("simsiam", args, loader, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Run("simsiam", args, loader, state)
     run.say(f"lr = {args.base_lr} * {args.batch_size} / 256 = {peak:g}")
     spread = args.out_dim**-0.5
     run.say(f"feature_std: 1 / sqrt({args.out_dim}) = {spread:.3f} if spread, 0 if collapsed")
@@ -347,8 +348,9 @@ def train(args: Args) -> dict:
 
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
+        lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr)
+            group["lr"] = lr
         if args.fix_pred_lr:
             optimizer.param_groups[1]["lr"] = peak
 

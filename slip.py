@@ -485,9 +485,7 @@ def train(args: Args) -> dict:
     if tokenizer.eot != tokenizer.vocab_size - 1:
         raise UserError(f"--tokenizer {args.tokenizer} has an end token that is not its largest id")
     area = (0.5, 1.0)  # official main.py: at least half of the image
-    views = {
-        "image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
-    }
+    views = {"image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD)}
     if args.ssl_scale:
         views["view1"] = SSLView(args.image_size)
         views["view2"] = SSLView(args.image_size)
@@ -551,10 +549,11 @@ def train(args: Args) -> dict:
     for step, batch in run.batches():
         image, *augmented = (batch[name] for name in views)
         inputs = image, batch["text"], *augmented
+        lr = warmup_cosine(
+            step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
+        )
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(
-                step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
-            )
+            group["lr"] = lr
 
         if args.accum_steps == 1:
             loss, terms = loss_of(*encode(*inputs))

@@ -416,10 +416,9 @@ class MomentumBranch(nn.Module):
     def update(self, visual, m):
         """theta_k <- m theta_k + (1 - m) theta_q. Only parameters move: batch norm has statistics
         of its own forward passes."""
-        pairs = [(visual, self.momentum_visual), (self.projector, self.momentum_projector)]
-        for online, momentum in pairs:
-            theta_q, theta_k = list(online.parameters()), list(momentum.parameters())
-            torch._foreach_lerp_(theta_k, theta_q, 1 - m)
+        theta_q = [*visual.parameters(), *self.projector.parameters()]
+        theta_k = [*self.momentum_visual.parameters(), *self.momentum_projector.parameters()]
+        torch._foreach_lerp_(theta_k, theta_q, 1 - m)
 
 
 class MaskedBranch(nn.Module):
@@ -752,10 +751,11 @@ def train(args: Args) -> dict:
             pair = batch["image"], batch["text"]
         if args.ssl == "beit":
             inputs.append(batch["params"]["view1"]["mask"])
+        lr = warmup_cosine(
+            step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
+        )
         for group in optimizer.param_groups:
-            group["lr"] = lr = warmup_cosine(
-                step, run.total, warmup, args.lr, start=1e-6, end=args.min_lr, reach_peak=True
-            )
+            group["lr"] = lr
         if args.ssl in ("mocov3", "byol"):  # official MoCo v3: with the weights of the queries
             m = warmup_cosine(step, run.total, 0, args.key_momentum, end=1.0)
             model.ssl.update(model.visual, m)
@@ -786,7 +786,7 @@ def train(args: Args) -> dict:
             numbers["logit_scale"] = model.logit_scale.detach().exp()
 
         terms = {"loss": (loss, chance), **terms}
-        run.end_step(terms, lr=lr, **numbers)
+        run.end_step(terms, **numbers, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
