@@ -140,16 +140,15 @@ class BYOLView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, blur=1.0, solarize=0.0, crop_min=0.08, strength=1.0):
+    def __init__(self, size, crop_min=0.08, blur=1.0, solarize=0.0, strength=1.0):
         self.size = size
-        self.strength = strength
+        self.crop_min = crop_min
         self.blur = blur
         self.solarize = solarize
-        self.crop_min = crop_min
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 
@@ -360,9 +359,9 @@ def train(args: Args) -> dict:
     dataset = open_dataset(args.data, args.data_dir)
     probe, bank, val = probe_sets(args, dataset)
     blur1, blur2 = (1.0, 0.1) if args.blur else (0.0, 0.0)  # probabilities (Table 6)
-    crop_min, s = args.crop_min, args.jitter_strength
-    view1 = BYOLView(args.image_size, blur1, solarize=0.0, crop_min=crop_min, strength=s)
-    view2 = BYOLView(args.image_size, blur2, solarize=0.2, crop_min=crop_min, strength=s)
+    options = dict(crop_min=args.crop_min, strength=args.jitter_strength)
+    view1 = BYOLView(args.image_size, blur=blur1, solarize=0.0, **options)
+    view2 = BYOLView(args.image_size, blur=blur2, solarize=0.2, **options)
     views = {"view1": view1, "view2": view2}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

@@ -176,19 +176,16 @@ class DINOView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(
-        self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, strength=1.0
-    ):
+    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, strength=1.0):
         self.size = size
-        self.strength = strength
         self.scale = scale
         self.blur = blur
         self.solarize = solarize
         self.depth = depth
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
     def sample(self, rng):
@@ -214,8 +211,8 @@ class DINOView:
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        if self.blur:  # the kernel reaches 3 sigma on either side
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)
+        if self.blur:
+            x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         if self.solarize:
             x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)

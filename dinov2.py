@@ -173,12 +173,12 @@ class DINOv2View:
         self, size, scale=(0.32, 1.0), blur=0.0, solarize=0.0, depth=0, mask=None, strength=1.0
     ):
         self.size = size
-        self.strength = strength
         self.scale = scale
         self.blur = blur
         self.solarize = solarize
         self.depth = depth
         self.mask = mask
+        self.strength = strength
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
@@ -210,7 +210,7 @@ class DINOv2View:
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=9)
+            x = gaussian_blur(x, params["sigma"], params["blur"], 9)  # official code
         if self.solarize:
             x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)

@@ -186,16 +186,15 @@ class IBOTView:
         self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None, strength=1.0
     ):
         self.size = size
-        self.strength = strength
         self.scale = scale
         self.blur = blur
         self.solarize = solarize
         self.depth = depth
         self.mask = mask
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         return random_resized_crop(image, rng, self.size, self.scale, interpolation="bicubic")
 
     def sample(self, rng):
@@ -223,8 +222,8 @@ class IBOTView:
         factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
-        if self.blur:  # the kernel reaches 3 sigma on either side
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size=13)
+        if self.blur:
+            x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         if self.solarize:
             x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)

@@ -126,14 +126,13 @@ class MoCoView:
 
     def __init__(self, size, version="2", crop_min=0.2, blur=True, strength=1.0):
         self.size = size
-        self.strength = strength
         self.version = version
         self.crop_min = crop_min
         self.blur = blur and version == "2"
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
@@ -161,8 +160,7 @@ class MoCoView:
         if self.version == "2":
             x = grayscale(x, params["gray"])
         if self.blur:
-            kernel_size = 13  # 3 sigma on either side
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
+            x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 

@@ -138,15 +138,14 @@ class MoCoV3View:
 
     def __init__(self, size, first=True, crop_min=0.08, blur=True, strength=1.0):
         self.size = size
-        self.strength = strength
         self.crop_min = crop_min
         self.blur = blur
         self.blur_p = 1.0 if first else 0.1
         self.solarize_p = 0.0 if first else 0.2
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
@@ -171,8 +170,7 @@ class MoCoV3View:
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
-            kernel_size = 13  # 3 sigma on either side
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
+            x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         if self.solarize_p:
             x = solarize(x, params["solarize"])
         return normalize(x, self.mean, self.std)

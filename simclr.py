@@ -123,15 +123,14 @@ class SimCLRView:
 
     mean, std = (0, 0, 0), (1, 1, 1)
 
-    def __init__(self, size, strength=1.0, blur=True, crop_min=0.08):
+    def __init__(self, size, crop_min=0.08, blur=True, strength=1.0):
         self.size = size
-        self.strength = strength
-        self.blur = blur
         self.crop_min = crop_min
+        self.blur = blur
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 

@@ -150,8 +150,7 @@ class CropFlipView:
         self.size = size
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (0.08, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 

@@ -116,15 +116,14 @@ class SimSiamView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, size, blur=True, crop_min=0.2, strength=1.0):
+    def __init__(self, size, crop_min=0.2, blur=True, strength=1.0):
         self.size = size
-        self.strength = strength
-        self.blur = blur
         self.crop_min = crop_min
+        self.blur = blur
+        self.strength = strength
 
     def crop(self, image, rng):
-        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size).
-        `rng`: random.Random of this sample and view."""
+        """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
         scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bilinear")
 
@@ -148,8 +147,7 @@ class SimSiamView:
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         if self.blur:
-            kernel_size = 13  # 3 sigma on either side
-            x = gaussian_blur(x, params["sigma"], params["blur"], kernel_size)
+            x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side
         return normalize(x, self.mean, self.std)
 
 

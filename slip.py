@@ -163,7 +163,7 @@ class SSLView:
     def __call__(self, x, params):
         """For a batch: uint8 (b, 3, size, size) and stacked parameters -> normalised float."""
         x = hflip(to_float(x), params["flip"])
-        factors = (params[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
         x = color_jitter(x, *factors, params["order"], params["jitter"])
         x = grayscale(x, params["gray"])
         x = gaussian_blur(x, params["sigma"], params["blur"], 13)  # 3 sigma on either side

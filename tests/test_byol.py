@@ -200,7 +200,7 @@ def test_learns_from_a_target_without_collapsing(photos, tmp_path):
 # ------------------------------------------------ views ------------------------------------------------
 def test_views_differ_in_blur_and_solarisation():
     """Table 6: T blurs always and never solarises, T' blurs one in ten and solarises one in five."""
-    for view, blur, solarize in ((byol.BYOLView(32), 1.0, 0.0), (byol.BYOLView(32, 0.1, 0.2), 0.1, 0.2)):
+    for view, blur, solarize in ((byol.BYOLView(32), 1.0, 0.0), (byol.BYOLView(32, blur=0.1, solarize=0.2), 0.1, 0.2)):
         rng = random.Random(0)
         draws = [view.sample(rng) for _ in range(5000)]
         share = {k: sum(d[k] for d in draws) / 5000 for k in ("flip", "jitter", "gray", "blur", "solarize")}

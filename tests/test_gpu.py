@@ -205,7 +205,7 @@ def test_the_runs_use_it(photos, tmp_path, monkeypatch):
 VIEWS = {
     "slip": lambda: slip.SSLView(96),
     "simclr": lambda: simclr.SimCLRView(96),
-    "simclr cifar": lambda: simclr.SimCLRView(32, 0.5, blur=False),
+    "simclr cifar": lambda: simclr.SimCLRView(32, blur=False, strength=0.5),
     "clip": lambda: clip.LanguageView(96),
     "slip image": lambda: slip.LanguageView(96, (0.5, 1.0), "bilinear"),
     "moco 1": lambda: moco.MoCoView(96, "1"),

@@ -44,7 +44,6 @@ COMMON = [
     ("saturation=0.4 * s, hue=0.1 * s", "saturation=0.4 * s, hue=0.2 * s"),
     ("brightness=0.4 * s", "brightness=0.4"),
     ("saturation=0.4, hue=0.1", "saturation=0.4, hue=0.2"),
-    ("kernel_size = 13", "kernel_size = 9"),
     ('params["blur"], 13)', 'params["blur"], 9)'),
     ('hflip(to_float(x), params["flip"])', 'hflip(to_float(x), params["gray"])'),
     ('        x = grayscale(x, params["gray"])\n', ""),
@@ -228,7 +227,7 @@ OWN = {
         ("return all_gather(F.normalize(z.detach().float(), dim=-1)).std(0).mean()", "return F.normalize(z.detach().float(), dim=-1).std(0).mean()", "tests/test_world_size.py -k byol"),
         ("tau = warmup_cosine(step, run.total, 0", "tau = warmup_cosine(step + 1, run.total, 0"),
         ("(1.0, 0.1) if args.blur", "(0.1, 1.0) if args.blur"),
-        ("blur2, solarize=0.2", "blur2, solarize=0.1"),
+        ("blur=blur2, solarize=0.2", "blur=blur2, solarize=0.1"),
     ],
     "simsiam.py": [
         ("        z1, z2 = z1.detach(), z2.detach()", "        z1 = z1.detach()"),
