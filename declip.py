@@ -547,13 +547,13 @@ def info_nce(images, texts, logit_scale):
     return torch.stack(to_text).view(shape), torch.stack(to_image).view(shape)
 
 
+# Adapted from simsiam.py: simsiam_loss, always with the stop-gradient
 def simsiam_loss(p1, p2, z1, z2):
     """L_ISS (SimSiam Eq. 4): 0 for unrelated directions, -1 at best. (b, D) each, any length."""
-    z1 = z1.detach().float()
-    z2 = z2.detach().float()
-    cosine1 = F.cosine_similarity(p1.float(), z2).mean()
-    cosine2 = F.cosine_similarity(p2.float(), z1).mean()
-    return -(cosine1 + cosine2) / 2
+    z1, z2 = z1.detach(), z2.detach()
+    d1 = -F.cosine_similarity(p1.float(), z2.float()).mean()  # SimSiam Eq. 1
+    d2 = -F.cosine_similarity(p2.float(), z1.float()).mean()
+    return d1 / 2 + d2 / 2
 
 
 def mlm_loss(logits, labels):

@@ -278,7 +278,7 @@ class Block(nn.Module):
 
 # Adapted from slip.py: VisionTransformer, with stochastic depth, for images of any size
 class VisionTransformer(nn.Module):
-    """timm's ViT, without a norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
+    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
     the last norm. In training the last block computes nothing else."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
@@ -395,14 +395,14 @@ class DINOHead(nn.Module):
                  norm_last_layer=True):
         super().__init__()
         sizes = [dim] + [hidden_dim] * (layers - 1)
-        mlp = []
+        modules = []
         for inputs, outputs in zip(sizes, sizes[1:]):
-            mlp.append(nn.Linear(inputs, outputs))
+            modules.append(nn.Linear(inputs, outputs))
             if bn:
-                mlp.append(nn.BatchNorm1d(outputs))
-            mlp.append(nn.GELU())
-        mlp.append(nn.Linear(sizes[-1], bottleneck_dim))
-        self.mlp = nn.Sequential(*mlp) if layers > 1 else mlp[0]  # official names
+                modules.append(nn.BatchNorm1d(outputs))
+            modules.append(nn.GELU())
+        modules.append(nn.Linear(sizes[-1], bottleneck_dim))
+        self.mlp = nn.Sequential(*modules) if layers > 1 else modules[0]  # official names
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -494,11 +494,12 @@ def build_network(args, drop_path=0.0) -> MultiCrop:
     """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
     name, _, patch = args.arch.partition("_patch")
     if args.arch.startswith("resnet"):
-        start = {"zero_init_residual": args.zero_init_residual}
-        backbone = resnet(args.arch, chosen_stem(args), args.width, **start)
+        backbone = resnet(
+            args.arch, chosen_stem(args), args.width, zero_init_residual=args.zero_init_residual
+        )
         backbone.feature_dim = backbone.fc.in_features
         backbone.fc = nn.Identity()
-    elif name in ARCHS and patch.lstrip("0").isdecimal():
+    elif name in ARCHS and patch.isdecimal() and int(patch) > 0:
         patch_size = int(patch)
         sizes = {"--image-size": args.image_size}
         if args.local_crops:
@@ -514,7 +515,7 @@ def build_network(args, drop_path=0.0) -> MultiCrop:
                 nn.init.zeros_(block.mlp.fc2.weight)
     else:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, use resnet50 or {names}, with _patchP")
+        raise UserError(f"--arch {args.arch} is unknown, choose resnet50 or {names}, with _patchP")
     head = DINOHead(backbone.feature_dim, args.out_dim, args.head_layers, args.hidden_dim,
                     bn=args.head_bn, norm_last_layer=args.norm_last_layer)
     return MultiCrop(backbone, head)

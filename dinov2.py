@@ -432,9 +432,9 @@ ARCHS = {  # layers, width, heads (Table 17)
 def build_network(args, drop_path=0.0) -> nn.ModuleDict:
     """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not patch.lstrip("0").isdecimal():
+    if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, use one of {names}, with _patchP")
+        raise UserError(f"--arch {args.arch} is unknown, choose one of {names}, with _patchP")
     patch_size = int(patch)
     sizes = {"--image-size": args.image_size}
     if args.local_crops:
@@ -471,7 +471,7 @@ def image_encoder(model: DINOv2) -> nn.Module:
 def center_softmax(teacher, center, teacher_temp, momentum=0.9):
     """Logits (n, K) of this process, center (1, K) -> P_t (n, K) with the center before the update
     c <- m c + (1 - m) mean of all processes' logits (DINO Eq. 4), in place."""
-    p_t = F.softmax((teacher.float() - center) / teacher_temp, dim=1)
+    p_t = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)
     total = all_gather(teacher.float().sum(0, keepdim=True)).sum(0)  # (K,)
     rows = all_gather(center.new_tensor([len(teacher)])).sum()
     if rows > 0:  # it can happen that no patch of the global batch is masked
@@ -496,14 +496,14 @@ def dino_loss(student, p_t, student_temp=0.1):
     ln K. student: logits (V b, K) of this process, any dtype; p_t: (2 b, K). Call it outside
     autocast. Returns loss, entropy of P_t and KL(P_t, P_s), means over this process's b images."""
     n_views = 2 * len(student) // len(p_t)
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=1).chunk(n_views)
-    entropy = torch.special.entr(p_t).sum(1).mean()
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1).chunk(n_views)
+    entropy = torch.special.entr(p_t).sum(-1).mean()
     p_t = p_t.chunk(2)
     terms = []
     for x in range(2):
         for y in range(n_views):
             if x != y:  # no crop predicts itself
-                terms.append(-(p_t[x] * log_p_s[y]).sum(1).mean())
+                terms.append(-(p_t[x] * log_p_s[y]).sum(-1).mean())
     loss = sum(terms) / len(terms)
     kl = loss.detach() - entropy
     return loss, entropy, kl
@@ -513,8 +513,8 @@ def patch_loss(student, p_t, mask, student_temp=0.1):
     """The same for the student's masked patches (Sec. 4), chance level p ln K: crops without a mask
     count as 0 (official code). student: logits (M, K), p_t: (M, K), in the order of mask, (2 b, N)
     bool. A mean over the masked patches of a crop, then over this process's 2 b crops."""
-    log_p_s = F.log_softmax(student.float() / student_temp, dim=1)
-    terms = (p_t * log_p_s).sum(1)  # (M,)
+    log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)
+    terms = (p_t * log_p_s).sum(-1)  # (M,)
     weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # (2 b, 1): of each patch in its crop
     weight = weight.expand_as(mask)[mask]
     return -(terms * weight).sum() / len(mask)
@@ -526,7 +526,7 @@ def koleo_loss(features, group=0, eps=1e-8):
     for in the gathered batch or, with group, among that many samples which follow each other in it.
     Every process returns the loss of the global batch, large if two features are nearly equal."""
     x = all_gather(features.float())
-    x = F.normalize(x, eps=eps)
+    x = F.normalize(x, dim=-1, eps=eps)
     x = x.unflatten(0, (-1, group or len(x)))  # (groups, n, D)
     cosines = (x @ x.mT).detach()
     cosines.diagonal(dim1=1, dim2=2).fill_(-1)  # no sample is its own neighbour

@@ -289,7 +289,7 @@ class Block(nn.Module):
 
 # Adapted from dino.py: VisionTransformer, with a mask token, all tokens on demand
 class VisionTransformer(nn.Module):
-    """timm's ViT, without a norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
+    """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
     the last norm."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, masked=False):
@@ -463,9 +463,9 @@ ARCHS = {  # layers, width, heads
 def build_network(args, drop_path=0.0, masked=False) -> nn.ModuleDict:
     """Student or teacher. Raises UserError for an unknown --arch and for sizes that do not fit."""
     name, _, patch = args.arch.partition("_patch")
-    if name not in ARCHS or not patch.lstrip("0").isdecimal():
+    if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, use one of {names}, with _patchP")
+        raise UserError(f"--arch {args.arch} is unknown, choose one of {names}, with _patchP")
     patch_size = int(patch)
     sizes = {"--image-size": args.image_size}
     if args.local_crops:

@@ -353,15 +353,15 @@ def shuffled_keys(encoder, x, order):
     b = len(x)
     first = b * rank()
     shuffled = all_gather(x)[order[first : first + b]]
-    keys = F.normalize(encoder(shuffled).float(), dim=1)
+    keys = F.normalize(encoder(shuffled).float(), dim=-1)
     return all_gather(keys)[order.argsort()]
 
 
 def build_model(args) -> MoCo:
     encoders = []
     for _ in range(2):
-        more = {"num_classes": args.head_dim, "zero_init_residual": args.zero_init_residual}
-        encoder = resnet(args.arch, chosen_stem(args), args.width, **more)
+        options = dict(num_classes=args.head_dim, zero_init_residual=args.zero_init_residual)
+        encoder = resnet(args.arch, chosen_stem(args), args.width, **options)
         encoders.append(encoder)  # its fc is the head (Sec. 3.3)
     encoder_q, encoder_k = encoders
     return MoCo(encoder_q, encoder_k, args.queue_size, mlp=args.version == "2")
@@ -386,7 +386,7 @@ def info_nce_loss(q, k, queue, temperature):
     q, k: (b, E) of this process, query i belongs to key i, any length and dtype; queue: (E, K),
     columns of unit length. Gradient flows into q alone. Call it outside autocast, whose products
     are in half precision."""
-    q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     positive = (q * k).sum(1, keepdim=True)  # (b, 1)
     logits = torch.cat([positive, q @ queue], dim=1) / temperature  # (b, 1 + K)
     labels = torch.zeros(len(q), dtype=torch.long, device=q.device)

@@ -186,10 +186,6 @@ def eval_view(args) -> EvalView:
 
 
 # ---------------------------------------- backbone ----------------------------------------
-ARCHS = {"vit_nano": (3, 96, 3), "vit_micro": (4, 128, 4), "vit_small": (12, 384, 12),
-         "vit_base": (12, 768, 12)}  # layers, width D, heads; nano and micro are our own
-
-
 # Copied from slip.py: Attention
 class Attention(nn.Module):
     """Multi-head self-attention. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
@@ -333,31 +329,44 @@ def chosen_stem(args):
     return args.stem
 
 
+ARCHS = {  # layers, width, heads
+    "vit_nano": (3, 96, 3),  # our own, like the next
+    "vit_micro": (4, 128, 4),
+    "vit_small": (12, 384, 12),
+    "vit_base": (12, 768, 12),
+}
+
+
 def make_encoder(args):
-    """-> network without head, name of the attribute its head goes to, D."""
+    """-> network without head, name of the attribute its head goes to, D. Raises UserError for an
+    unknown --arch and for sizes that do not fit together."""
     name, _, patch = args.arch.partition("_patch")
-    if name in ARCHS and patch.lstrip("0").isdecimal():
-        size, patch = args.image_size, int(patch)
-        if size % patch:
-            raise UserError(f"--image-size {size} is not a multiple of {patch} ({args.arch})")
-        layers, width, heads = ARCHS[name]
-        vit = VisionTransformer(size, patch, width, layers, heads, args.freeze_patch_embed)
-        return vit, "head", width
-    if not args.arch.startswith("resnet"):
-        vits = ", ".join(f"{name}_patch16" for name in ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, choose {vits} or resnet50")
-    net = resnet(args.arch, chosen_stem(args), args.width, zero_init_residual=True)
-    return net, "fc", net.fc.in_features
+    if args.arch.startswith("resnet"):
+        encoder = resnet(args.arch, chosen_stem(args), args.width, zero_init_residual=True)
+        return encoder, "fc", encoder.fc.in_features
+    if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
+        names = ", ".join(ARCHS)
+        raise UserError(f"--arch {args.arch} is unknown, choose resnet50 or {names}, with _patchP")
+    patch_size = int(patch)
+    if args.image_size % patch_size:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {patch_size} ({args.arch})"
+        )
+    layers, width, heads = ARCHS[name]
+    encoder = VisionTransformer(
+        args.image_size, patch_size, width, layers, heads, args.freeze_patch_embed
+    )
+    return encoder, "head", width
 
 
 # ---------------------------------------- model ----------------------------------------
-def mlp(layers, dim, hidden, out_dim, last_norm=True):
+def mlp(dim, hidden_dim, out_dim, layers, last_norm=True):
     """Projector and predictor (MoCo v3 Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm,
     BN without scale and offset. No biases. (B, dim) -> (B, out_dim)."""
-    sizes = [dim] + [hidden] * (layers - 1)
+    sizes = [dim] + [hidden_dim] * (layers - 1)
     modules = []
-    for a, b in zip(sizes, sizes[1:]):
-        modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
     modules.append(nn.Linear(sizes[-1], out_dim, bias=False))
     if last_norm:
         modules.append(nn.BatchNorm1d(out_dim, affine=False))
@@ -394,10 +403,10 @@ def build_model(args) -> MoCoV3:
         encoder, head, dim = make_encoder(args)
         transformer = head == "head"
         layers = 3 if transformer else 2  # official: transformers have a deeper projector
-        setattr(encoder, head, mlp(layers, dim, args.mlp_dim, args.head_dim))
+        setattr(encoder, head, mlp(dim, args.mlp_dim, args.head_dim, layers))
         encoders.append(encoder)
     base_encoder, momentum_encoder = encoders
-    predictor = mlp(2, args.head_dim, args.mlp_dim, args.head_dim, last_norm=transformer)
+    predictor = mlp(args.head_dim, args.mlp_dim, args.head_dim, layers=2, last_norm=transformer)
     return MoCoV3(base_encoder, momentum_encoder, predictor)
 
 
@@ -421,7 +430,7 @@ def contrastive_loss(q, k, temperature):
     q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows
     into q alone. Call it outside autocast, whose products are in half precision. Returns the mean
     over this process's queries: the mean over processes is the loss of the global batch."""
-    q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     all_k = all_gather(k)  # (B, E)
     b, first = len(q), 0
     if len(all_k) > b:

@@ -228,8 +228,8 @@ def projector(dim, hidden_dim, out_dim, layers=3):
     68.2% without, as here), without any BN 34.6% (after a warm-up of 10 epochs)."""
     sizes = [dim] + [hidden_dim] * (layers - 1)
     modules = []
-    for a, b in zip(sizes, sizes[1:]):
-        modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
     last = nn.Linear(sizes[-1], out_dim)
     last.bias.requires_grad = False  # official: it is there, but batch norm takes it away again
     return nn.Sequential(*modules, last, nn.BatchNorm1d(out_dim, affine=False))
@@ -241,7 +241,7 @@ def predictor(dim, hidden_dim):
     return nn.Sequential(
         nn.Linear(dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
         nn.Linear(hidden_dim, dim),
     )
 

@@ -231,8 +231,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        class_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([class_token, x], dim=1) + self.pos_embed
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1) + self.pos_embed
         x = self.blocks[:-1](x)
         x = self.blocks[-1](x, queries=1 if self.training else None)
         return self.norm(x[:, 0])
@@ -369,17 +369,17 @@ def build_model(args) -> SLIP:
     name, _, patch = args.arch.partition("_patch")
     if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {names}")
-    patch = int(patch)
-    if args.image_size % patch:
+        raise UserError(f"--arch {args.arch} is unknown, choose one of {names}, with _patchP")
+    patch_size = int(patch)
+    if args.image_size % patch_size:
         raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {patch} ({args.arch})"
+            f"--image-size {args.image_size} is not a multiple of {patch_size} ({args.arch})"
         )
     layers, width, heads = ARCHS[name]
     text_width = args.text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
-    visual = VisionTransformer(args.image_size, patch, width, layers, heads)
+    visual = VisionTransformer(args.image_size, patch_size, width, layers, heads)
     return SLIP(
         args.embed_dim, visual, width, args.context_length, args.vocab_size, text_width,
         text_width // 64, args.text_layers, args.ssl_mlp_dim, args.ssl_emb_dim,

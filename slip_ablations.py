@@ -296,8 +296,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:  # before the position is added: a masked patch knows where it is
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
-        class_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([class_token, x], dim=1) + self.pos_embed
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1) + self.pos_embed
         x = self.blocks[:-1](x)
         return self.norm(self.blocks[-1](x, queries))
 
@@ -357,13 +357,13 @@ class Transformer(nn.Module):
 
 # ---------------------------------------- model ----------------------------------------
 # Copied from mocov3.py: mlp
-def mlp(layers, dim, hidden, out_dim, last_norm=True):
+def mlp(dim, hidden_dim, out_dim, layers, last_norm=True):
     """Projector and predictor (MoCo v3 Sec. 5): Linear, BN, ReLU, ..., Linear and, if last_norm,
     BN without scale and offset. No biases. (B, dim) -> (B, out_dim)."""
-    sizes = [dim] + [hidden] * (layers - 1)
+    sizes = [dim] + [hidden_dim] * (layers - 1)
     modules = []
-    for a, b in zip(sizes, sizes[1:]):
-        modules += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        modules += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
     modules.append(nn.Linear(sizes[-1], out_dim, bias=False))
     if last_norm:
         modules.append(nn.BatchNorm1d(out_dim, affine=False))
@@ -373,16 +373,16 @@ def mlp(layers, dim, hidden, out_dim, last_norm=True):
 class SimCLRBranch(nn.Module):
     """image_mlp of slip.py: three layers with biases, no batch norm at the end."""
 
-    def __init__(self, visual, dim, hidden, out_dim):
+    def __init__(self, visual, dim, hidden_dim, out_dim):
         super().__init__()
         self.image_mlp = nn.Sequential(
-            nn.Linear(dim, hidden),
-            nn.BatchNorm1d(hidden),
+            nn.Linear(dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
             nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
             nn.ReLU(),
-            nn.Linear(hidden, out_dim),
+            nn.Linear(hidden_dim, out_dim),
         )
 
     def forward(self, visual, view1, view2):
@@ -395,10 +395,10 @@ class MomentumBranch(nn.Module):
     """MoCo v3's and BYOL's: a projector and a predictor, both MoCo v3's (Sec. 4.6), and an EMA of
     encoder and projector, which starts as a copy and gets no gradient."""
 
-    def __init__(self, visual, dim, hidden, out_dim):
+    def __init__(self, visual, dim, hidden_dim, out_dim):
         super().__init__()
-        self.projector = mlp(3, dim, hidden, out_dim)
-        self.predictor = mlp(2, out_dim, hidden, out_dim)
+        self.projector = mlp(dim, hidden_dim, out_dim, layers=3)
+        self.predictor = mlp(out_dim, hidden_dim, out_dim, layers=2)
         self.momentum_visual = copy.deepcopy(visual).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
@@ -424,7 +424,7 @@ class MomentumBranch(nn.Module):
 class MaskedBranch(nn.Module):
     """Masked patches: a linear layer predicts the pixels of each from its output."""
 
-    def __init__(self, visual, dim, hidden, out_dim):
+    def __init__(self, visual, dim, hidden_dim, out_dim):
         super().__init__()
         self.patch_size = visual.patch_embed.proj.stride[0]
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
@@ -526,17 +526,17 @@ def build_model(args) -> SLIP:
     name, _, patch = args.arch.partition("_patch")
     if name not in ARCHS or not patch.isdecimal() or int(patch) == 0:
         names = ", ".join(ARCHS)
-        raise UserError(f"--arch {args.arch} is unknown, choose vit_SIZE_patchP of {names}")
-    patch = int(patch)
-    if args.image_size % patch:
+        raise UserError(f"--arch {args.arch} is unknown, choose one of {names}, with _patchP")
+    patch_size = int(patch)
+    if args.image_size % patch_size:
         raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {patch} ({args.arch})"
+            f"--image-size {args.image_size} is not a multiple of {patch_size} ({args.arch})"
         )
     layers, width, heads = ARCHS[name]
     text_width = args.text_width
     if text_width % 64:
         raise UserError(f"--text-width {text_width} is not a multiple of 64, the width of a head")
-    visual = VisionTransformer(args.image_size, patch, width, layers, heads)
+    visual = VisionTransformer(args.image_size, patch_size, width, layers, heads)
     return SLIP(
         args.embed_dim, visual, width, args.context_length, args.vocab_size, text_width,
         text_width // 64, args.text_layers, args.ssl_mlp_dim, args.ssl_emb_dim, args.ssl,
@@ -604,7 +604,7 @@ def contrastive_loss(q, k, temperature):
     q, k: (b, E) of this process, query i belongs to key i, any length and dtype. Gradient flows
     into q alone. Call it outside autocast, whose products are in half precision. Returns the mean
     over this process's queries: the mean over processes is the loss of the global batch."""
-    q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
+    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     all_k = all_gather(k)  # (B, E)
     b, first = len(q), 0
     if len(all_k) > b:

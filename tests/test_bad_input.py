@@ -185,7 +185,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("simclr", "--accum-steps 2", "--accum-steps"),
     ("moco", "--accum-steps 2", "--accum-steps"),
     ("mocov3", "--accum-steps 2", "--accum-steps is not implemented: batch norm would see one piece"),
-    ("mocov3", "--arch vit_giant_patch16", "--arch vit_giant_patch16 is unknown, choose vit_nano_patch16"),
+    ("mocov3", "--arch vit_giant_patch16", "--arch vit_giant_patch16 is unknown, choose resnet50 or vit_nano"),
     ("mocov3", "--image-size 40", "--image-size 40 is not a multiple of 16"),
     ("moco", "--queue-size 100", "--queue-size 100 is not a multiple of 8"),
     ("moco", "--symmetric", "--queue-size 600 is not a multiple of 16"),

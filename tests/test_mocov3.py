@@ -58,8 +58,8 @@ def test_a_whole_step():
     x, y, args = golden("mocov3_tiny_resnethead_full_step")
     encoders = [TinyEncoder(8), TinyEncoder(8)]
     for encoder in encoders:
-        encoder.fc = mocov3.mlp(2, 6, 12, 8)
-    model = mocov3.MoCoV3(*encoders, mocov3.mlp(2, 8, 12, 8, last_norm=False))
+        encoder.fc = mocov3.mlp(6, 12, 8, layers=2)
+    model = mocov3.MoCoV3(*encoders, mocov3.mlp(8, 12, 8, layers=2, last_norm=False))
     model.load_state_dict(x["state_dict"], strict=True)
     q1, q2 = model(x["x1"], x["x2"])
     model.update_momentum_encoder(args["m"])
@@ -156,8 +156,8 @@ def test_paste():
     space = cut(["MoCoV3", "VisionTransformer", "mlp"], file="mocov3.py")
     encoders = [space["VisionTransformer"](32, 16, 64, 1, 2) for _ in range(2)]
     for encoder in encoders:
-        encoder.head = space["mlp"](3, 64, 32, 16)
-    model = space["MoCoV3"](*encoders, space["mlp"](2, 16, 32, 16))
+        encoder.head = space["mlp"](64, 32, 16, layers=3)
+    model = space["MoCoV3"](*encoders, space["mlp"](16, 32, 16, layers=2))
     backward(*model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)))
     loss = cut(["contrastive_loss"], ["all_gather"], file="mocov3.py")["contrastive_loss"]
     loss(torch.randn(4, 8, requires_grad=True), F.normalize(torch.randn(4, 8), dim=1), 0.2).backward()
