@@ -85,10 +85,10 @@ class Args(RunArgs):
     batch_size: int = 16384  # pairs of a step, over all processes and pieces (Sec. 5)
     accum_steps: int = 1  # encode a batch in so many pieces, exactly; needs a --bn-group
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
-    optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB in the paper (Sec. 5)
     lr: float = 1e-3  # peak learning rate (Sec. 5)
     warmup_epochs: float = 0.091  # linear warm-up from 0: 10,000 steps (Sec. 5)
-    weight_decay: float = 1e-5  # weight decay of everything but batch norms (Sec. 5, coyo)
+    optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB in the paper (Sec. 5)
+    weight_decay: float = 1e-5  # on all but batch norms (Sec. 5, coyo)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in coyo)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it

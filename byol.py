@@ -86,7 +86,7 @@ class Args(RunArgs):
     warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.3)
     optimizer: Literal["lars", "sgd"] = "lars"  # LARS in the paper (Sec. 3.3)
     momentum: float = 0.9  # momentum of either optimizer
-    weight_decay: float = 1.5e-6  # weight decay of everything but biases and batch norm (Sec. 3.3)
+    weight_decay: float = 1.5e-6  # on all but biases and batch norm (Sec. 3.3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views

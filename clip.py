@@ -61,7 +61,7 @@ class Args(RunArgs):
     text_width: int = 0  # width of the text transformer, with heads of 64 (0: the architecture's)
     text_layers: int = 12  # blocks of the text transformer (Sec. 2.4)
     gelu: Literal["quick", "exact"] = "quick"  # OpenAI's approximation, or GELU as in LAION's CLIP
-    context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
+    context_length: int = 77  # tokens of a caption, start and end included (paper 76; its code 77)
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
     vocab_size: int = 49408  # rows of the token table; at most so many with --tokenizer train
     image_size: int = 224  # side of an image in pixels (288, 384, 448 for resnet50x4, x16, x64)
@@ -73,7 +73,7 @@ class Args(RunArgs):
     lr: float = 5e-4  # peak learning rate, here that of ViT-B (Table 20)
     min_lr: float = 0.0  # learning rate at the end of the cosine (Sec. 2.5)
     warmup_epochs: float = 0.164  # warm-up from 1e-6: 2,000 steps of 32,768 in 400M (Table 18)
-    weight_decay: float = 0.2  # weight decay of everything but gains and biases (Table 18)
+    weight_decay: float = 0.2  # on all but gains and biases (Table 18)
     beta2: float = 0.98  # AdamW's beta2 for ViTs; 0.999 for ResNets (Table 18)
     eps: float = 1e-6  # AdamW's epsilon for ViTs; 1e-8 for ResNets (Table 18)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)

@@ -69,7 +69,7 @@ class Args(RunArgs):
     embed_dim: int = 0  # width of the joint embedding (0: the arch's; paper: 1024; 88M ViT: 3072)
     text_width: int = 512  # width of the text transformer, with heads of 64 (CLIP Sec. 2.4)
     text_layers: int = 12  # blocks of the text transformer (CLIP Sec. 2.4)
-    context_length: int = 77  # tokens of a caption with start and end (paper: 76; its code: 77)
+    context_length: int = 77  # tokens of a caption, start and end included (paper 76; its code 77)
     ssl_dim: int = 1024  # width of the projector; the predictor has half (SimSiam: a quarter)
     ssl_weight: float = 0.2  # alpha, weight of L_ISS and of L_TSS (Sec. 3)
     mvs_weight: float = 0.2  # beta, weight of L_MVS (--released: part of C's; 0 in its 88M ViT)
@@ -78,7 +78,7 @@ class Args(RunArgs):
     released: bool = False  # objective and behaviour of the released code, see top of this file
     synonyms: str = ""  # file of lines "word, synonym, ..." (default: WordNet, if it is installed)
     tokenizer: str = "clip"  # clip, train (on the captions), a tokenizer.json, merges .gz, hub name
-    vocab_size: int = 49409  # V, CLIP's tokens and a mask; for --tokenizer train the most tokens
+    vocab_size: int = 49409  # V, CLIP's tokens and a mask; at most so many with --tokenizer train
     image_size: int = 224  # side of an image in pixels
     epochs: int = 32  # passes over the data (Sec. 4.1); official code: 128,000 steps of YFCC15M
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -88,7 +88,7 @@ class Args(RunArgs):
     lr: float = 1e-3  # peak learning rate (official code)
     min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
     warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
-    weight_decay: float = 0.1  # of all but gains, biases, class token and logit scale
+    weight_decay: float = 0.1  # on all but gains, biases, class token and logit scale
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     freeze: Literal["", "image", "text"] = ""  # encoder that stays as --init left it

@@ -14,7 +14,7 @@ Loss (Eq. 1 to 3), g logits, c center, s student, t teacher, V = 2 + L crops, th
     after the optimizer's step: theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1)
     Entropy and KL are logged. Collapse: KL is 0 and the entropy is ln K (uniform) or 0 (one
     prototype).
-B global batch, b = B / processes, N tokens, D width, S image size (pixels).
+B global batch, b = B / processes, N tokens, D width, S image size in pixels.
 
 Laptop        torchrun dino.py
 1 GPU         torchrun dino.py --data cifar10
@@ -90,11 +90,11 @@ class Args(RunArgs):
     accum_steps: int = 1  # encode a batch in so many pieces, exactly; refused with batch norm
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
-    min_lr: float = 1e-5  # learning rate at the end, not scaled (official arguments of that run)
+    min_lr: float = 1e-5  # learning rate at the end of the cosine, not scaled (official run)
     warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.2)
     optimizer: Literal["adamw", "lars", "sgd"] = "adamw"  # AdamW in the paper (Sec. 3.2)
-    momentum: float = 0.9  # momentum of lars and sgd
-    weight_decay: float = 0.04  # at the start, of everything but biases and norms (Sec. 3.2)
+    momentum: float = 0.9  # momentum of LARS and SGD
+    weight_decay: float = 0.04  # at the start, on all but biases and norms (Sec. 3.2)
     weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine (Sec. 3.2)
     clip_grad: float = 0.0  # largest gradient norm of each parameter by itself (0: off)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)

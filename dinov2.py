@@ -68,7 +68,7 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels
     local_crops: int = 8  # L, number of local crops (0: global crops alone)
-    crop_split: float = 0.32  # s: global crops cover (s, 1) of the area, local ones (--crop-min, s)
+    crop_split: float = 0.32  # s: global crops have area (s, 1), local ones (crop_min, s)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views; not for CIFAR-10
@@ -78,7 +78,7 @@ class Args(RunArgs):
     centering: Literal["center", "sinkhorn"] = "center"  # sinkhorn for large data (Sec. 4)
     teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up
     warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up
-    warmup_teacher_temp_epochs: float = 60.0  # length of tau_t's linear warm-up (0: no warm-up)
+    warmup_teacher_temp_epochs: float = 60.0  # length of tau_t's linear warm-up (0: none)
     teacher_momentum: float = 0.992  # l, first EMA momentum, on a cosine to 1 (App. B.1)
     patch_weight: float = 1.0  # lambda1, weight of the patches' loss (official code)
     koleo_weight: float = 0.1  # lambda2, weight of the KoLeo loss (App. B.1; 0: without)
@@ -93,7 +93,7 @@ class Args(RunArgs):
     warmup_epochs: float = 20.0  # linear warm-up from 0
     layer_decay: float = 0.9  # learning rate of a layer, as a share of that of the layer above
     patch_embed_lr: float = 0.2  # factor of the patch embedding's learning rate, beside that decay
-    weight_decay: float = 0.04  # at the start, of everything but biases, norms and scales
+    weight_decay: float = 0.04  # at the start, on all but biases, norms and scales
     weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine
     clip_grad: float = 3.0  # largest gradient norm of backbone and of each head (0: off)
     fsdp: bool = False  # shard parameters, gradients and optimizer over the processes (Sec. 5)

@@ -14,7 +14,7 @@ t teacher, V = 2 + L crops, the first two large, u* the large crop u with the pa
               0 if M_u is empty
     L = lambda1 L_cls + lambda2 L_patch,
     chance level lambda1 ln K + lambda2 p ln K, p the share of large crops that are masked at all
-B global batch, b = B / processes, N patches, D width, S image size (pixels).
+B global batch, b = B / processes, N patches, D width, S image size in pixels.
 
 Laptop        torchrun ibot.py
 1 GPU         torchrun ibot.py --data cifar10
@@ -68,7 +68,7 @@ class Args(RunArgs):
     image_size: int = 224  # side of the two global crops in pixels
     local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
     local_crops: int = 10  # L, number of local crops (0: none; --crop-split 0.14 goes with it)
-    crop_split: float = 0.25  # s: global crops (s, 1), local (crop_min, s) of the area (README)
+    crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (README)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
     jitter_strength: float = 1.0  # factor of the colour jitter's ranges, s of SimCLR (its App. A)
     blur: bool = True  # blur views as BYOL does; not for CIFAR-10
@@ -92,7 +92,7 @@ class Args(RunArgs):
     base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
     min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled (official code)
     warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.2)
-    weight_decay: float = 0.04  # at the start, of everything but biases and norms (Sec. 3.2)
+    weight_decay: float = 0.04  # at the start, on all but biases and norms (Sec. 3.2)
     weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine (Sec. 3.2)
     clip_grad: float = 3.0  # largest gradient norm of each parameter by itself (0: off)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)

@@ -78,7 +78,7 @@ class Args(RunArgs):
     min_lr: float = 0.0  # version 2: rate that the cosine reaches after the last whole epoch
     warmup_epochs: float = 0.0  # linear warm-up from 0; none in the papers
     momentum: float = 0.9  # momentum of SGD (Sec. 4)
-    weight_decay: float = 1e-4  # weight decay of every parameter (Sec. 4)
+    weight_decay: float = 1e-4  # on every parameter (Sec. 4)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views

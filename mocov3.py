@@ -53,7 +53,7 @@ class Args(RunArgs):
     data: str = "flocks"  # named dataset or path, see docs/data.md
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
-    arch: str = "vit_small_patch16"  # or vit_{nano,micro,base}_patchP, resnet{10,18,34,50,101,152}
+    arch: str = "vit_small_patch16"  # vit_{nano,micro,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 5)
@@ -73,9 +73,9 @@ class Args(RunArgs):
     base_lr: float = 1.5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 4.1)
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup_epochs: float = 40.0  # linear warm-up from 0 (Sec. 5)
-    optimizer: Literal["adamw", "lars"] = "adamw"  # lars for ResNets
+    optimizer: Literal["adamw", "lars"] = "adamw"  # LARS for ResNets
     trust: float = 1e-3  # trust coefficient of LARS
-    weight_decay: float = 0.1  # AdamW: of all parameters; LARS: not of biases and norms
+    weight_decay: float = 0.1  # on all parameters with AdamW, on all but biases and norms with LARS
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views

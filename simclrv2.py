@@ -88,7 +88,7 @@ class Args(RunArgs):
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 1024  # images of a step, over all processes (Sec. 3.1)
     accum_steps: int = 1  # more is refused: batch norm needs the whole batch
-    base_lr: float = 0.005  # lr = base_lr * sqrt(batch) (Sec. 3.1); wide: 0.002, distill: 0.1
+    base_lr: float = 0.005  # peak: lr = base_lr * sqrt(batch) (Sec. 3.1); wide: 0.002, distill: 0.1
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup_epochs: float = 0.0  # linear warm-up from 0 (Sec. 3.1)
     optimizer: Literal["lars", "sgd"] = "lars"  # LARS in the paper (Sec. 3.1)

@@ -75,7 +75,7 @@ class Args(RunArgs):
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup_epochs: float = 0.0  # linear warm-up from 0; 10 for batches from 1024 (Sec. 4.3)
     momentum: float = 0.9  # momentum of SGD
-    weight_decay: float = 1e-4  # weight decay of every parameter, batch norm too (Sec. 3)
+    weight_decay: float = 1e-4  # on every parameter, batch norm too (Sec. 3)
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the paper)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order and views

@@ -9,7 +9,7 @@ image:
     L = L_clip + c L_ssl,  chance level ln B + c ln(2B - 1)
     L_clip = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ],  y = (0, ..., B-1)         (CLIP Fig. 3)
     L_ssl = mean over the 2B views i of -log( exp(v_i.v_j / tau) / sum_{k != i} exp(v_i.v_k / tau) )
-B global batch, b = B / processes, N tokens, D width of blocks, E of embeddings, S image side
+B global batch, b = B / processes, N tokens, D width of blocks, E of embeddings, S image size.
 
 Laptop        torchrun slip.py
 1 GPU         torchrun slip.py --data flickr8k
