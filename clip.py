@@ -514,9 +514,7 @@ def train(args: Args) -> dict:
             f"--accum-steps cannot be exact for {args.arch}: batch norm must see the whole batch"
         )
     if b % args.accum_steps:
-        raise UserError(
-            f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
-        )
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide a process's {b} samples")
     checkpoint_blocks(model, args.grad_checkpointing, ResidualAttentionBlock)
     if args.compile:
         model.compile()

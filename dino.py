@@ -315,9 +315,9 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> (B, N, D), what the first block sees, the class token first."""
         x = self.patch_embed(x)  # (B, D, rows, columns)
         pos_embed = self.interpolate_pos_embed(*x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)
         cls_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], dim=1)
-        return x + pos_embed
+        return torch.cat([cls_token, x], dim=1) + pos_embed
 
     def forward(self, x, drop_path=None):
         """drop_path: uniform numbers (B, depth, 2), which decide about stochastic depth."""
@@ -467,8 +467,8 @@ class DINO(nn.Module):
 # Adapted from byol.py: update_target, other names
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1), for parameters alone: batch norm of the
-    teacher has running statistics of its own forward passes."""
+    """theta_t <- l theta_t + (1 - l) theta_s (Sec. 3.1). Only parameters move: the teacher's batch
+    norm has statistics of its own forward passes."""
     theta_s, theta_t = list(student.parameters()), list(teacher.parameters())
     torch._foreach_lerp_(theta_t, theta_s, 1 - momentum)
 
@@ -528,7 +528,8 @@ def build_model(args) -> DINO:
 
 
 def image_encoder(model: DINO) -> nn.Module:
-    """Module from images to features (B, D): the teacher's backbone, the better one (Sec. 5.2)."""
+    """Module from images to pooled features (B, D): the teacher's backbone, the better one
+    (Sec. 5.2)."""
     return model.teacher.backbone
 
 
@@ -580,7 +581,8 @@ def train(args: Args) -> dict:
     depth = 0  # blocks for which a view draws numbers: a ResNet has no stochastic depth
     if args.drop_path and hasattr(model.student.backbone, "blocks"):
         depth = len(model.student.backbone.blocks)
-    large, small = (args.crop_split, 1.0), (args.crop_min, args.crop_split)  # shares of the area
+    large = args.crop_split, 1.0  # shares of the area
+    small = args.crop_min, args.crop_split
     s = args.jitter_strength
     local = DINOView(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
@@ -590,15 +592,15 @@ def train(args: Args) -> dict:
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+    b = args.batch_size // world_size()
 
     # model and optimizer
     has_bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if args.accum_steps > 1 and has_bn:
         raise UserError("--accum-steps cannot be exact: batch norm must see the whole batch, use 1")
-    b = args.batch_size // world_size()
     if b % args.accum_steps:
-        steps = f"--accum-steps {args.accum_steps}"
-        raise UserError(f"{steps} does not divide the {b} samples of a process")
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide a process's {b} samples")
+    piece = b // args.accum_steps
     model = sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
@@ -628,15 +630,16 @@ def train(args: Args) -> dict:
     run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
-    piece = b // args.accum_steps
+    temp_warmup = args.warmup_teacher_temp_epochs
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
         crops = [batch[name] for name in views]
+        params = batch["params"]
         drop_path = []
         if depth:
-            drop_path = [batch["params"][name]["drop_path"] for name in views]
+            drop_path = [params[name]["drop_path"] for name in views]
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -645,7 +648,6 @@ def train(args: Args) -> dict:
         optimizer.param_groups[0]["weight_decay"] = weight_decay
         epoch = step // loader.steps_per_epoch
         start, end = args.warmup_teacher_temp, args.teacher_temp
-        temp_warmup = args.warmup_teacher_temp_epochs
         teacher_temp = teacher_temperature(epoch, start, end, temp_warmup)
 
         sums, teachers = 0.0, []

@@ -169,9 +169,8 @@ class DINOv2View:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(
-        self, size, scale=(0.32, 1.0), blur=0.0, solarize=0.0, depth=0, mask=None, strength=1.0
-    ):
+    def __init__(self, size, scale=(0.32, 1.0), blur=0.0, solarize=0.0, depth=0, mask=None,
+                 strength=1.0):
         self.size = size
         self.scale = scale
         self.blur = blur
@@ -322,8 +321,7 @@ class VisionTransformer(nn.Module):
         if mask is not None:  # before the position is added: a masked patch knows where it is
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         cls_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)
-        x = x + pos_embed
+        x = torch.cat([cls_token, x], dim=1) + pos_embed
         if self.register_tokens is not None:  # after the class token, without a position
             registers = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
@@ -461,7 +459,7 @@ def build_model(args) -> DINOv2:
 
 
 def image_encoder(model: DINOv2) -> nn.Module:
-    """Module from images to features (B, D): the teacher's backbone (official code)."""
+    """Module from images to pooled features (B, D): the teacher's backbone (official code)."""
     return model.teacher.backbone
 
 
@@ -584,7 +582,7 @@ class Gathered:
         self.put(*self.items, state, options=options)
 
 
-def whole_encoder(model, args):
+def full_encoder(model, args):
     """image_encoder(model); with --fsdp a copy of it whose parameters are whole."""
     encoder = image_encoder(model)
     if args.fsdp:
@@ -623,19 +621,21 @@ def train(args: Args) -> dict:
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+    b = args.batch_size // world_size()
 
     # model and optimizer
-    group = args.koleo_group
-    if group == 1 or (group and args.batch_size % group):
-        raise UserError(f"--koleo-group {group} must be at least 2 and divide --batch-size "
+    koleo_group = args.koleo_group
+    if koleo_group == 1 or (koleo_group and args.batch_size % koleo_group):
+        raise UserError(f"--koleo-group {koleo_group} must be at least 2 and divide --batch-size "
                         f"{args.batch_size}, or be 0 for the global batch")
-    b = args.batch_size // world_size()
-    steps = f"--accum-steps {args.accum_steps}"
     if b % args.accum_steps:
-        raise UserError(f"{steps} does not divide the {b} samples of a process")
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide a process's {b} samples")
     piece = b // args.accum_steps
-    if args.accum_steps > 1 and (not group or piece % group):  # KoLeo sees one piece at a time
-        raise UserError(f"{steps} needs a --koleo-group that divides a piece of {piece} samples")
+    if args.accum_steps > 1 and (not koleo_group or piece % koleo_group):  # KoLeo sees one piece
+        raise UserError(
+            f"--accum-steps {args.accum_steps} needs a --koleo-group that divides a piece of "
+            f"{piece} samples"
+        )
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
@@ -667,11 +667,11 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 and not args.fsdp else model
     temp_warmup = round(args.warmup_teacher_temp_epochs * loader.steps_per_epoch)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
-        view = eval_view(args)
-        run.log_evaluation(probe(whole_encoder(model, args), bank, val, view, device))
+        run.log_evaluation(probe(full_encoder(model, args), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        crops, params = [batch[name] for name in views], batch["params"]
+        crops = [batch[name] for name in views]
+        params = batch["params"]
         drop_path = []
         if depth:
             drop_path = [params[name]["drop_path"] for name in views]
@@ -696,7 +696,8 @@ def train(args: Args) -> dict:
             pieces.append((part, mask, [u[rows] for u in drop_path]))
             with autocast:
                 targets.append(model.teach(part, mask))
-        teacher, teacher_patches = map(torch.cat, zip(*targets))  # of the whole batch
+        teacher = torch.cat([logits for logits, _ in targets])  # of the whole batch
+        teacher_patches = torch.cat([logits for _, logits in targets])
         if args.centering == "sinkhorn":
             p_t = sinkhorn_knopp(teacher, teacher_temp)
             p_t_patches = sinkhorn_knopp(teacher_patches, teacher_temp)
@@ -743,8 +744,7 @@ def train(args: Args) -> dict:
             teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
         )
         if val and run.due(args.eval_every):
-            view = eval_view(args)
-            run.log_evaluation(probe(whole_encoder(model, args), bank, val, view, device))
+            run.log_evaluation(probe(full_encoder(model, args), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
 

@@ -182,9 +182,8 @@ class IBOTView:
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(
-        self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None, strength=1.0
-    ):
+    def __init__(self, size, scale=(0.25, 1.0), blur=1.0, solarize=0.0, depth=0, mask=None,
+                 strength=1.0):
         self.size = size
         self.scale = scale
         self.blur = blur
@@ -334,8 +333,7 @@ class VisionTransformer(nn.Module):
         if mask is not None:  # before the position is added: a masked patch knows where it is
             x = torch.where(mask[..., None], self.masked_embed.to(x.dtype), x)
         cls_token = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)
-        x = x + pos_embed
+        x = torch.cat([cls_token, x], dim=1) + pos_embed
         for i, block in enumerate(self.blocks):
             u = None if drop_path is None else drop_path[:, i]
             x = block(x, u)
@@ -494,7 +492,7 @@ def build_model(args) -> IBOT:
 
 
 def image_encoder(model: IBOT) -> nn.Module:
-    """Module from images to features (B, D): the teacher's backbone (official code)."""
+    """Module from images to pooled features (B, D): the teacher's backbone (official code)."""
     return model.teacher.backbone
 
 
@@ -565,12 +563,13 @@ def train(args: Args) -> dict:
     depth = 0  # blocks for which a view draws numbers
     if args.drop_path:
         depth = len(model.student.backbone.blocks)
-    patch_size = int(args.arch.partition("_patch")[2])
+    side = args.image_size // int(args.arch.partition("_patch")[2])  # patches
     masking = dict(
-        side=args.image_size // patch_size, shape=args.mask_shape, prob=args.mask_prob,
-        ratio=args.mask_ratio, var=args.mask_ratio_var,
+        side=side, shape=args.mask_shape, prob=args.mask_prob, ratio=args.mask_ratio,
+        var=args.mask_ratio_var,
     )
-    large, small = (args.crop_split, 1.0), (args.crop_min, args.crop_split)  # shares of the area
+    large = args.crop_split, 1.0  # shares of the area
+    small = args.crop_min, args.crop_split
     s = args.jitter_strength
     local = IBOTView(args.local_size, small, 0.5 * args.blur, 0.0, depth, strength=s)
     views = {
@@ -580,12 +579,12 @@ def train(args: Args) -> dict:
     for i in range(args.local_crops):
         views[f"local{i + 1}"] = local
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
+    b = args.batch_size // world_size()
 
     # model and optimizer
-    b = args.batch_size // world_size()
     if b % args.accum_steps:
-        steps = f"--accum-steps {args.accum_steps}"
-        raise UserError(f"{steps} does not divide the {b} samples of a process")
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide a process's {b} samples")
+    piece = b // args.accum_steps
     model = model.to(device, memory_format=torch.channels_last)
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
@@ -611,12 +610,13 @@ def train(args: Args) -> dict:
     run.say(f"collapse: kl is 0 and teacher_entropy is ln {args.out_dim} = {cls_chance:.3f} or 0")
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
-    piece = b // args.accum_steps
+    temp_warmup = args.warmup_teacher_temp_epochs
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
-        crops, params = [batch[name] for name in views], batch["params"]
+        crops = [batch[name] for name in views]
+        params = batch["params"]
         drop_path = []
         if depth:
             drop_path = [params[name]["drop_path"] for name in views]
@@ -629,7 +629,6 @@ def train(args: Args) -> dict:
         optimizer.param_groups[0]["weight_decay"] = weight_decay
         epoch = step // loader.steps_per_epoch
         start, end = args.warmup_teacher_temp, args.teacher_temp
-        temp_warmup = args.warmup_teacher_temp_epochs
         teacher_temp = teacher_temperature(epoch, start, end, temp_warmup)
 
         temps = teacher_temp, args.temperature

@@ -497,9 +497,7 @@ def train(args: Args) -> dict:
     model = sync_batchnorm(build_model(args), device).to(device)
     init_weights(model, args, tokenizer)
     if b % args.accum_steps:
-        raise UserError(
-            f"--accum-steps {args.accum_steps} does not divide the {b} samples of a process"
-        )
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide a process's {b} samples")
     checkpoint_blocks(model, args.grad_checkpointing, Block, ResidualAttentionBlock)
     if args.compile:
         model.compile()

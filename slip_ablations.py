@@ -14,7 +14,7 @@ Loss, with a = --clip-scale, c = --ssl-scale and L_clip as in slip.py; p, q, k, 
     beit    |g(h_i) - x_i|^2 / (3 P^2), mean over masked patches i, chance 1      (MAE Sec. 3)
             h_i output of patch i, g linear, x_i its pixels with zero mean and unit variance
     before keys k or targets z are computed: theta_k <- m theta_k + (1 - m) theta_q
-B global batch, b = B / processes, N patches, P their side, D width, E of an embedding, S image size.
+B global batch, b = B / processes, N patches, P their side, D width, E of embeddings, S image size.
 
 Laptop        torchrun slip_ablations.py --ssl mocov3
 8 GPUs        torchrun --nproc_per_node=8 slip_ablations.py --data yfcc15m --ssl mocov3

@@ -205,7 +205,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("ibot", "--crop-min 0.3", "--crop-min 0.3 is above --crop-split 0.25, the largest local crop"),
     ("dinov2", "--bottleneck-dim 0", "--bottleneck-dim 0 must be above 0"),
     ("clip", "--probe linear", "--probe is for methods without captions"),
-    ("slip", "--accum-steps 3", "--accum-steps 3 does not divide the 8 samples"),
+    ("slip", "--accum-steps 3", "--accum-steps 3 does not divide a process's 8 samples"),
     ("clip", "--device cuda", "--device cuda is not available here, use cpu"),
     ("clip", "--device tpu", "--device tpu is not available here"),
     ("clip", "--device cpu:x", "--device cpu:x is not available here"),
@@ -329,7 +329,7 @@ def test_missing_package(server, photos, tmp_path, package):
 @pytest.mark.parametrize("flags, sentence", [
     ("--batch-size 7", "batch size 7 cannot be divided among 2 processes"),
     ("--batch-size 1", "batch size 1 cannot be divided among 2 processes"),
-    ("--accum-steps 3", "--accum-steps 3 does not divide the 4 samples of a process"),
+    ("--accum-steps 3", "--accum-steps 3 does not divide a process's 4 samples"),
     ("--output-dir {0}/full", "{0}/full is not empty and holds no run"),
 ])  # fmt: skip
 def test_two_processes_without_torchrun(server, photos, things, flags, sentence):

@@ -377,7 +377,7 @@ def test_accumulation_is_exact(photos, tmp_path):
     (["--arch", "resnet20"], "resnet20 is unknown"),
     (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
     (["--local-size", "20"], "--local-size 20 is not a multiple of 8"),
-    (["--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"),
+    (["--accum-steps", "3"], "--accum-steps 3 does not divide a process's 8 samples"),
     (["--accum-steps", "2", "--head-bn"], "batch norm must see the whole batch"),
 ])  # fmt: skip
 def test_mistakes(photos, tmp_path, flags, sentence):

@@ -420,7 +420,7 @@ def test_fsdp_is_the_same_run(photos, tmp_path):
     (["--koleo-group", "3"], "--koleo-group 3 must be at least 2 and divide --batch-size 8"),
     (["--koleo-group", "1"], "--koleo-group 1 must be at least 2"),
     (["--fsdp"], "start it with torchrun"),
-    (["--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"),
+    (["--accum-steps", "3"], "--accum-steps 3 does not divide a process's 8 samples"),
     (["--accum-steps", "2"], "needs a --koleo-group that divides a piece of 4 samples"),
     (["--accum-steps", "4", "--koleo-group", "4"], "needs a --koleo-group that divides a piece of 2 samples"),
 ])  # fmt: skip

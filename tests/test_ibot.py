@@ -379,7 +379,7 @@ def test_log_and_evaluation(photos, tmp_path):
     (["--arch", "resnet50"], "resnet50 is unknown"),
     (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
     (["--local-size", "20"], "--local-size 20 is not a multiple of 8"),
-    (["--accum-steps", "3"], "--accum-steps 3 does not divide the 8 samples"),
+    (["--accum-steps", "3"], "--accum-steps 3 does not divide a process's 8 samples"),
 ])  # fmt: skip
 def test_mistakes(photos, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):

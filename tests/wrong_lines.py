@@ -273,10 +273,10 @@ OWN = {
         ("aspect = 0.3 ** rng.uniform(-1, 1)", "aspect = 0.3"),
     ],
     "dinov2.py": [
-        ("teacher, teacher_patches = map(torch.cat, zip(*targets))", "teacher, teacher_patches = map(torch.cat, zip(*targets[::-1]))"),
+        ("teacher = torch.cat([logits for logits, _ in targets])", "teacher = torch.cat([logits for logits, _ in targets[::-1]])"),
         ("p_t = p_t.split(2 * piece)", "p_t = [p_t[: 2 * piece]] * args.accum_steps"),
         ("losses = torch.stack([loss, cls, patch, koleo, entropy, kl]) / args.accum_steps", "losses = torch.stack([loss, cls, patch, koleo, entropy, kl])"),
-        ("if args.accum_steps > 1 and (not group or piece % group):", "if args.accum_steps > 1 and group and piece % group:"),
+        ("if args.accum_steps > 1 and (not koleo_group or piece % koleo_group):", "if args.accum_steps > 1 and koleo_group and piece % koleo_group:"),
     ],
     "common.py": [
         ('re.search("mm|attention", op.name())', 're.search("attention", op.name())', "tests/test_memory.py"),
