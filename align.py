@@ -27,8 +27,7 @@ there (evaluation.weights.align_state). Differences:
  - Images are shrunk with antialiasing, as Hugging Face does. coyo shrinks without.
  - Projections run under autocast, as all layers do. coyo computes them in float32.
  - tau >= 0.01, below the 1/64 where it ends. coyo has no bound, and small runs could pass 0.
- - --tokenizer train learns byte pairs, which spell any script. The paper has 100,000 word pieces
-   of its texts.
+ - --tokenizer train learns byte pairs, which spell any script. The paper has 100,000 word pieces.
 
 Diff against: clip.py.
 """
@@ -623,7 +622,8 @@ def train(args: Args) -> dict:
     device = init_distributed(args.device)
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
-    b, bn_group = args.batch_size // world_size(), args.bn_group
+    b = args.batch_size // world_size()
+    bn_group = args.bn_group
     if bn_group == 1:
         raise UserError("--bn-group 1 leaves batch norm nothing to average: use at least 2, or 0")
     if args.accum_steps > 1 and not bn_group:

@@ -425,8 +425,9 @@ def train(args: Args) -> dict:
     if args.queue_size % new:
         raise UserError(f"--queue-size {args.queue_size} is not a multiple of {new}, a step's keys")
     if args.bn_group < 2 or args.batch_size % args.bn_group:
-        problem = f"must be above 1 and divide the batch, {args.batch_size}"
-        raise UserError(f"--bn-group {args.bn_group} {problem}")
+        raise UserError(
+            f"--bn-group {args.bn_group} must be above 1 and divide the batch, {args.batch_size}"
+        )
 
     # data
     dataset = open_dataset(args.data, args.data_dir)
@@ -458,6 +459,7 @@ def train(args: Args) -> dict:
         run.say("warning: batch norm has one group, so shuffling has no effect: lower --bn-group")
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
+    top1_chance = 1 / (args.queue_size + 1)
     if val and run.step == 0 and run.due(args.eval_every):  # random weights
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
@@ -499,10 +501,12 @@ def train(args: Args) -> dict:
         if world_size() > 1:
             average_statistics(model)
 
-        terms = {"loss": (loss, chance), "top1": (top1, None)}
-        terms["feature_std"] = (lambda: feature_std(keys[0][here]), None)
-        by_chance = 1 / (args.queue_size + 1)
-        run.end_step(terms, top1_chance=by_chance, feature_std_chance=spread, lr=lr)
+        terms = {
+            "loss": (loss, chance),
+            "top1": (top1, None),
+            "feature_std": (lambda: feature_std(keys[0][here]), None),
+        }
+        run.end_step(terms, top1_chance=top1_chance, feature_std_chance=spread, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

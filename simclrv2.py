@@ -311,7 +311,9 @@ class WithinClasses:
     with a traceback, on a GPU with one that names no sample."""
 
     def __init__(self, dataset):
-        self.dataset, self.name, self.classes = dataset, dataset.name, dataset.classes
+        self.dataset = dataset
+        self.name = dataset.name
+        self.classes = dataset.classes
         self.captioned = dataset.captioned
 
     def __len__(self):
@@ -332,7 +334,8 @@ def labelled_part(dataset, fraction, seed):
         return torch.full((len(dataset),), True)
     chosen = torch.full((len(dataset),), False)
     each = max(1, round(fraction * len(dataset) / len(dataset.classes)))
-    missing, broken = [each] * len(dataset.classes), 0
+    missing = [each] * len(dataset.classes)
+    broken = 0
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     while order and any(missing):
         index = order.pop()
@@ -411,7 +414,8 @@ def train(args: Args) -> dict:
     take_network_of(before["args"], args)
 
     # data
-    dataset, val = open_dataset(args.data, args.data_dir), evaluation_set(args)
+    dataset = open_dataset(args.data, args.data_dir)
+    val = evaluation_set(args)
     known = [dataset.classes, args.label_fraction, args.seed, fingerprint(dataset)]
     if taught:  # a student may use the labels that its teacher had, and no others
         known = json.loads(taught["labels"])
@@ -421,8 +425,10 @@ def train(args: Args) -> dict:
     if not classes or (labels_used and dataset.classes != classes):
         raise UserError(f"{dataset.name} lacks the labels that are needed, see docs/data.md")
     if labels_used and images not in ([], [fingerprint(dataset)]):
-        wrong = "are not those whose labels the teacher had"
-        raise UserError(f"the images of {dataset.name} {wrong}: leave --alpha at 1 for others")
+        raise UserError(
+            f"the images of {dataset.name} are not those whose labels the teacher had: leave "
+            "--alpha at 1 for others"
+        )
     args.num_classes = len(classes)  # not a flag, but build_model needs it
     if labels_used:
         dataset = WithinClasses(dataset)
@@ -437,7 +443,7 @@ def train(args: Args) -> dict:
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 
     # model and optimizer
-    model, teacher = build_model(args), None
+    model = build_model(args)
     if pretrained:
         names = [name for name in model.state_dict() if not name.startswith("classifier.")]
         try:
@@ -446,6 +452,7 @@ def train(args: Args) -> dict:
         except (KeyError, RuntimeError) as error:
             network = f"--arch {args.arch} --stem {args.stem} --head-layer {args.head_layer}"
             raise UserError(f"{args.checkpoint} does not fit {network}") from error
+    teacher = None
     if taught:
         teacher_args = {"width": 1.0} | taught["args"]  # older runs have no such flag
         teacher = build_model(types.SimpleNamespace(**teacher_args))
@@ -457,9 +464,10 @@ def train(args: Args) -> dict:
         model.compile()
         if teacher:
             teacher.compile()
-    update_scale, weight_decay = 1.0, args.weight_decay
+    update_scale = 1.0
     if taught:
         update_scale = args.temperature**2  # see the top of this file
+    weight_decay = args.weight_decay
     if args.optimizer == "lars":
         weight_decay = weight_decay * update_scale
     trained = list(model.parameters())
@@ -500,16 +508,17 @@ def train(args: Args) -> dict:
             logits = ddp(x)
             with torch.no_grad():
                 teacher_logits = teacher(x) if teacher else None
+        terms = {}
         if not taught:
-            loss, parts = supervised_loss(logits, labels), {}
+            loss = supervised_loss(logits, labels)
         else:
             loss = distillation_loss(logits, teacher_logits, args.temperature)
             entropy = distillation_loss(teacher_logits, teacher_logits, args.temperature)
-            parts = {"teacher_entropy": (entropy, None)}  # the loss cannot fall below it
+            terms["teacher_entropy"] = (entropy, None)  # the loss cannot fall below it
             if args.alpha < 1:
                 labels = labels.where(has_label[batch["index"]], -1)
                 label_loss = supervised_loss(logits, labels)
-                parts |= {"distill_loss": (loss, chance), "label_loss": (label_loss, chance)}
+                terms |= {"distill_loss": (loss, chance), "label_loss": (label_loss, chance)}
                 loss = args.alpha * loss + (1 - args.alpha) * label_loss  # Eq. 3
         penalty = weight_decay / 2 * last.square().sum()
         scaler.scale(update_scale * loss + penalty).backward()
@@ -520,7 +529,7 @@ def train(args: Args) -> dict:
         scaler.update()
         optimizer.zero_grad()
 
-        run.end_step({"loss": (loss, chance), **parts}, lr=lr)
+        run.end_step({"loss": (loss, chance), **terms}, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):

@@ -685,8 +685,9 @@ def train(args: Args) -> dict:
             args.tokenizer, args.context_length, source, args.vocab_size, args.data_dir
         )
         if tokenizer.eot != tokenizer.vocab_size - 1:
-            wrong = "has an end token that is not its largest id"
-            raise UserError(f"--tokenizer {args.tokenizer} {wrong}")
+            raise UserError(
+                f"--tokenizer {args.tokenizer} has an end token that is not its largest id"
+            )
     else:
         if args.clip_views != "crop":
             raise UserError("--clip-views has no use here: --clip-scale 0 leaves out the captions")
@@ -785,8 +786,7 @@ def train(args: Args) -> dict:
                 model.logit_scale.clamp_(0, math.log(100))
             numbers["logit_scale"] = model.logit_scale.detach().exp()
 
-        terms = {"loss": (loss, chance), **terms}
-        run.end_step(terms, **numbers, lr=lr)
+        run.end_step({"loss": (loss, chance), **terms}, **numbers, lr=lr)
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
