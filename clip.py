@@ -115,7 +115,9 @@ class LanguageView:
     def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
                  mean=(0.48145466, 0.4578275, 0.40821073),
                  std=(0.26862954, 0.26130258, 0.27577711)):
-        self.size, self.scale, self.interpolation = size, scale, interpolation
+        self.size = size
+        self.scale = scale
+        self.interpolation = interpolation
         self.mean, self.std = mean, std
 
     def crop(self, image, rng):

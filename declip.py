@@ -125,7 +125,8 @@ class SSLView:
     """One view of an image, MoCo v2's (official code); all losses see the same two views."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.mean, self.std = size, mean, std
+        self.size = size
+        self.mean, self.std = mean, std
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""

@@ -529,8 +529,8 @@ def koleo_loss(features, group=0, eps=1e-8):
     cosines = (x @ x.mT).detach()
     cosines.diagonal(dim1=1, dim2=2).fill_(-1)  # no sample is its own neighbour
     nearest = cosines.argmax(-1, keepdim=True)  # (groups, n, 1)
-    neighbors = x.gather(1, nearest.expand_as(x))
-    distance = F.pairwise_distance(x, neighbors, eps=eps)
+    neighbours = x.gather(1, nearest.expand_as(x))
+    distance = F.pairwise_distance(x, neighbours, eps=eps)
     return -(distance + eps).log().mean()
 
 

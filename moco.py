@@ -380,12 +380,13 @@ def image_encoder(model: MoCo) -> nn.Module:
 
 # ---------------------------------------- loss ----------------------------------------
 def info_nce_loss(q, k, queue, temperature):
-    """InfoNCE (MoCo Eq. 1), in nats; chance level ln(K + 1). -> the mean over the b queries, and
-    the share of them that are closer to their key than to any in the queue.
+    """InfoNCE (MoCo Eq. 1), in nats; chance level ln(K + 1).
 
     q, k: (b, E) of this process, query i belongs to key i, any length and dtype; queue: (E, K),
     columns of unit length. Gradient flows into q alone. Call it outside autocast, whose products
-    are in half precision."""
+    are in half precision. Returns the mean over this process's b queries, and the share of them
+    that are closer to their key than to any in the queue: the means over processes are those of
+    the global batch."""
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     positive = (q * k).sum(1, keepdim=True)  # (b, 1)
     logits = torch.cat([positive, q @ queue], dim=1) / temperature  # (b, 1 + K)

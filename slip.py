@@ -118,7 +118,9 @@ class LanguageView:
     def __init__(self, size, scale=(0.9, 1.0), interpolation="bicubic",
                  mean=(0.48145466, 0.4578275, 0.40821073),
                  std=(0.26862954, 0.26130258, 0.27577711)):
-        self.size, self.scale, self.interpolation = size, scale, interpolation
+        self.size = size
+        self.scale = scale
+        self.interpolation = interpolation
         self.mean, self.std = mean, std
 
     def crop(self, image, rng):
@@ -142,7 +144,8 @@ class SSLView:
     from 8% of the area (SimCLR App. A); the paper says MoCo v3's, which also solarises."""
 
     def __init__(self, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        self.size, self.mean, self.std = size, mean, std
+        self.size = size
+        self.mean, self.std = mean, std
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
