@@ -7,6 +7,7 @@ import sys
 
 import mutants
 from runs import environment
+from wrong_lines import COMMON, DISTILLED, JOINT, LANGUAGE
 
 LISTED = mutants.mutants()
 SAMPLE = random.Random(11).sample(LISTED, 10)
@@ -17,6 +18,12 @@ def test_every_wrong_line_can_be_applied():
     assert len(LISTED) >= 150
     assert {mutant.file for mutant in LISTED} == set(mutants.TESTS)
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in LISTED}) == len(LISTED)
+
+
+def test_every_common_line_stands_somewhere():
+    """It is tried in the files in which it stands once, so one that stands nowhere would be left out without a word."""
+    texts = [(mutants.ROOT / file).read_text() for file in [*LANGUAGE, *JOINT, *DISTILLED]]
+    assert not [old for old, _ in COMMON if all(text.count(old) != 1 for text in texts)]
 
 
 def test_problems_are_found():

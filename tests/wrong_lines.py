@@ -39,7 +39,6 @@ COMMON = [
     ('"blur": rng.random() < self.blur', '"blur": rng.random() < 0.5 * self.blur'),
     ('"solarize": rng.random() < self.solarize', '"solarize": rng.random() < 2 * self.solarize'),
     ('"sigma": rng.uniform(0.1, 2.0)', '"sigma": rng.uniform(0.1, 1.0)'),
-    ("saturation=0.2, hue=0.1", "saturation=0.4, hue=0.1"),
     ("saturation=0.2 * s, hue=0.1 * s", "saturation=0.4 * s, hue=0.1 * s"),
     ("saturation=0.4 * s, hue=0.1 * s", "saturation=0.4 * s, hue=0.2 * s"),
     ("brightness=0.4 * s", "brightness=0.4"),
@@ -49,7 +48,7 @@ COMMON = [
     ('        x = grayscale(x, params["gray"])\n', ""),
     ("return normalize(x, self.mean, self.std)", "return x"),
     ("0.1 * args.blur, 0.2,", "0.2 * args.blur, 0.1,"),
-    ("(0.05, args.crop_split)", "(0.08, args.crop_split)"),
+    ("small = args.crop_min, args.crop_split", "small = 2 * args.crop_min, args.crop_split"),
     # optimizer and schedule
     ("        scaler.step(optimizer)\n", ""),
     ("        optimizer.zero_grad()\n", ""),
