@@ -117,7 +117,7 @@ RECIPES = {
     "shapes": dict(SGD, arch="resnet18", stem="imagenet", tau=0.97, epochs=1, batch_size=64,
                    base_lr=1.0),
     "cifar10": dict(SGD, **LIGHTLY, arch="resnet18", epochs=200, batch_size=512),
-    # our own, for forty minutes of one core. With a target that stands still at the end, kNN hardly
+    # our own, for 40 minutes of one core. With a target that stands still at the end, kNN hardly
     # rose after the third of five epochs
     "cifar10-cpu": dict(SGD, arch="resnet10", width=0.25, stem="small", crop_min=0.2,
                         jitter_strength=0.5, out_dim=128, tau=0.97, tau_end=0.97, epochs=10,

@@ -130,7 +130,7 @@ RECIPES = {
         optimizer="sgd", base_lr=0.12, min_lr=0.0, warmup_epochs=0.0,
         weight_decay=5e-4, weight_decay_end=5e-4,
     ),
-    # our own, for forty minutes of one core
+    # our own, for 40 minutes of one core
     "cifar10-cpu": dict(
         arch="resnet10", width=0.25, stem="small", image_size=32, jitter_strength=0.5, blur=False,
         local_crops=0, crop_split=0.3, head_layers=2, head_bn=True, hidden_dim=1024, out_dim=1024,

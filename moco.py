@@ -104,7 +104,7 @@ RECIPES = {
                    batch_size=128, lr=0.06, weight_decay=1e-4, warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", symmetric=False, queue_size=4096, epochs=2,
                    batch_size=128, lr=0.06),
-    # There: kNN 84.7%
+    # lightly reports kNN 84.7%
     "cifar10": dict(SMALL, queue_size=8192, bn_group=64, epochs=200, batch_size=512, lr=0.24),
     # our own, for 45 minutes of one core
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", crop_min=0.2,

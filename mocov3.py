@@ -109,7 +109,8 @@ RECIPES = {
                    warmup_epochs=0.1),
     "shapes": dict(SMALL, stem="imagenet", mlp_dim=512, epochs=2, batch_size=128,
                    warmup_epochs=0.2),
-    # There: 93.1% (linear, trained along), of which a user of its script got about 90% (issue 385)
+    # solo-learn reports 93.1% (linear, trained along). A user of its script got about 90% (its
+    # issue 385)
     "cifar10": dict(SMALL, epochs=1000, batch_size=256),
     # our own, for 45 minutes of one core
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", mlp_dim=1024,

@@ -96,7 +96,7 @@ RECIPES = {
     # falls with every step and not with every epoch, images are not normalised by mean and standard
     # deviation, crops are bicubic, and the head and all initial weights are the official ones
     "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),
-    # our own, for half an hour of one core
+    # our own, for 30 minutes of one core
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", temperature=0.2,
                         epochs=10, batch_size=128, optimizer="sgd", base_lr=0.4, weight_decay=1e-4,
                         warmup_epochs=0.2),

@@ -99,7 +99,7 @@ RECIPES = {
     # differs: the last norm of the projector has no gain and offset, the cosine falls with every
     # step and not with every epoch, and initial weights are the official ones
     "cifar10": dict(SMALL, fix_pred_lr=False, epochs=200, base_lr=0.03),
-    # our own, for forty minutes of one core
+    # our own, for 40 minutes of one core
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", crop_min=0.2,
                         hidden_dim=1024, out_dim=1024, predictor_dim=256, jitter_strength=0.5,
                         epochs=10, batch_size=128, base_lr=1.0, weight_decay=1e-4,
