@@ -32,7 +32,9 @@ class WithinClasses:
     with a traceback, on a GPU with one that names no sample."""
 
     def __init__(self, dataset):
-        self.dataset, self.name, self.classes = dataset, dataset.name, dataset.classes
+        self.dataset = dataset
+        self.name = dataset.name
+        self.classes = dataset.classes
         self.captioned = dataset.captioned
 
     def __len__(self):

@@ -278,7 +278,8 @@ def labelled_part(dataset, fraction, seed):
         return torch.full((len(dataset),), True)
     chosen = torch.full((len(dataset),), False)
     each = max(1, round(fraction * len(dataset) / len(dataset.classes)))
-    missing, broken = [each] * len(dataset.classes), 0
+    missing = [each] * len(dataset.classes)
+    broken = 0
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     while order and any(missing):
         index = order.pop()
