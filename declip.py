@@ -9,8 +9,7 @@ text, N and N' the entries of a queue nearest to T and T', s = exp(t), alpha = b
     C(I, T) = 1/2 [ CE(s I T^T, y) + CE(s T I^T, y) ], unit lengths (CLIP Fig. 3),  chance ln B
     L_MVS = C(I1, T') + C(I2, T) + C(I2, T'),  chance 3 ln B
     L_NNS = 1/2 [ C(I1, N) + C(I2, N) ],  chance ln B
-    L_ISS = -1/2 [ cos(p1, z2) + cos(p2, z1) ], z = projector(I), p = predictor(z), and no gradient
-        through z (SimSiam Eq. 4)
+    L_ISS = -[cos(p1, stopgrad(z2)) + cos(p2, stopgrad(z1))] / 2, z = projector(I), p = predictor(z)
     L_TSS = mean over the masked tokens of -log p(token),  chance ln V
 B global batch, b = B / processes, y = (0, ..., B-1), D a width, E of embeddings, K queue, V tokens.
 
@@ -551,7 +550,8 @@ def info_nce(images, texts, logit_scale):
 # Adapted from simsiam.py: simsiam_loss, always with the stop-gradient
 def simsiam_loss(p1, p2, z1, z2):
     """L_ISS (SimSiam Eq. 4): 0 for unrelated directions, -1 at best. (b, D) each, any length."""
-    z1, z2 = z1.detach(), z2.detach()
+    z1 = z1.detach()
+    z2 = z2.detach()
     d1 = -F.cosine_similarity(p1.float(), z2.float()).mean()  # SimSiam Eq. 1
     d2 = -F.cosine_similarity(p2.float(), z1.float()).mean()
     return d1 / 2 + d2 / 2
@@ -714,7 +714,8 @@ def train(args: Args) -> dict:
             "feature_std": (lambda: feature_std(z[0]), None),
         }
         run.end_step(
-            terms, feature_std_chance=spread, logit_scale=model.logit_scale.detach().exp(), lr=lr
+            terms, feature_std_chance=spread,
+            logit_scale=model.logit_scale.detach().exp(), lr=lr,
         )
         if val and run.due(args.eval_every):
             run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))

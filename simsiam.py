@@ -289,7 +289,8 @@ def simsiam_loss(p1, p2, z1, z2, stop_gradient=True):
     length and dtype. Call it outside autocast. Returns the mean over this process's b images: the
     mean over processes is the loss of the global batch, nothing needs to be gathered."""
     if stop_gradient:
-        z1, z2 = z1.detach(), z2.detach()
+        z1 = z1.detach()
+        z2 = z2.detach()
     d1 = -F.cosine_similarity(p1.float(), z2.float()).mean()  # Eq. 1
     d2 = -F.cosine_similarity(p2.float(), z1.float()).mean()
     return d1 / 2 + d2 / 2

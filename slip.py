@@ -490,8 +490,8 @@ def train(args: Args) -> dict:
     area = (0.5, 1.0)  # official main.py: at least half of the image
     views = {"image": LanguageView(args.image_size, area, "bilinear", IMAGENET_MEAN, IMAGENET_STD)}
     if args.ssl_scale:
-        views["view1"] = SSLView(args.image_size)
-        views["view2"] = SSLView(args.image_size)
+        view = SSLView(args.image_size)
+        views |= {"view1": view, "view2": view}
     texts = {"text": tokenizer}
     loader = Loader(dataset, views, texts, args.batch_size, args.seed, args.workers, device)
     b = args.batch_size // world_size()
