@@ -684,7 +684,7 @@ def train(args: Args) -> dict:
         loss = align_loss(image_embed, text_embed, model.temperature, args.label_smoothing)
         return loss, {"loss": (loss, chance)}
 
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -713,10 +713,10 @@ def train(args: Args) -> dict:
             model.temperature.clamp_(min=0.01)
 
         run.end_step(terms, temperature=model.temperature.detach(), lr=lr)
-        if val and run.due(args.eval_every):
-            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     return run.finish("zeroshot", val)
 

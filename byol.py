@@ -393,7 +393,7 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4.0
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -419,14 +419,14 @@ def train(args: Args) -> dict:
 
         terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(z1), None)}
         run.end_step(terms, feature_std_chance=spread, tau=tau, lr=lr)
+        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
+            run.save()
         if val and run.due(args.eval_every):
             metrics = probe(image_encoder(model), bank, val, eval_view(args), device)
             if args.target == "random":  # the online network should surpass it
                 target = probe(model.target.backbone, bank, val, eval_view(args), device)
                 metrics |= {f"target_{name}": value for name, value in target.items()}
             run.log_evaluation(metrics)
-        if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
-            run.save()
 
     return run.finish("knn", val)
 

@@ -654,7 +654,7 @@ def train(args: Args) -> dict:
     tss_chance = math.log(args.vocab_size)
     chance = (clip_weight + 3 * mvs_weight + args.nns_weight) * clip_chance
     chance += args.ssl_weight * tss_chance
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -717,10 +717,10 @@ def train(args: Args) -> dict:
             terms, feature_std_chance=spread,
             logit_scale=model.logit_scale.detach().exp(), lr=lr,
         )
-        if val and run.due(args.eval_every):
-            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     return run.finish("zeroshot", val)
 

@@ -666,7 +666,7 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 and not args.fsdp else model
     temp_warmup = round(args.warmup_teacher_temp_epochs * loader.steps_per_epoch)
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(probe(full_encoder(model, args), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -743,10 +743,10 @@ def train(args: Args) -> dict:
             terms, teacher_entropy_chance=cls_chance, teacher_temp=teacher_temp,
             teacher_momentum=momentum, weight_decay=weight_decay, lr=lr,
         )
-        if val and run.due(args.eval_every):
-            run.log_evaluation(probe(full_encoder(model, args), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(probe(full_encoder(model, args), bank, val, eval_view(args), device))
 
     return run.finish("knn", val)
 

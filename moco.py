@@ -461,7 +461,7 @@ def train(args: Args) -> dict:
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(args.queue_size + 1)
     top1_chance = 1 / (args.queue_size + 1)
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -508,10 +508,10 @@ def train(args: Args) -> dict:
             "feature_std": (lambda: feature_std(keys[0][here]), None),
         }
         run.end_step(terms, top1_chance=top1_chance, feature_std_chance=spread, lr=lr)
-        if val and run.due(args.eval_every):
-            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     return run.finish("knn", val)
 

@@ -496,7 +496,7 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4 * args.temperature * math.log(args.batch_size)
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -524,10 +524,10 @@ def train(args: Args) -> dict:
 
         terms = {"loss": (loss, chance), "feature_std": (lambda: feature_std(k1), None)}
         run.end_step(terms, feature_std_chance=spread, key_momentum=m, lr=lr)
-        if val and run.due(args.eval_every):
-            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
 
     return run.finish("knn", val)
 

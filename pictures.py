@@ -1,12 +1,15 @@
-"""The pictures of a training run, views.png and curves.png, the boards that draw its log, and what
-its last lines say. run.py imports this when it needs it."""
+"""The pictures of a training run, views.png and curves.png, the boards that draw its log, the
+versions that env.json keeps, and what its last lines say. run.py imports this when it needs it."""
 
-import importlib
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +18,22 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
 
-from common import UserError
+from common import UserError, world_size
+
+
+def environment():
+    """What env.json says: how a run was started, on what machine and with which versions."""
+    env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
+           "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+           "torch": torch.__version__, "python": platform.python_version(),
+           "host": platform.platform()}  # fmt: skip
+    with contextlib.suppress(OSError):  # git is not installed
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    for name in ("ftfy", "tokenizers", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of pillow-simd
+            env[name] = importlib.metadata.version(name)
+    return env
 
 
 def boards(run, args):

@@ -7,17 +7,15 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
+import importlib
 import inspect
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -243,8 +241,7 @@ class Run:
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=rank() > 0 or None)  # None: unless stderr is a terminal
         self.writers = []
-        if self.step < self.last:
-            self._first_does(self._start_log)
+        self.evaluation = self._first_does(self._start_log)
         size, at = args.batch_size, f", continued at {self.step}" if self.step else ""
         at += ", which leaves nothing to do" if self.step >= self.last else ""
         self.say(" ".join(f"{k}={v}" for k, v in vars(args).items()))
@@ -350,23 +347,17 @@ class Run:
             pass
         return str(path)
 
-    def _start_log(self):
-        """Writes args.json, env.json; cuts the log back; fills self.writers, which write a row."""
-        env = {"command": shlex.join(sys.argv), "processes": world_size(), "cpus": os.cpu_count(),
-               "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-               "torch": torch.__version__, "python": platform.python_version(),
-               "host": platform.platform()}
-        with contextlib.suppress(OSError):  # git is not installed
-            git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-            env["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        for name in ("ftfy", "tokenizers", "pillow"):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of pillow-simd
-                env[name] = importlib.metadata.version(name)
+    def _start_log(self) -> dict:
+        """Fills self.writers, which write a row. Before a step: writes args.json and env.json, cuts
+        the log back. -> the evaluation of this step that the log has; {}: it is still to be made."""
         args = {"method": self.method, **vars(self.args)}
-        replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: it marks a run
-        replace_text(self.dir / "env.json", json.dumps(env, indent=1))
-        for name, text in self.extra.items():  # the tokenizer, for example
-            replace_text(self.dir / f"{name}.json", text)
+        pictures = importlib.import_module("pictures")
+        unfinished = self.step < self.last
+        if unfinished:
+            replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: it marks a run
+            replace_text(self.dir / "env.json", json.dumps(pictures.environment(), indent=1))
+            for name, text in self.extra.items():  # the tokenizer, for example
+                replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if lines and not lines[-1].endswith("}"):  # a kill cut it off
@@ -377,14 +368,18 @@ class Run:
                 with open(self.dir / "metrics_old.jsonl", "a", encoding="utf-8") as old:
                     old.writelines(f"{line}\n" for line in lines)
             rows = [row for row in rows if row["step"] <= self.step and self.step > 0]
+            found = [row for row in rows if row["step"] == self.step and "epoch" not in row]
         except (ValueError, LookupError, TypeError) as error:
             text = f"{path} is damaged ({error!r}): fix it or use another --output-dir"
             raise UserError(text) from error
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if "end" not in row))
+        if unfinished:
+            rows = [row for row in rows if "end" not in row]
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
-        if self.args.tensorboard or self.args.wandb:
-            self.writers += importlib.import_module("pictures").boards(self, args)
+        if (unfinished or not found) and (self.args.tensorboard or self.args.wandb):
+            self.writers += pictures.boards(self, args)
+        return found[-1] if found else {}
 
     def batches(self):
         """Yields (step, batch) from where the run stands to its last step. Wrong augmentations are

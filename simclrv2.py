@@ -497,6 +497,8 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = math.log(len(classes))
+    if val and run.step and not run.evaluation and run.due(args.eval_every):  # one cut off
+        run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
 
     for step, batch in run.batches():
         x, labels = batch["view"], batch["label"]
@@ -530,10 +532,10 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
 
         run.end_step({"loss": (loss, chance), **terms}, lr=lr)
-        if val and run.due(args.eval_every):
-            run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
 
     hint = ""
     if not taught:  # the next stage teaches a student as large as this network

@@ -740,7 +740,7 @@ def train(args: Args) -> dict:
     ssl_chance = ssl_chances[args.ssl]
     chance = args.clip_scale * clip_chance + args.ssl_scale * ssl_chance
 
-    if val and run.step == 0 and run.due(args.eval_every):  # random weights
+    if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
         run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     for step, batch in run.batches():
@@ -787,10 +787,10 @@ def train(args: Args) -> dict:
             numbers["logit_scale"] = model.logit_scale.detach().exp()
 
         run.end_step({"loss": (loss, chance), **terms}, **numbers, lr=lr)
-        if val and run.due(args.eval_every):
-            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
+        if val and run.due(args.eval_every):
+            run.log_evaluation(language_eval(model, tokenizer, val, eval_view(args), device))
 
     return run.finish("zeroshot" if language else "knn", val)
 

@@ -1,6 +1,7 @@
 """10 steps are 5 + 5, bit for bit, in metrics.jsonl and in every tensor of the checkpoint."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -253,6 +254,50 @@ def test_a_lost_checkpoint_costs_nothing_else(photos, tmp_path):
     (tmp_path / "run/checkpoint_1.pt").rename(tmp_path / "run/checkpoint.pt")
     train_here("simclr", photos, tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
     assert rows(tmp_path / "run")[-1]["step"] == 2
+
+
+def evaluations(directory):
+    return [row["step"] for row in rows(directory) if "epoch" not in row]
+
+
+@pytest.mark.parametrize("name, module, function", [("simclr", "knn", "knn_eval"), ("clip", "clip", "language_eval")])
+def test_an_evaluation_that_fails_loses_no_step(classes, photos, tmp_path, monkeypatch, name, module, function):
+    """The last one, too: the state is saved before it. The run that continues makes it, once."""
+    data = classes if name == "simclr" else photos
+    flags = ["--save-every", "0", "--eval-every", "0", "--max-steps", "6"]
+    train_here(name, data, tmp_path / "whole", *flags)
+
+    def fail(*_, **__):
+        raise UserError("none of 12 samples can be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module(module), function, fail)
+        with pytest.raises(UserError, match="none of 12"):
+            train_here(name, data, tmp_path / "parts", *flags)
+    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 6
+    assert evaluations(tmp_path / "parts") == []
+    for _ in range(2):
+        train_here(name, data, tmp_path / "parts", *flags)
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_saves_before_an_evaluation(classes, tmp_path, monkeypatch):
+    """Which may take longer than a scheduler waits. The run that continues makes it, and not those before it again."""
+    flags = ["--save-every", "0", "--eval-every", "2", "--max-steps", "6"]
+    train_here("simclr", classes, tmp_path / "whole", *flags)
+
+    def stop(run):
+        run.stop = signal.SIGTERM * (run.step == 4)
+        return run.stop > 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "agree_to_stop", stop)
+        with pytest.raises(SystemExit):
+            train_here("simclr", classes, tmp_path / "parts", *flags)
+    assert evaluations(tmp_path / "parts") == [0, 2]
+    train_here("simclr", classes, tmp_path / "parts", *flags)
+    assert evaluations(tmp_path / "parts") == [0, 2, 4, 6]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 KEPT = ["--probe", "linear", "--eval-every", "2", "--save-every", "0", "--keep-every", "2"]

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -23,7 +24,7 @@ import simclrv2
 from common import LARS, UserError, user_errors
 from data import Loader, decode, open_dataset
 from evaluation.weights import open_network
-from run import load_checkpoint
+from run import Run, load_checkpoint
 from runs import COMMON, ROOT, argv_of, command, environment, make_photos, rows
 from runs import train_here as train_method
 from test_resume import assert_same_run
@@ -88,6 +89,23 @@ def test_five_and_five(stage, photos, stages, tmp_path):
     assert rows(tmp_path)[-1]["step"] == 5
     train_here([*argv, "--max-steps", "10", "--workers", "1"])
     assert_same_run(stages / stage, tmp_path)
+
+
+def test_a_signal_saves_before_an_evaluation(photos, stages, tmp_path, monkeypatch):
+    """The run that continues makes it."""
+
+    def stop(run):
+        run.stop = signal.SIGTERM * (run.step == 4)
+        return run.stop > 0
+
+    argv = argv_for("finetune", photos, stages, tmp_path, "--eval-every", "4", "--max-steps", "10")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "agree_to_stop", stop)
+        with pytest.raises(SystemExit):
+            train_here(argv)
+    assert [row["step"] for row in rows(tmp_path) if "val_top1" in row] == []
+    train_here(argv)
+    assert_same_run(stages / "finetune", tmp_path)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
