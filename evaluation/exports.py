@@ -311,6 +311,8 @@ def described(net, to, file):
         clip = importlib.import_module("clip")
         if isinstance(net.model, clip.CLIP):
             found["gelu"] = "quick" if clip_config(net)["quick_gelu"] else "exact"
+    if net.tokenizer:
+        found["context_length"] = net.tokenizer.context_length
     if to == "safetensors" and net.args:
         found |= {"args": net.args, "head_layer": net.head_layer, "whole": is_whole(net)}
     return found

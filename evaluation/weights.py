@@ -477,7 +477,8 @@ def published_tokenizer(path, net, asked, data_dir):
         words, places = "text.word_embeddings.weight", "text.position_embeddings.weight"
     state, own = net.model.state_dict(), path.parent / "tokenizer.json"
     tokens, length = len(state[words]), len(state[places])
-    if net.method == "Hugging Face's ALIGN" and length == 512:
+    said = beside(path, net.method).get("context_length")  # by an export of a run of ours
+    if net.method == "Hugging Face's ALIGN" and length == 512 != said:
         length = 64  # align-base was trained with 64, the other positions were not
     published = LANGUAGE_IMAGE[net.method][1]
     spec = asked or (str(own) if own.is_file() else published)

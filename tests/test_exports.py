@@ -33,7 +33,8 @@ def checkpoint(folder, name):
     module = runs.module_of(name)
     more = {"simclr_cifar": ["--stem", "cifar"], "simclr_small": ["--stem", "small"],
             "dinov2_registers": ["--registers", "4"], "dinov2_swiglu": ["--ffn", "swiglu"],
-            "align_hf": ["--embed-dim", "160"], "simclr_imagenet": ["--stem", "imagenet", "--image-size", "64"],
+            "align_hf": ["--embed-dim", "160"], "align_long": ["--embed-dim", "160", "--context-length", "512"],
+            "simclr_imagenet": ["--stem", "imagenet", "--image-size", "64"],
             "simclrv2_bare": ["--head-layer", "0"], "slip_ablations": ["--clip-scale", "0"]}  # fmt: skip
     flags = SIMCLRV2 if name.startswith("simclrv2") else runs.FLAGS.get(name) or runs.FLAGS[name.split("_")[0]]
     flags = [*flags, *more.get(name, [])]
@@ -48,7 +49,7 @@ def checkpoint(folder, name):
         if value.is_floating_point():
             value += 0.05 * torch.rand(value.shape, generator=g)
     saved = {"method": module.__name__, "args": vars(args), "model": model.state_dict(), "step": 3}
-    if name in ("clip", "slip"):
+    if name in ("clip", "slip", "align_long"):
         captions = ["a red thing", "a green thing"] * 99
         saved["tokenizer"] = Tokenizer("train", args.context_length, captions, args.vocab_size).to_json()
     path.mkdir()
@@ -122,6 +123,19 @@ def test_align_in_transformers(folder, capsys):
         close(out.text_embeds, unit(net.model.encode_text(ids), dim=1), atol=1e-4)
     with pytest.raises(UserError, match="another width than the embedding: --to safetensors takes it"):
         main(["export", str(checkpoint(folder, "align")), "--to", "transformers"])
+
+
+def test_a_long_context_comes_back(folder, capsys):
+    """Of published weights with 512 positions the first 64 were trained, of a run with as many all."""
+    path = checkpoint(folder, "align_long")
+    main(["export", str(path), "--to", "transformers"])
+    capsys.readouterr()
+    net, back = open_network(path, CPU), open_network(path / "export_transformers", CPU)
+    text = ["a red thing and a green thing " * 40]
+    ids = net.tokenizer.batch(text)
+    assert ids.shape == (1, 512) and ids[0, 100] > 0 and torch.equal(back.tokenizer.batch(text), ids)
+    with torch.no_grad():
+        close(back.model.encode_text(ids), net.model.encode_text(ids), atol=1e-4)
 
 
 METHODS = ["clip", "clip_resnet", "slip", "slip_ablations", "declip", "declip_resnet", "align", "align_hf", "simclr_small", "simclr_cifar",
