@@ -22,6 +22,7 @@ from common import UserError, rank
 from names import align_state, vit_to_clip
 from recognise import FAMILIES, HEADS, MISFITS, beside, family, file_of, other, read, reason_of
 from recognise import first_three, run_of, state_of, tensors_in, unwrapped, wrong_numbers
+from run import directory_of
 
 # A tensor that only this kind of image encoder has, and how to call it
 KINDS = {
@@ -459,7 +460,7 @@ def start(model: nn.Module, args, tokenizer=None):
     side = getattr(args, "freeze", "")
     if not args.init:
         raise UserError(f"--freeze {side} keeps weights as they are: give some with --init")
-    if not (args.output_dir and (Path(args.output_dir).expanduser() / "checkpoint.pt").exists()):
+    if not (directory_of(method_of(model), args) / "checkpoint.pt").exists():
         stay = load(model, args, tokenizer)
         random = [name for name in stay if side and is_frozen(name, side)]
         if random:

@@ -207,6 +207,15 @@ def hold(file):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def directory_of(method, args) -> Path:
+    """Where a run with these arguments writes, and has written if torchrun starts it again."""
+    when, run_id = time.strftime("%Y%m%d-%H%M%S"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # it is to find the same folder
+        when = run_id if run_id != "none" else f"torchrun{os.getppid()}"
+    name = f"{method}_{Path(args.data).stem}_{args.arch}_s{args.seed}_{when}"
+    return Path(args.output_dir or f"runs/{name}").expanduser()
+
+
 def init_weights(model, args, tokenizer=None):
     """--init and --freeze (docs/init.md), by init.py, which only runs with these flags load."""
     if args.init or getattr(args, "freeze", ""):
@@ -318,11 +327,7 @@ class Run:
         if self.args.batch_size < 2:
             raise UserError("--batch-size 1 leaves no other sample to compare with: use at least 2")
         args = {"method": self.method, **vars(self.args)}
-        name = "_".join([self.method, Path(args["data"]).stem, args["arch"], f"s{args['seed']}"])
-        when, run_id = time.strftime("%Y%m%d-%H%M%S"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # it is to find the same folder
-            when = run_id if run_id != "none" else f"torchrun{os.getppid()}"
-        path = Path(args["output_dir"] or f"runs/{name}_{when}").expanduser()
+        path = directory_of(self.method, self.args)
         path.mkdir(parents=True, exist_ok=True)
         if (path / "args.json").exists():
             before = json.loads((path / "args.json").read_text(encoding="utf-8"))

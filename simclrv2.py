@@ -367,13 +367,28 @@ def earlier_stages(args):
         raise UserError("--checkpoint and --init both say where training starts: give one of them")
     if args.stage == "distill" and not args.teacher:
         raise UserError("distilling needs --teacher, a run of this file")
-    found = []
-    for path, method in ((args.checkpoint, "simclr"), (args.teacher, "simclrv2")):
-        saved = load_checkpoint(path) if path else None
-        if path and not (isinstance(saved, dict) and saved.get("method") == method):
-            raise UserError(f"{path} was not written by {method}.py, give a run that was")
-        found.append(saved)
-    return found
+    pretrained = own_checkpoint(args) if args.checkpoint else None
+    if args.checkpoint and not pretrained:
+        pretrained = checkpoint_of("simclr", args.checkpoint)
+    taught = checkpoint_of("simclrv2", args.teacher) if args.teacher else None
+    return pretrained, taught
+
+
+def own_checkpoint(args):
+    """What a run that continues has saved, None in a new one. It holds the weights of --checkpoint
+    as they are by now, and what --checkpoint said of the network, so that it may be gone."""
+    path = Path(args.output_dir) / "checkpoint.pt"
+    saved = load_checkpoint(path) if args.output_dir and path.exists() else None
+    ours = isinstance(saved, dict) and saved.get("method") == "simclrv2"  # Run refuses others
+    return saved if ours else None
+
+
+def checkpoint_of(method, path):
+    """The checkpoint of a run of this method file. Raises UserError for anything else."""
+    saved = load_checkpoint(path)
+    if not (isinstance(saved, dict) and saved.get("method") == method):
+        raise UserError(f"{path} was not written by {method}.py, give a run that was")
+    return saved
 
 
 def take_network_of(before, args):

@@ -616,6 +616,19 @@ def test_frozen_on_two_processes(photos, tmp_path):
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
 
 
+def test_a_restart_by_torchrun_does_not_look_at_the_weights_again(photos, tmp_path, monkeypatch, capsys):
+    """It finds its own folder without --output-dir."""
+    train_here("simclr", photos, tmp_path / "first", "--max-steps", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    for steps in ("1", "2"):
+        train_here("simclr", photos, "", "--init", str(tmp_path / "first"), "--max-steps", steps)
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+    out = capsys.readouterr().out
+    assert out.count("a run of simclr.py") == 1 and "2 steps, continued at 1" in out
+
+
 def test_a_run_that_is_older_than_the_flag_continues(photos, tmp_path, capsys):
     train_here("simclr", photos, tmp_path / "run", "--max-steps", "1")
     path = tmp_path / "run/args.json"

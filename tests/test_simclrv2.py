@@ -91,6 +91,19 @@ def test_five_and_five(stage, photos, stages, tmp_path):
     assert_same_run(stages / stage, tmp_path)
 
 
+def test_a_run_that_continues_does_not_need_its_start(photos, stages, tmp_path):
+    """Its own checkpoint has the weights, and says which network they are of."""
+    shutil.copytree(stages / "simclr", tmp_path / "start")
+    argv = argv_for("finetune", photos, stages, tmp_path / "run", "--checkpoint", str(tmp_path / "start"), "--eval-every", "4")
+    train_here([*argv, "--max-steps", "5"])
+    shutil.rmtree(tmp_path / "start")
+    train_here([*argv, "--max-steps", "10"])
+    runs_of = stages / "finetune", tmp_path / "run"
+    assert rows(runs_of[0]) == rows(runs_of[1]) and len(rows(runs_of[0])) == 13
+    with pytest.raises(UserError, match="there is no checkpoint at .*start"):
+        train_here([*argv, "--output-dir", str(tmp_path / "new")])
+
+
 def test_a_signal_saves_before_an_evaluation(photos, stages, tmp_path, monkeypatch):
     """The run that continues makes it."""
 
