@@ -77,6 +77,12 @@ def has_shm(size):
     return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
 
 
+def start_of(workers):
+    """How workers begin: on Linux as copies of this process, also where Python has another default
+    (from 3.14 on), with which each would import torch again and data would have to be pickled."""
+    return "fork" if workers and sys.platform == "linux" else None
+
+
 def at_most_cores(workers):
     """No more workers than there are cores for this process."""
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # on Linux
@@ -114,7 +120,7 @@ class Loader:
         """Yields (step, batch), start <= step < stop. On the device are "index", "label" (b,), per
         view float (b, 3, S, S), per text int64 (b, L), and in "params" per view what was drawn for
         its samples, {"flip": bool (b,), ...}."""
-        start_by = "fork" if self.workers and sys.platform == "linux" else None
+        start_by = start_of(self.workers)
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.order(start, stop), collate_fn=self.collate,
             num_workers=self.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+import multiprocessing
 import random
 import re
 import shutil
@@ -664,6 +665,23 @@ def test_evaluations_in_the_loop_need_room_for_workers(room, workers, monkeypatc
     monkeypatch.setattr(knn_module, "extract", lambda *args, **options: seen.append(options["workers"]) or (torch.eye(3), torch.arange(3)))
     knn_eval(Pixels(), Toy(3), Toy(3), VIEW, CPU, workers=1)
     assert seen == [3 * 256 * 3 * VIEW.size**2, workers, workers]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes cannot be copied")
+def test_workers_of_an_evaluation_are_copies():
+    """Whatever Python's default is, which in 3.14 became forkserver: to that, data would have to be pickled."""
+
+    class Local(Toy):
+        """Of a function, so that it cannot be pickled."""
+
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        features, labels = extract(Pixels(), Local(20), VIEW, CPU, batch_size=5, workers=1)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    alone = extract(Pixels(), Local(20), VIEW, CPU, batch_size=5)
+    assert len(labels) == 20 and torch.equal(features, alone[0]) and torch.equal(labels, alone[1])
 
 
 def test_a_table_hides_no_setting():
