@@ -20,7 +20,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -123,7 +122,7 @@ class Loader:
         start_by = start_of(self.workers)
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=self.order(start, stop), collate_fn=self.collate,
-            num_workers=self.workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
+            num_workers=self.workers, worker_init_fn=prepare_worker, generator=torch.Generator(),
             multiprocessing_context=start_by, pin_memory=self.device.type == "cuda")  # fmt: skip
         try:
             batches, threads = iter(loader), torch.get_num_threads()
@@ -268,20 +267,11 @@ def share(batch):
     return batch
 
 
-def ignore_signals(worker):
-    """Ctrl-C and a job's SIGTERM reach workers too, but only the main process is to end them."""
-
-    def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    sys.excepthook = lambda *_: None  # of the thread that hands over tensors, if nobody takes them
-    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait, daemon=True).start()
+def prepare_worker(worker):
+    """Called in a worker, before it reads anything."""
+    import trouble
+    trouble.ignore_signals()
+    trouble.end_where_a_batch_is_lost()
 
 
 # -------------------------------------------- image operations ----------------------------------

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common import UserError, mixed_precision, rank, world_size
 from data import CLIP_MEAN, CLIP_STD, at_most_cores, decode, normalize, to_float
-from data import ignore_signals, open_dataset, share, start_of
+from data import open_dataset, prepare_worker, share, start_of
 
 # Prompts for zero-shot classification, {} stands for the class; other datasets take "default"
 TEMPLATES = {
@@ -140,7 +140,7 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     workers = min(at_most_cores(workers), len(batches))
     loader = torch.utils.data.DataLoader(
         Batches(dataset, view), sampler=batches, batch_size=None, collate_fn=share,
-        num_workers=workers, worker_init_fn=ignore_signals, generator=torch.Generator(),
+        num_workers=workers, worker_init_fn=prepare_worker, generator=torch.Generator(),
         multiprocessing_context=start_of(workers), pin_memory=device.type == "cuda")  # fmt: skip
     index = torch.tensor(indices).sort().values  # of each row of what is returned
     labels, read, images = torch.zeros_like(index), torch.zeros_like(index), torch.empty(0, 0)

@@ -1,14 +1,16 @@
 """When something is wrong that is neither a UserError nor a mistake in this project: a machine with
 too little memory, a full disk, processes that were started in a way that cannot work, nobody who
 reads what is printed. Only user_errors and init_distributed (common.py)
-and Loader (data.py) use it."""
+and Loader and its workers (data.py) use it."""
 
 import contextlib
 import errno
+import multiprocessing.queues
 import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -29,7 +31,8 @@ def sentence(error):
     cut_off = isinstance(error, EOFError | ConnectionError)  # it died while it handed on a batch
     if cut_off or (isinstance(error, RuntimeError) and "DataLoader worker (pid" in first):
         why = first or "its connection ended"
-        return f"a loader worker died ({why}): lower --workers, as its memory may be used up"
+        spent = "as memory or open files may be used up"
+        return f"a loader worker died ({why}): lower --workers, {spent}"
     if isinstance(error, ModuleNotFoundError):
         return f"{first}; `pip install {error.name}` or leave its flag out"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -81,6 +84,34 @@ def launched(environ):
             how = "start one torchrun on each machine (docs/running.md), or unset it"
             return f"{each} would train the whole run alone: {how}"
     return ""
+
+
+def ignore_signals():
+    """Ctrl-C and a job's SIGTERM reach workers too, but only the main process is to end them."""
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def end_where_a_batch_is_lost():
+    """Two threads of a worker hand on a batch: one sends it, the other the files of its tensors. The
+    main process hears of none of their errors, and would wait for ever unless the worker ends."""
+
+    def failed_to_give(kind, error, trace):
+        if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # it would try for ever
+            os._exit(1)
+        # else nobody takes the tensors any more, because all is about to end
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+    sys.excepthook = failed_to_give
 
 
 class Stream:

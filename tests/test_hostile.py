@@ -727,6 +727,22 @@ def test_too_many_open_files_are_a_sentence(server, photos, tmp_path):  # noqa: 
     assert trouble.sentence(RuntimeError(f"{worker}RuntimeError: {MANY}")) == sentence
 
 
+LOST = """
+import errno, multiprocessing.connection, multiprocessing.reduction
+def no_more_files(*_):
+    raise OSError(errno.EMFILE, "Too many open files")
+multiprocessing.{function} = no_more_files
+"""
+
+
+@pytest.mark.parametrize("function", ["reduction.DupFd", "connection.Listener.accept"])
+def test_a_batch_that_a_thread_of_a_worker_loses_is_a_sentence(server, photos, tmp_path, function):  # noqa: F811
+    """The threads that hand on a batch open files too. The main process would wait for it for ever."""
+    argv = run_of("simclr", photos, tmp_path / "run", "--workers 1")
+    done = server.run(*argv, before=LOST.format(function=function))
+    assert_sentence(done, "simclr.py", "a loader worker died", "lower --workers, as memory or open files may be used up")
+
+
 MANY = "unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)"
 
 
