@@ -266,7 +266,8 @@ def filter_data(args):
     else:
         dataset = open_dataset(args.data, args.data_dir)
         try:
-            tests = open_dataset(args.eval_data or args.data, args.data_dir, "test")
+            part = "train" if os.path.isfile(args.eval_data) else "test"  # a file is one split
+            tests = open_dataset(args.eval_data or args.data, args.data_dir, part)
         except UserError:
             if args.eval_data:  # --data need not have a test split
                 raise

@@ -4,6 +4,7 @@ classifier. monitor.py has the features, and says what "Collective" means.
 Letters: N training and M validation samples, D width of a feature, C classes, b rows of a batch."""
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -104,9 +105,10 @@ def linear(bank, bank_labels, queries, query_labels, num_classes):
 def probe_sets(args, dataset=None):
     """-> what measures accuracy while training, knn_eval or linear_eval as --probe says, and the
     train and the val split it is called with, or None for all three. Says which of the two it is.
-    dataset: the train split of --data, if it is open already. Raises UserError if the splits have
-    different classes, which would pair wrong labels."""
-    bank = evaluation_set(args, "train", None if args.eval_data else dataset)
+    dataset: the train split of --data, which an --eval-data of a single file is compared with too.
+    Raises UserError if the splits have different classes, which would pair wrong labels."""
+    apart = args.eval_data and not os.path.isfile(args.eval_data)  # it has a train split of its own
+    bank = evaluation_set(args, "train", None if apart else dataset)
     val = evaluation_set(args) if bank else None
     if not val:
         return None, None, None
@@ -119,7 +121,7 @@ def probe_sets(args, dataset=None):
         raise UserError(f"train and val of {val.name} differ in their classes ({', '.join(odd)}): "
                         "give both the same ones, or use other --eval-data")  # fmt: skip
     tested = f"{min(MOST, len(val)):,} validation images"
-    known = f"{min(BANK, len(bank)):,} training images of {val.name}"
+    known = f"{min(BANK, len(bank)):,} training images of {bank.name}"
     if args.probe == "linear":
         say_evaluation(f"linear classifier of {tested}, fitted to {known}")
         return functools.partial(linear_eval, workers=args.workers), bank, val

@@ -9,6 +9,7 @@ Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch,
 import contextlib
 import functools
 import math
+import os
 import random
 import re
 import sys
@@ -363,11 +364,12 @@ def say_evaluation(text):
 
 
 def evaluation_set(args, split="val", dataset=None):
-    """Collective. `dataset`, or else a split of --eval-data or --data. None, with a line that says
-    why, if it is missing. UserError if processes find different ones: they would wait for ever."""
-    found = ""
+    """Collective. `dataset`, or else a split of --eval-data, all of it if that is a file, or --data.
+    None, with a line that says why, if it is missing. UserError if processes find different ones:
+    they would wait for ever."""
+    part = "train" if os.path.isfile(args.eval_data) else split  # what a file holds is called so
     try:
-        dataset = dataset or open_dataset(args.eval_data or args.data, args.data_dir, split)
+        dataset = dataset or open_dataset(args.eval_data or args.data, args.data_dir, part)
         found = f"{len(dataset):,} images of {len(dataset.classes or ())} classes"
         found += " with captions" * dataset.captioned
     except UserError as error:

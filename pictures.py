@@ -166,8 +166,9 @@ def next_command(run, protocol, dataset) -> str:
         protocol = "retrieval"
     if dataset:
         words = ["--data", run.args.eval_data or run.args.data]
-    elif protocol == "knn":
+    whole = not dataset or os.path.isfile(run.args.eval_data)  # all that is there is called train
+    if whole and protocol == "knn":
         protocol = "neighbors"  # it needs no labels and no second split
-    else:
+    elif whole:
         words += ["--split", "train"]
     return run.command("python", "evaluate.py", protocol, run.dir, *words)

@@ -8,14 +8,18 @@ import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import command
+import pictures as drawn
 from common import UserError
+from data import open_dataset
 from knn import knn_eval, linear_eval, probe_sets
 from monitor import language_set
+from run import Run
 from runs import COMMON, FLAGS, METHODS, ROOT, environment, make_photos, module_of
 
 LANGUAGE = ["clip", "slip", "declip", "align"]
@@ -161,6 +165,26 @@ def test_what_will_be_evaluated(said, tmp_path, capsys):
     assert bank is None and val is None
     text, val = said(language_set, "nowhere")
     assert text.startswith(f"none, because there is no data at {tmp_path}/nowhere") and val is None
+
+
+def test_a_single_file_may_be_evaluated(said, tmp_path, capsys, monkeypatch):
+    """As it may be trained on. Neighbours are those of --data: the file's own would be its images themselves."""
+    pictures(tmp_path / "words", ["cat", "dog"])
+    (tmp_path / "held.csv").write_text("file,caption,label\n" + "".join(f"words/val/{x}/{i}.png,a {x},{i}\n" for i, x in enumerate(["cat", "dog"])))
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    text, val = said(language_set, "held.csv")
+    assert text == "zero-shot classification and retrieval of 2 validation images of held.csv" and len(val) == 2
+    opened = open_dataset(str(tmp_path / "words"))
+    args = types.SimpleNamespace(data="x", eval_data=str(tmp_path / "held.csv"), data_dir="", probe="knn", workers=0)
+    _, bank, val = probe_sets(args, opened)
+    assert bank is opened and [val[i].label for i in range(2)] == [0, 1]
+    assert "kNN of 2 validation images among 2 training images of words" in capsys.readouterr().out
+    monkeypatch.setenv("DATA_DIR", "")
+    run = Run.__new__(Run)
+    run.args, run.dir, run.loader = args, Path("runs/x"), types.SimpleNamespace(dataset=opened)
+    for protocol, words in (("knn", ["neighbors"]), ("zeroshot", ["zeroshot", "--split", "train"])):
+        following = shlex.split(drawn.next_command(run, protocol, val))[2:]
+        assert following == [words[0], "runs/x", "--data", args.eval_data, *words[1:]]
 
 
 def test_splits_of_different_classes_are_refused(tmp_path):
