@@ -77,8 +77,7 @@ def has_shm(size):
 
 
 def start_of(workers):
-    """How workers begin: on Linux as copies of this process, also where Python has another default
-    (from 3.14 on), with which each would import torch again and data would have to be pickled."""
+    """"fork" on Linux, whatever Python's default: from 3.14 on each would import torch and data."""
     return "fork" if workers and sys.platform == "linux" else None
 
 

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import sys
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -364,13 +365,14 @@ def say_evaluation(text):
 
 
 def evaluation_set(args, split="val", dataset=None):
-    """Collective. `dataset`, or else a split of --eval-data, all of it if that is a file, or --data.
-    None, with a line that says why, if it is missing. UserError if processes find different ones:
-    they would wait for ever."""
+    """Collective. `dataset`, or a split of --eval-data, which may be a file, or of --data. None,
+    with a line that says why, if it is missing. UserError if processes find different ones: they
+    would wait for ever."""
     part = "train" if os.path.isfile(args.eval_data) else split  # what a file holds is called so
     try:
         dataset = dataset or open_dataset(args.eval_data or args.data, args.data_dir, part)
         found = f"{len(dataset):,} images of {len(dataset.classes or ())} classes"
+        found += f" (checksum {zlib.crc32(repr(dataset.classes).encode()):08x})"  # of their names
         found += " with captions" * dataset.captioned
     except UserError as error:
         found = f"none, because {error}"

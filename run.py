@@ -353,13 +353,13 @@ class Run:
         return str(path)
 
     def _start_log(self) -> dict:
-        """Fills self.writers, which write a row. Before a step: writes args.json and env.json, cuts
-        the log back. -> the evaluation of this step that the log has; {}: it is still to be made."""
+        """Fills self.writers, which write a row. Before a step it writes args.json and env.json and
+        cuts the log back. -> this step's evaluation in the log, {} where it has none."""
         args = {"method": self.method, **vars(self.args)}
         pictures = importlib.import_module("pictures")
         unfinished = self.step < self.last
         if unfinished:
-            replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: it marks a run
+            replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: marks a run
             replace_text(self.dir / "env.json", json.dumps(pictures.environment(), indent=1))
             for name, text in self.extra.items():  # the tokenizer, for example
                 replace_text(self.dir / f"{name}.json", text)
@@ -378,8 +378,7 @@ class Run:
             text = f"{path} is damaged ({error!r}): fix it or use another --output-dir"
             raise UserError(text) from error
         if unfinished:
-            rows = [row for row in rows if "end" not in row]
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if "end" not in row))
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
         if (unfinished or not found) and (self.args.tensorboard or self.args.wandb):

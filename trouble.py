@@ -102,8 +102,8 @@ def ignore_signals():
 
 
 def end_where_a_batch_is_lost():
-    """Two threads of a worker hand on a batch: one sends it, the other the files of its tensors. The
-    main process hears of none of their errors, and would wait for ever unless the worker ends."""
+    """Two threads of a worker hand on a batch: one sends it, the other the files of its tensors.
+    The main process hears of none of their errors, and would wait for ever: the worker ends."""
 
     def failed_to_give(kind, error, trace):
         if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # it would try for ever

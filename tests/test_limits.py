@@ -157,7 +157,7 @@ def test_processes_that_find_other_data_end(tmp_path):
     assert done.stdout.count("same: found 3\n") == 2
 
 
-DIFFERENT = "missing", "shorter", "without pictures"
+DIFFERENT = "missing", "shorter", "without pictures", "other names"
 
 
 def differ(root):
@@ -177,7 +177,7 @@ def files_of(which, root):
     if count:
         rows = [json.dumps({"image": f"{i}.png", "captions": ["x"], "label": 0}) for i in range(count)]
         (root / "val.jsonl").write_text("\n".join(rows))
-        (root / "classnames.txt").write_text("x")
+        (root / "classnames.txt").write_text("y" if which == "other names" and rank() else "x")
     for i in range(count):
         if which != "without pictures" or rank() == 0:
             Image.new("RGB", (8, 8)).save(root / f"{i}.png")
