@@ -630,14 +630,15 @@ class Npz:
 
 # ---------------------------------------- torchvision ----------------------------------------
 class Torchvision:
-    """cifar10, cifar100, stl10 (what is labelled), food101; downloaded when missing, by one
-    process while others wait."""
+    """cifar10, cifar100, stl10, food101; downloaded when missing, by one process while others wait.
+    kind: torchvision's class, perhaps with its name of the train split ("STL10 train+unlabeled")."""
 
     captioned = False
 
     def __init__(self, root, kind, split, Sample):
         self.Sample = Sample  # (image, captions, label, key), see sources.py
-        part = "train" if split == "train" else "test"
+        kind, _, train = kind.partition(" ")
+        part = (train or "train") if split == "train" else "test"
         part = {"train": part == "train"} if "cifar" in root.name else {"split": part}
         make = functools.partial(getattr(torchvision.datasets, kind), root, **part)
         try:

@@ -14,7 +14,7 @@ Layouts, told apart by looking at the files (docs/data.md: how to make each):
     *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's code keeps it
     raw/val.de + image_splits/        multi30k, a caption in each of four languages
     class/picture.jpg, picture.jpg    ImageFolder, or just pictures
-    cifar10 cifar100 stl10 food101    the files that torchvision downloads
+    cifar10 cifar100 stl10 food101    the files that torchvision downloads, stl10-unlabeled too
 """
 
 import csv
@@ -32,7 +32,8 @@ from typing import NamedTuple
 
 from common import UserError, rank
 
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101"}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "food101": "Food101",
+               "stl10-unlabeled": "STL10 train+unlabeled"}  # fmt: skip
 DRAWN = ["shapes", "flocks"]  # by scenes.py
 FOLDERS = "imagenet flickr8k flickr30k coco cc3m cc12m yfcc15m redcaps".split()
 SHIFTED = "imagenet-v2 imagenet-r imagenet-a imagenet-sketch objectnet".split()  # ImageNet classes
@@ -61,7 +62,7 @@ def open_dataset(name, data_dir=None, split="train"):
     base = Path(data_dir or os.environ.get("DATA_DIR") or "data").expanduser()
     root = Path(name).expanduser()
     if name in NAMES:
-        folder = name.split("-")[0] if name in MULTI30K else name
+        folder = name.split("-")[0] if name in (*MULTI30K, "stl10-unlabeled") else name
         root = base if base.name == folder else base / folder
     if not name or not (root.exists() or name in (*DRAWN, *TORCHVISION)):
         near = [] if name in NAMES else difflib.get_close_matches(name, NAMES, 1)
@@ -76,7 +77,7 @@ def open_dataset(name, data_dir=None, split="train"):
             dataset = Rows(root, multi30k_rows(root, split, name[-2:]), None, Sample)
         else:
             import layouts
-            kind = TORCHVISION.get(root.name)
+            kind = TORCHVISION.get(name, TORCHVISION.get(root.name))
             whole = split == "train" or root.name in SHIFTED  # may be a folder without splits
             dataset = layouts.open_root(root, split, SPLITS[split], kind, whole, Sample)
     except UNREADABLE as error:

@@ -603,6 +603,26 @@ def test_torchvision_sets(tmp_path, monkeypatch):
     assert len(open_dataset("cifar10", tmp_path)) == N
 
 
+def test_stl10_with_what_has_no_labels(tmp_path, monkeypatch):
+    """For training alone: both names are one folder, and are evaluated on the same images."""
+    asked = []
+
+    class FakeSTL(FakeFood):
+        def __init__(self, root, split, download=False):
+            asked.append((root, split))
+
+        def __getitem__(self, i):
+            return picture(i), i - 1
+
+    monkeypatch.setattr(torchvision.datasets, "STL10", FakeSTL)
+    for name in ("stl10", "stl10-unlabeled"):
+        for split in ("train", "val"):
+            dataset = open_dataset(name, tmp_path, split)
+            assert dataset.name == name and [dataset[i].label for i in range(3)] == [-1, 0, 1]
+    assert [root for root, _ in asked] == [tmp_path / "stl10"] * 4
+    assert [split for _, split in asked] == ["train", "test", "train+unlabeled", "test"]
+
+
 # ------------------------------------------ what the user can mend ------------------------------------------
 def damaged(name, root):
     """Makes something wrong under root; -> what is opened, what the sentence has to say."""

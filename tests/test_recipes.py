@@ -10,7 +10,8 @@ from runs import METHODS, module_of
 LANGUAGE = ["clip", "slip", "declip", "align"]
 CAPTIONED = {"shapes": 20_000, "flickr8k": 6_000, "flickr30k": 29_000, "coco": 118_287, "cc3m": 2_900_000,
              "cc12m": 10_900_000, "yfcc15m": 14_700_000, "redcaps": 12_000_000}  # fmt: skip
-LABELLED = {"cifar10": 50_000, "cifar100": 50_000, "stl10": 105_000, "food101": 75_750, "imagenet": 1_281_167}
+LABELLED = {"cifar10": 50_000, "cifar100": 50_000, "stl10": 5_000, "stl10-unlabeled": 105_000, "food101": 75_750,
+            "imagenet": 1_281_167}  # fmt: skip
 MULTI30K = dict.fromkeys(sources.MULTI30K, 29_000)  # one set of photos, with captions in four languages
 CASES = [(method, data) for method in METHODS for data in CAPTIONED]
 CASES += [(method, data) for method in LANGUAGE for data in MULTI30K]
