@@ -235,10 +235,26 @@ def say_lost(name, lost):
         print(f"{text}: save what is not UTF-8 as UTF-8", file=sys.stderr, flush=True)
 
 
-def say_again(name, again, seen):
+def rows_again(path, key):
+    """How many rows of a file of JSON lines have the picture of the row before. It compares what
+    stands behind the key, as reading the JSON of all rows would take several times as long."""
+    picture_in = re.compile(rf'"{key}"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")'.encode()).search
+    again, before = 0, None
+    with open(path, "rb") as lines:
+        for line in lines:
+            if line.isspace():
+                continue
+            found = picture_in(line)
+            picture = found[1] if found else None
+            again += picture is not None and picture == before
+            before = picture
+    return again
+
+
+def say_again(name, again, total):
     """Says that rows of one picture follow each other, which CSV and TSV would make one sample."""
-    if again and rank() == 0:
-        text = f"{name}: {again} of {seen} rows looked at have the picture of the row before"
+    if again:
+        text = f"{name}: {again:,} of {total:,} rows have the picture of the row before"
         advice = "each stays a sample of its own; give one row per picture, with a list of captions"
         print(f"{text}: {advice}", file=sys.stderr, flush=True)
 
@@ -631,7 +647,7 @@ class Npz:
 # ---------------------------------------- torchvision ----------------------------------------
 class Torchvision:
     """cifar10, cifar100, stl10, food101; downloaded when missing, by one process while others wait.
-    kind: torchvision's class, perhaps with its name of the train split ("STL10 train+unlabeled")."""
+    kind: torchvision's class, perhaps with what is the train split ("STL10 train+unlabeled")."""
 
     captioned = False
 
@@ -807,17 +823,17 @@ class Rows:
                 lost += b"\\ufffd" in line  # an index is ASCII
                 position += len(line)
         self.starts = np.array([*starts, position])
-        some, again = np.linspace(0, len(self) - 1, min(100, len(self)), dtype=int), 0
-        for i in some:
+        keys = Counter()
+        for i in np.linspace(0, len(self) - 1, min(100, len(self)), dtype=int):
             with contextlib.suppress(ValueError):
                 row = self.row(i)
-                picture = picture_of(row)
                 self.captioned = self.captioned or bool(captions_of(row))
-                again += i > 0 and picture is not None and picture == picture_of(self.row(i - 1))
+                keys.update([key for key in IMAGE_KEYS if row.get(key)][:1])
         if isinstance(rows, Path):
             say_lost(rows.name.removesuffix(".idx"), lost)
-            if self.captioned:
-                say_again(rows.name.removesuffix(".idx"), again, len(some))
+            if self.captioned and keys and rank() == 0:
+                key = keys.most_common(1)[0][0]
+                say_again(rows.name.removesuffix(".idx"), rows_again(rows, key), len(self))
 
     def __len__(self):
         return len(self.starts) - 1

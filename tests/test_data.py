@@ -367,8 +367,19 @@ def test_rows_of_one_picture_that_follow_each_other(form, tmp_path, capsys):
     path.write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows) if form == "csv" else text)
     for _ in range(2):  # also when an index is there already
         assert len(open_dataset(str(path))) == (3 if form == "csv" else 9)
-        said = "t.jsonl: 6 of 9 rows looked at have the picture of the row before: each stays a sample of its own; give one row"
+        said = "t.jsonl: 6 of 9 rows have the picture of the row before: each stays a sample of its own; give one row"
         assert (said in capsys.readouterr().err) == (form in ("lines", "array"))
+
+
+def test_all_rows_of_one_picture_are_counted(tmp_path, capsys):
+    """Three of 2,000, of which a sample of a hundred may see none. Quotes in a caption are no names of pictures."""
+    rows = [{"meta": {"id": 1}, "image": f'a "{i}".jpg', "caption": '"image": "a.jpg"'} for i in range(2000)]
+    for i in (5, 6, 1501):
+        rows[i]["image"] = rows[i - 1]["image"]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "t.jsonl").write_text("".join([*lines[:6], "\n", *lines[6:]]))
+    assert len(open_dataset(str(tmp_path / "t.jsonl"))) == 2000
+    assert "t.jsonl: 3 of 2,000 rows have the picture of the row before" in capsys.readouterr().err
 
 
 def test_what_a_split_or_an_archive_hides_is_counted(tmp_path, capsys):
