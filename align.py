@@ -624,13 +624,12 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     autocast, scaler = mixed_precision(args.dtype, device)
     b = args.batch_size // world_size()
-    bn_group = args.bn_group
-    if bn_group == 1:
+    if args.bn_group == 1:
         raise UserError("--bn-group 1 leaves batch norm nothing to average: use at least 2, or 0")
-    if args.accum_steps > 1 and not bn_group:
+    if args.accum_steps > 1 and not args.bn_group:
         raise UserError("--accum-steps cannot be exact if batch norm sees all: add --bn-group 16")
-    if b % (args.accum_steps * (bn_group or 1)):
-        pieces = f"--accum-steps {args.accum_steps} pieces of whole --bn-group {bn_group}"
+    if b % (args.accum_steps * (args.bn_group or 1)):
+        pieces = f"--accum-steps {args.accum_steps} pieces of whole --bn-group {args.bn_group}"
         raise UserError(f"{pieces} do not fit in the {b} samples of a process")
 
     # data
@@ -647,7 +646,10 @@ def train(args: Args) -> dict:
 
     # model and optimizer
     model = build_model(args)
-    model = group_batchnorm(model, bn_group) if bn_group else sync_batchnorm(model, device)
+    if args.bn_group:
+        model = group_batchnorm(model, args.bn_group)
+    else:
+        model = sync_batchnorm(model, device)
     model = model.to(device, memory_format=torch.channels_last)
     init_weights(model, args, tokenizer)
     checkpoint_blocks(model, args.grad_checkpointing, nn.TransformerEncoderLayer)
