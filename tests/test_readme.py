@@ -424,6 +424,29 @@ def test_longer_runs_and_other_seeds_have_columns_of_their_own(monkeypatch):
     assert byol == "| [BYOL](results/byol_x.json) | 10.0 | 12.0 | 14.0 | 16.0 | 18.0 | 20.0 | 1.0 |"
 
 
+def test_rows_of_a_run_are_evaluate_s_or_the_loop_s_and_retrieval_has_all_seeds(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    recalls = {f"{way}_recall@{k}": float(k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    for seed, recall in ((0, 4.0), (1, 5.0), (2, 6.0)):
+        name = f"clip_photos_48{f'_s{seed}' * (seed > 0)}"
+        last = {"step": 9, "epochs": 3.0, "loss": 0.5, "recall@1": 20.0 + seed, "recall_chance": 1.0}
+        found = {"retrieval photos test": {"mean_recall": recall, **recalls},
+                 "retrieval photos test, random weights": {"mean_recall": 0.5, **recalls}}  # fmt: skip
+        run = {"name": name, "method": "clip", "data": "photos", "minutes": 2.0, "command": "python clip.py",
+               "args": {"seed": seed, "arch": "vit", "image_size": 48, "batch_size": 8},
+               "curve": [[0, {"recall@1": 1.5}], [9, {"loss": 0.5}]], "metrics": {"training": last, **(found if seed < 2 else {})}}
+        (tmp_path / f"results/{name}.json").write_text(json.dumps(run))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "methods", lambda: {"clip": ("CLIP",)})
+    (row,) = table.retrieval_of_all("", "photos_48").splitlines()[2:]
+    seeds = "[0](results/clip_photos_48.json), [1](results/clip_photos_48_s1.json)"
+    assert row == f"| CLIP | 9 | 48 | {seeds} | 4.00, 5.00 | 4.50 ± 0.71 | 0.50 | 1.00/5.00/10.0 | 1.00/5.00/10.0 | 2.0 |"
+    rows = table.results_table("").strip().splitlines()[2:]
+    assert rows[0].endswith("| 0 | 2.0 | mean recall 4.00 | mean recall 0.50 | evaluate.py |")
+    assert rows[2].endswith("| 2 | 2.0 | recall@1 22.0 | recall@1 1.50 | the loop |") and len(rows) == 3
+    assert table.results_table("", "clip").endswith("- clip_photos_48_s2: `python clip.py`\n")
+
+
 def test_tables_hold_what_is_recorded(run, monkeypatch):
     """And a number that is changed by hand is noticed."""
     kinds = ["*.py", "evaluation/*.py", "benchmarks/*.py", "*.md", "docs/*.md"]
@@ -442,7 +465,8 @@ def test_tables_hold_what_is_recorded(run, monkeypatch):
     table.main(["--check"])
     page = run / "docs/results.md"
     text = page.read_text()
-    assert "zero-shot shapes val --templates t.txt 7.25 (chance 1)" in text and "../results/mine.json" in text
+    row = "vit_micro_patch8 | 48 | 8 | 30 | 1 | 0 | 1.0 | zero-shot 7.25 | zero-shot 1.50 | evaluate.py |"
+    assert f"| [mine](../results/mine.json) | {row}\n" in text
     assert "../results/mine.json" in (run / "docs/slip.md").read_text()
     assert "zero-shot cifar10 val (chance 10) |" in text and f"| {run.name} | 7.25 / 1.50 |" in text
     page.write_text(text.replace("7.25", "8.25"))
