@@ -371,7 +371,7 @@ def earlier_stages(args):
     if args.checkpoint and not pretrained:
         pretrained = checkpoint_of("simclr", args.checkpoint)
     taught = checkpoint_of("simclrv2", args.teacher) if args.teacher else None
-    return pretrained, taught
+    return [pretrained, taught]
 
 
 def own_checkpoint(args):

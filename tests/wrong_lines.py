@@ -337,7 +337,7 @@ OWN = {
         ("            module.eval()\n", "            pass\n", "tests/test_init.py -k 'frozen and image'"),
         ('    if name.startswith(PROJECTIONS):\n        return False\n', "", "tests/test_init.py -k 'frozen and image'"),
         ("        if random:\n", "        if random and not side:\n"),
-        ('(Path(args.output_dir).expanduser() / "checkpoint.pt").exists()', 'False'),
+        ('(directory_of(method_of(model), args) / "checkpoint.pt").exists()', 'False'),
     ],
     "names.py": [
         ("torch.cat([positions[:1], positions[1:] + bias])", "positions + bias"),
