@@ -386,13 +386,15 @@ def retrieval_of_all(prefix, data):
         runs = [run for run in with_seeds(name) if label in run["metrics"]]
         links = [f"[{run['args']['seed']}]({prefix}results/{run['name']}.json)" for run in runs]
         values = [run["metrics"][label]["mean_recall"] for run in runs]
-        recalls, start = [], r["metrics"].get(label + START, {}).get("mean_recall")
+        starts = [run["metrics"][label + START] for run in runs if label + START in run["metrics"]]
+        start = number(starts[0]["mean_recall"]) if starts else ""
+        recalls = []
         for way in ("image_to_text", "text_to_image"):
             found = (r["metrics"][label][f"{way}_recall@{k}"] for k in (1, 5, 10))
             recalls.append("/".join(map(number, found)))
         row = [methods()[r["method"]][0], str(r["metrics"]["training"]["step"])]
         row += [str(r["args"]["image_size"]), ", ".join(links), ", ".join(map(number, values))]
-        row += [mean_and_deviation(values), "" if start is None else number(start)]
+        row += [mean_and_deviation(values), start]
         rows.append([*row, *recalls, f"{r['minutes']:.1f}"])
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
