@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
@@ -11,12 +10,10 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,94 +21,7 @@ import torch
 from PIL import Image
 
 from runs import FLAGS, METHODS, ROOT, command, environment, make_photos, module_of, rows
-
-# Importing torch takes longer than most of these commands, so one process imports it once and forks for each.
-# The fork runs the script as __main__ and ends as the script ends: status, stdout and stderr are its own.
-SERVER = """
-import json, os, runpy, signal, sys
-import torch, torch._dynamo, torchvision, PIL.Image, tokenizers, common, data, evaluate
-sys.modules["matplotlib"] = None  # curves.png takes longer than the runs
-started = []
-for line in sys.stdin:
-    job = json.loads(line)
-    if "poll" in job:
-        pid, status = os.waitpid(job["poll"], os.WNOHANG)
-        print(os.waitstatus_to_exitcode(status) if pid else "running", flush=True)
-        continue
-    if pid := os.fork():
-        started.append(pid)
-        print(pid, flush=True)
-        continue
-    os.setsid()
-    for number, path in enumerate(["/dev/null", job["out"], job["err"]]):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    os.chdir(job["cwd"])
-    os.environ.update(job["env"])
-    sys.argv = job["argv"]
-    exec(job["before"])
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.exit()
-for pid in started:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except OSError:
-        pass
-"""
-
-
-class Program:
-    """A command that runs in a fork of the server. before: Python to run first, in the same process."""
-
-    def __init__(self, server, script, *flags, before="", env=None):
-        self.server, self.where = server, server.root / f"command{next(server.numbers)}"
-        self.where.mkdir()
-        job = {"argv": [str(ROOT / script), *map(str, flags)], "env": env or {}, "before": before}
-        self.pid = int(
-            server.ask(out=f"{self.where}.out", err=f"{self.where}.err", cwd=str(self.where), **job)
-        )
-
-    def wait(self):
-        """-> CompletedProcess, as subprocess.run gives it."""
-        for _ in range(24000):
-            status = self.server.ask(poll=self.pid)
-            if status != "running":
-                texts = [Path(f"{self.where}.{end}").read_text() for end in ("out", "err")]
-                return subprocess.CompletedProcess([], int(status), *texts)
-            time.sleep(0.005)
-        os.killpg(self.pid, signal.SIGKILL)
-        raise TimeoutError(Path(f"{self.where}.err").read_text())
-
-
-class Server:
-    def __init__(self, root):
-        self.root, self.numbers = root, itertools.count()
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([sys.executable, "-c", SERVER], env=environment(), **pipes)
-
-    def ask(self, **job):
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return self.process.stdout.readline().strip()
-
-    def run(self, script, *flags, **options):
-        return Program(self, script, *flags, **options).wait()
-
-    def run_on_two(self, script, *flags, before=("", "")):
-        """Two processes in one group, with the environment that torchrun gives them. -> both, finished."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        envs = [{**env, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-        both = [Program(self, script, *flags, before=code, env=env) for code, env in zip(before, envs)]
-        return [program.wait() for program in both]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("commands"))
-    yield server
-    server.process.stdin.close()
-    server.process.wait(30)
-
+from server import Program
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -320,10 +230,17 @@ def test_an_evaluation_without_protocol_checkpoint_or_data(server, flags):
 def test_missing_package(server, photos, tmp_path, package):
     hide = f"sys.modules[{package!r}] = None"  # as if it were not installed
     argv = run_of("slip", photos, tmp_path / "run", f"--{package}")
-    alone, both = server.run(*argv, before=hide), server.run_on_two(*argv, before=(hide, hide))
+    alone, both = server.run(*argv, before=hide), server.run_on(2, *argv, before=hide)
     for done in (alone, *both):
         assert_sentence(done, "slip.py", f"`pip install {package}` or leave its flag out")
     assert not (tmp_path / "run").exists()
+
+
+# That wait is of ten seconds, see test_hostile.py; here it is of a fifth of one.
+BRIEF = """
+import trouble, types, time
+trouble.time = types.SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 50))
+"""
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -335,7 +252,7 @@ def test_missing_package(server, photos, tmp_path, package):
 def test_two_processes_without_torchrun(server, photos, things, flags, sentence):
     """Nothing ends the second one while it waits for the first one to say it, and so it says it too."""
     with unchanged(things):
-        first, second = server.run_on_two(*run_of("slip", photos, flags=flags.format(things)))
+        first, second = server.run_on(2, *run_of("slip", photos, flags=flags.format(things)), before=BRIEF)
     assert_sentence(first, "slip.py", sentence.format(things))
     assert_sentence(second, "slip.py", sentence.format(things))
 
@@ -514,7 +431,7 @@ def test_nan_names_step_and_term(server, photos, tmp_path, log_every):
 
 def test_nan_on_one_process_stops_both(server, photos, tmp_path):
     argv = run_of("slip", photos, tmp_path / "run", "--save-every 2")
-    first, second = server.run_on_two(*argv, before=("", NAN))
+    first, second = server.run_on(2, *argv, before=(BRIEF, BRIEF + NAN))
     said = first.stderr.splitlines()[-1]
     assert said.startswith("slip.py: error: ") and "ssl_loss is nan at step 3" in said
     assert first.returncode == second.returncode == 2 and "Traceback" not in first.stderr + second.stderr
@@ -528,12 +445,25 @@ def test_absurd_learning_rate(server, photos, tmp_path):
     assert_good_checkpoint(tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def overflowed(server, photos, tmp_path_factory):
+    """-> function from a method to its run that overflows, finished, and the directory of that."""
+    root, ended = tmp_path_factory.mktemp("overflowed"), {}
+
+    def run(name):
+        if name not in ended:
+            argv = run_of(name, photos, root / name, "--save-every 2 --log-every 6")
+            ended[name] = server.run(*argv, before=OVERFLOW)
+        return ended[name], root / name
+
+    return run
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_that_overflow_are_not_saved(server, photos, tmp_path, name):
-    argv = run_of(name, photos, tmp_path / "run", "--save-every 2 --log-every 6")
-    done = server.run(*argv, before=OVERFLOW)
+def test_weights_that_overflow_are_not_saved(overflowed, name):
+    done, run = overflowed(name)
     assert_sentence(done, f"{name}.py", "weights are not finite", "step 4")
-    assert_good_checkpoint(tmp_path / "run", 2)
+    assert_good_checkpoint(run, 2)
 
 
 # -------------------------------------------- hostile samples --------------------------------------------
@@ -609,12 +539,12 @@ def chances(name, batch_size):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_chance_stands_beside_every_loss(server, photos, tmp_path, name):
-    done = server.run(*run_of(name, photos, tmp_path / "run", "--max-steps 1 --batch-size 4"))
-    assert done.returncode == 0, done.stderr
-    (row,) = losses_of(tmp_path / "run")
-    assert len([key for key in row if key.endswith("loss")]) == len(chances(name, 4))
-    for key, chance in chances(name, 4).items():
+def test_chance_stands_beside_every_loss(overflowed, name):
+    """In the first row of a run, which ends with its fourth step."""
+    done, run = overflowed(name)
+    (row,) = losses_of(run)
+    assert len([key for key in row if key.endswith("loss")]) == len(chances(name, 8))
+    for key, chance in chances(name, 8).items():
         assert row[key] == pytest.approx(chance)
         assert f"(chance {chance:.3f})" in done.stdout
 
