@@ -21,7 +21,7 @@ from common import UserError
 from data import Loader, Tokenizer, decode, open_dataset
 from evaluation.weights import align_state, load_released, open_network
 from run import load_checkpoint
-from runs import FLAGS, ROOT, command, float64, make_photos, rows, train_here
+from runs import FLAGS, ROOT, float64, make_photos, rows, train_here
 from test_golden import close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -178,7 +178,7 @@ def test_pieces_of_groups_are_exact(photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(align, "update_statistics", watched)
     flags = ["--bn-group", "2", "--max-steps", "2", "--bn-momentum", "0.1", "--drop-connect", "0.4", "--eval-every", "0"]
-    flags += ["--eval-data", "shapes", "--save-every", "0"]
+    flags += ["--save-every", "0"]
     with float64():
         whole = train_here("align", photos, tmp_path / "whole", *flags)
         pieces = train_here("align", photos, tmp_path / "pieces", *flags, "--accum-steps", "4")
@@ -300,7 +300,7 @@ def test_lamb_is_timms(weight_decay):
 
 
 def test_schedule_and_groups(photos, tmp_path):
-    train_here("align", photos, tmp_path / "run", "--max-steps", "24", "--eval-every", "0")
+    train_here("align", photos, tmp_path / "run", "--max-steps", "24", "--eval-every", "0", "--image-size", "32")
     lrs = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
     peak = float(FLAGS["align"][FLAGS["align"].index("--lr") + 1])
     assert lrs[:7] == pytest.approx([peak * i / 6 for i in range(7)]) and max(lrs) == pytest.approx(peak)
@@ -411,8 +411,8 @@ def test_near_duplicates_of_test_images():
     assert all(0 <= code < 2**64 for code in hashes)
 
 
-def test_filter_only_reports_and_training_keeps(photos, tmp_path):
-    done = command("align.py", "--filter-only", "--data", photos, "--output-dir", tmp_path / "kept", "--min-side", "0",
+def test_filter_only_reports_and_training_keeps(server, photos, tmp_path):
+    done = server.run("align.py", "--filter-only", "--data", photos, "--output-dir", tmp_path / "kept", "--min-side", "0",
                    "--common-tokens", "150")  # fmt: skip
     assert done.returncode == 0, done.stderr
     kept = [json.loads(line) for line in (tmp_path / "kept/kept.jsonl").read_text().splitlines()]
@@ -449,25 +449,25 @@ def test_filter_only_reports_and_training_keeps(photos, tmp_path):
             train_here("align", data, tmp_path / "run2", "--keep", str(kept))
 
 
-def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(tmp_path):
+def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(server, tmp_path):
     folder = make_photos(tmp_path / "photos", train=6, val=2)
     (folder / "0.png").write_bytes(b"broken")
     flags = ["--filter-only", "--data", folder / "train.jsonl", "--min-side", "0", "--output-dir", tmp_path / "kept"]
-    done = command("align.py", *flags)
+    done = server.run("align.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "5 of 6 pictures read, compared with 0 of 0 test images" in done.stdout and not done.stderr
     (folder / "6.png").write_bytes(b"broken")  # one of two test images
-    other = command("align.py", "--filter-only", "--data", folder, "--min-side", "0", "--output-dir", tmp_path / "second")
+    other = server.run("align.py", "--filter-only", "--data", folder, "--min-side", "0", "--output-dir", tmp_path / "second")
     assert "5 of 6 pictures read, compared with 1 of 2 test images" in other.stdout
     third = command("align.py", *flags[:-1], tmp_path / "third", "--eval-data", folder / "val.jsonl")
     assert "5 of 6 pictures read, compared with 1 of 2 test images" in third.stdout
     before = (tmp_path / "kept/kept.jsonl").read_bytes()
-    done = command("align.py", *flags, processes=2)
-    assert "--filter-only is work for one process" in done.stderr and done.returncode
-    done = command("align.py", *flags, "--common-tokens", "3")
+    done = server.run("align.py", *flags, env={"WORLD_SIZE": "2"})  # as torchrun says it
+    assert "--filter-only is work for one process" in done.stderr and done.returncode == 2
+    done = server.run("align.py", *flags, "--common-tokens", "3")
     assert done.returncode == 2 and "is there already" in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "kept/kept.jsonl").read_bytes() == before
-    done = command("align.py", *flags[:-1], tmp_path / "other", "--eval-data", tmp_path / "nowhere")
+    done = server.run("align.py", *flags[:-1], tmp_path / "other", "--eval-data", tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr and not (tmp_path / "other").exists()
 
 
@@ -508,16 +508,16 @@ def test_help_says_which_flags_only_filter(capsys):
         assert f"{flag} --filter-only" in text
 
 
-def test_filter_only_reads_texts_alone(tmp_path):
+def test_filter_only_reads_texts_alone(server, tmp_path):
     lines = [f"{i}\tthe same words\u2028again" for i in range(11)] + ["11\tshort", "12\tquite a good text"]
     (tmp_path / "texts.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = command("align.py", "--filter-only", "--data", tmp_path / "texts.tsv", "--output-dir", tmp_path / "out")
+    done = server.run("align.py", "--filter-only", "--data", tmp_path / "texts.tsv", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/kept.jsonl").read_text()) == {"index": 12, "key": "12", "captions": ["quite a good text"]}
     assert "text of over 10 images: 11 of 13 pairs" in done.stdout and "the same words" in done.stdout
     for name, text in (("nothing.jsonl", '{"image": "0.png", "captions": []}\n'), ("spaces.tsv", "0 a dog runs\n"), ("empty.tsv", "")):
         (tmp_path / name).write_text(text)
-        done = command("align.py", "--filter-only", "--data", tmp_path / name, "--output-dir", tmp_path / "none")
+        done = server.run("align.py", "--filter-only", "--data", tmp_path / name, "--output-dir", tmp_path / "none")
         assert done.returncode == 2 and "no captions" in done.stderr and not (tmp_path / "none").exists()
 
 
@@ -555,7 +555,7 @@ def test_noisy_data_and_what_the_filters_see_of_it(photos, tmp_path, monkeypatch
 CAPTIONS = ["강아지가 풀밭에서 뛰고 있다", "犬が草の上を走っている", "كلب يركض على العشب الأخضر", "🐕 🌱 a dog 👍🏽 runs 🏃"]
 
 
-def test_any_script_from_captions_to_retrieval(tmp_path):
+def test_any_script_from_captions_to_retrieval(server, tmp_path):
     """Trains, evaluates and opens again a model on captions in Korean, Japanese, Arabic and emoji."""
     folder = make_photos(tmp_path / "photos")
     for split in ("train", "val"):
@@ -569,7 +569,7 @@ def test_any_script_from_captions_to_retrieval(tmp_path):
         assert net.tokenizer.decode(net.tokenizer.encode(caption)).replace(" ", "") == caption.replace(" ", "")
     ids = [tuple(net.tokenizer(caption)) for caption in CAPTIONS]
     assert len(set(ids)) == 4
-    done = command("align.py", "--filter-only", "--data", folder, "--output-dir", tmp_path / "kept", "--min-side", "0")
+    done = server.run("align.py", "--filter-only", "--data", folder, "--output-dir", tmp_path / "kept", "--min-side", "0")
     assert done.returncode == 0 and CAPTIONS[0] in (tmp_path / "kept/kept.jsonl").read_text(encoding="utf-8")
 
 
