@@ -5,7 +5,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from data import Tokenizer
 from evaluation.language import queued_ids
 from evaluation.weights import load_released, open_network
 from run import load_checkpoint
-from runs import FLAGS, argv_of, command, environment, make_photos, rows, train_here
+from runs import FLAGS, make_photos, rows, train_here
 from synonyms import synonyms_checksum, wordnet
 from test_golden import close, close_grad, golden, leaves
 from test_resume import assert_same_run
@@ -174,11 +173,9 @@ def test_model_and_objective_of_the_released_code():
     close(unmasked[0], unmasked[1])
 
 
-def test_two_processes_as_the_released_code(tmp_path):
+def test_two_processes_as_the_released_code(server, tmp_path):
     """Its losses are divided by the number of processes and its gradients summed: ours are twice them, then averaged."""
-    argv = argv_of("tests/test_declip.py", tmp_path, processes=2)
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    server.together("tests/test_declip.py", tmp_path)
     for rank in (0, 1):
         loss, *grads = json.loads((tmp_path / f"{rank}.json").read_text())
         y = golden("dist2_declip_clip")[1][f"rank{rank}"]
@@ -431,14 +428,14 @@ def test_without_wordnet_the_log_says_so_once(photos, tmp_path, monkeypatch, cap
     assert "WordNet" not in capsys.readouterr().out
 
 
-def test_other_synonyms_do_not_continue_a_run(photos, tmp_path):
+def test_other_synonyms_do_not_continue_a_run(server, photos, tmp_path):
     """Another machine may have another WordNet, or none, under the same arguments."""
     file, flags = tmp_path / "synonyms.txt", ["--eval-every", "0", "--synonyms", str(tmp_path / "synonyms.txt"), "--max-steps"]
     file.write_text("red, crimson\n")
     train_here("declip", photos, tmp_path / "run", *flags, "1")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     assert json.loads(before["synonyms.json"])["words"] == 1
-    done = command("benchmarks/record.py", tmp_path / "run", "--name", "mine", "--out", tmp_path / "records")
+    done = server.run("benchmarks/record.py", tmp_path / "run", "--name", "mine", "--out", tmp_path / "records")
     recorded = json.loads((tmp_path / "records/mine.json").read_text())
     assert done.returncode == 0 and recorded["synonyms"] == json.loads(before["synonyms.json"])
     file.write_text("red, crimson, ruby\n")
@@ -451,34 +448,30 @@ def test_other_synonyms_do_not_continue_a_run(photos, tmp_path):
     assert len(texts) == 5
 
 
-def test_processes_must_have_the_same_synonyms(tmp_path):
+def test_processes_must_have_the_same_synonyms(server, tmp_path):
     """Each opens its own; where they differ all of them say so."""
-    argv = argv_of("tests/test_declip.py", tmp_path, "synonyms", processes=2)
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    server.together("tests/test_declip.py", tmp_path, "synonyms")
     first, second = ((tmp_path / f"synonyms{rank}.txt").read_text().splitlines() for rank in (0, 1))
     assert first == second and len(first) == 2
     assert "differ" not in first[0] and first[1] == "processes differ in their synonyms: give all the same --synonyms"
 
 
 # ------------------------------------------------ runs ------------------------------------------------
-def test_queue_is_global_and_survives(photos, tmp_path):
-    """On two processes it is that of one; five and five steps there are ten."""
-    flags = ["--eval-every", "0", "--queue-size", "64", "--max-steps"]
-    jobs = [("declip", str(photos), str(tmp_path / "two"), [*flags, "10"], False),
-            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "5"], False),
-            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "10"], False)]  # fmt: skip
-    argv = argv_of("tests/runs.py", json.dumps(jobs), processes=2)
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_queue_is_global_and_survives(server, photos, tmp_path):
+    """On two processes it is that of one; three and four steps there are seven, and it is full after five."""
+    flags = ["--eval-every", "0", "--queue-size", "40", "--max-steps"]
+    jobs = [("declip", str(photos), str(tmp_path / "two"), [*flags, "7"], False),
+            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "3"], False),
+            ("declip", str(photos), str(tmp_path / "parts"), [*flags, "7"], False)]  # fmt: skip
+    server.together("tests/runs.py", json.dumps(jobs))
     assert_same_run(tmp_path / "two", tmp_path / "parts")
-    train_here("declip", photos, tmp_path / "one", *flags, "10")
+    train_here("declip", photos, tmp_path / "one", *flags, "7")
     one, two = (load_checkpoint(tmp_path / d)["queue"] for d in ("one", "two"))
-    assert one["place"] == two["place"] == 80 % 64
+    assert one["place"] == two["place"] == 56 % 40
     torch.testing.assert_close(one["features"], two["features"], rtol=1e-3, atol=1e-4)
 
 
-def test_captions_of_the_queue_are_found_again(photos, tmp_path, capsys):
+def test_captions_of_the_queue_are_found_again(server, photos, tmp_path, capsys):
     """evaluate.py neighbors --queue knows whose feature is where: with weights that stand still they are the captions' features."""
     train_here("declip", photos, tmp_path / "run", *"--max-steps 9 --eval-every 0 --queue-size 64 --lr 1e-9".split())
     saved, net = load_checkpoint(tmp_path / "run"), open_network(tmp_path / "run", torch.device("cpu"))
@@ -495,8 +488,7 @@ def test_captions_of_the_queue_are_found_again(photos, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert Image.open(tmp_path / f"run_neighbors_{photos.stem}.png").width > 100
     pairs = [line for line in lines if "  ->  " in line]
-    done = command("evaluate.py", "neighbors", tmp_path / "run", "--data", photos, *flags, processes=2)
-    assert done.returncode == 0, done.stderr
+    done = server.together("evaluate.py", "neighbors", tmp_path / "run", "--data", photos, *flags)
     assert [line for line in done.stdout.splitlines() if "  ->  " in line] == pairs
     assert len(pairs) == 3 and all(-1 <= float(line.split("(")[-1][:-1]) <= 1 for line in pairs)
 
@@ -549,8 +541,8 @@ def test_weights_may_sum_to_1(photos, tmp_path):
     assert rows(tmp_path / "run")[0]["loss"] > 0
 
 
-def test_status_2(photos, tmp_path):
-    done = command("declip.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["declip"], "--accum-steps", "2")
+def test_status_2(server, photos, tmp_path):
+    done = server.run("declip.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["declip"], "--accum-steps", "2")
     assert done.returncode == 2 and "declip.py: error: " in done.stderr and "Traceback" not in done.stderr
 
 
