@@ -25,7 +25,7 @@ from common import LARS, UserError, user_errors
 from data import Loader, decode, open_dataset
 from evaluation.weights import open_network
 from run import Run, load_checkpoint
-from runs import COMMON, ROOT, argv_of, command, environment, make_photos, rows
+from runs import COMMON, ROOT, make_photos, rows
 from runs import train_here as train_method
 from test_resume import assert_same_run
 from test_structure import BANNER, SECTIONS, backward, cut
@@ -121,16 +121,22 @@ def test_a_signal_saves_before_an_evaluation(photos, stages, tmp_path, monkeypat
     assert_same_run(stages / "finetune", tmp_path)
 
 
+EIGHT = ["--max-steps", "8", "--eval-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def one(photos, stages, tmp_path_factory):
+    """{stage: directory of a run on one process, its gradients}."""
+    root = tmp_path_factory.mktemp("one")
+    return {stage: (root / stage, train_here(argv_for(stage, photos, stages, root / stage, *EIGHT))) for stage in FLAGS}
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
-    flags = ["--max-steps", "8", "--eval-every", "4"]
-    one = {s: train_here(argv_for(s, photos, stages, tmp_path / f"{s}_1", *flags)) for s in FLAGS}
-    jobs = [argv_for(stage, photos, stages, tmp_path / stage, *flags) for stage in FLAGS]
-    argv = argv_of("tests/test_simclrv2.py", json.dumps(jobs), processes=processes)
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for stage in FLAGS:
-        logs = [rows(tmp_path / name) for name in (f"{stage}_1", stage)]
+def test_same_run_on_more_processes(processes, server, photos, stages, one, tmp_path):
+    jobs = [argv_for(stage, photos, stages, tmp_path / stage, *EIGHT) for stage in FLAGS]
+    server.together("tests/test_simclrv2.py", json.dumps(jobs), processes=processes)
+    for stage, (directory, grads) in one.items():
+        logs = [rows(directory), rows(tmp_path / stage)]
         single, several = ([row for row in log if "loss" in row] for log in logs)
         assert len(single) == 8 and len({row["loss"] for row in single}) == 8  # it moves
         for a, b in zip(single, several, strict=True):
@@ -138,7 +144,7 @@ def test_same_run_on_more_processes(processes, photos, stages, tmp_path):
             for name, value in a.items():
                 assert b[name] == pytest.approx(value, rel=1e-4), (stage, a["step"], name)
         many = torch.load(tmp_path / stage / "grads.pt", weights_only=True)
-        third = one[stage][2]  # the classifier starts at 0, then each block's last gain is 0: nothing passes
+        third = grads[2]  # the classifier starts at 0, then each block's last gain is 0: nothing passes
         largest = max(g.abs().max() for g in third)
         assert sum(bool(g.any()) for g in many) > 0.9 * len(many)  # the network is reached
         for a, b in zip(third, many, strict=True):
@@ -439,7 +445,7 @@ def test_starts_from_weights_alone(photos, stages, tmp_path):
 
 
 def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
-    flags = ["--arch", "resnet34", "--width", "1", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
+    flags = ["--arch", "resnet34", "--width", "0.5", "--stem", "imagenet", "--max-steps", "1", "--eval-every", "0"]
     train_here(argv_for("distill", photos, stages, tmp_path / "other", *flags))
     net = open_network(tmp_path / "other", torch.device("cpu"))
     assert len(net.model.backbone.layer3) == 6 and net.model.backbone.conv1.stride == (2, 2)
@@ -450,20 +456,21 @@ def test_students_may_differ_from_their_teacher(photos, stages, tmp_path):
         assert torch.equal(started[name], before[name])
 
 
-def test_whole_sequence(monkeypatch, tmp_path, capfd):
+def test_whole_sequence(server, photos, monkeypatch, tmp_path, capfd):
     """Without flags: three stages, each of which takes the run of the one before; here of one small step each."""
     start, statuses = subprocess.Popen, []
+    flags = f"--max-steps 1 --batch-size 8 --image-size 16 --eval-every 0 --eval-data {photos} --workers 0".split()
 
     def small(argv):
-        process = start([*argv, *"--max-steps 1 --batch-size 8 --image-size 16 --eval-every 0 --workers 0".split()])
-        statuses.append(process)
-        return process
+        done = server.run(*argv[1:], *flags, before=f"os.chdir({str(tmp_path)!r})")
+        statuses.append(done.returncode)
+        return types.SimpleNamespace(wait=lambda: done.returncode)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", small)
     monkeypatch.setattr(simclrv2.signal, "signal", lambda *_: None)  # pytest's own handlers stay
     simclrv2.whole_sequence()
-    assert [process.returncode for process in statuses] == [0, 0, 0]
+    assert statuses == [0, 0, 0]
     (folder,) = (tmp_path / "runs").iterdir()
     saved = [load_checkpoint(folder / stage) for stage in ("pretrain", "finetune", "distill")]
     assert [content["method"] for content in saved] == ["simclr", "simclrv2", "simclrv2"]
@@ -585,9 +592,9 @@ def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
     assert "was not written by" in refused("finetune", "--checkpoint", str(broken))
 
 
-def test_status_2_and_no_traceback(photos, stages, tmp_path):
+def test_status_2_and_no_traceback(server, photos, stages, tmp_path):
     argv = argv_for("finetune", photos, stages, tmp_path, "--checkpoint", stages / "finetune")
-    done = command("simclrv2.py", *argv)
+    done = server.run("simclrv2.py", *argv)
     assert done.returncode == 2 and "simclrv2.py: error: " in done.stderr and "Traceback" not in done.stderr
 
 
