@@ -44,6 +44,10 @@ def resnet18():
     return runs.module_of("simclr").resnet("resnet18")
 
 
+def small_resnet():
+    return runs.module_of("simclr").resnet("resnet10", width=0.25)
+
+
 # ------------------------------------------------ mixing ------------------------------------------------
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixed_targets_are_the_shares_of_the_pixels(mixup, cutmix):
@@ -371,7 +375,7 @@ def test_loss_is_a_mean_over_samples_with_a_label(capsys):
 
 def test_resnet_learns_and_batch_norm_follows():
     torch.manual_seed(0)
-    model, rows = tuned(resnet18(), nesterov=True, base_lr=0.2, epochs=3)
+    model, rows = tuned(small_resnet(), nesterov=True, base_lr=0.2, epochs=3)
     assert top1(model, Toy(60, first=900)) > 0.8
     momenta = {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     assert momenta == {0.1}  # ten steps an epoch; of 1,000 steps it would be 0.01
@@ -470,32 +474,32 @@ def test_mistakes_are_sentences(folder, words, sentence):
 
 def test_out_is_checked_first_and_the_score_recorded(folder, tmp_path, capsys):
     """The folder before the training; if a file in it cannot be written after all, the score is in results.jsonl already."""
-    flags, lines = ["--epochs", "1", "--train-batch", "8"], folder / "simclr/results.jsonl"
+    flags, lines = ["--epochs", "1", "--warmup-epochs", "0", "--train-batch", "8"], folder / "slip/results.jsonl"
     (tmp_path / "file").write_text("")
     before = len(lines.read_text().splitlines()) if lines.exists() else 0
     with pytest.raises(UserError, match="use another --out"):
-        run(folder, "finetune", "simclr", *flags, "--out", str(tmp_path / "file"))
+        run(folder, "finetune", "slip", *flags, "--out", str(tmp_path / "file"))
     assert "epoch 1" not in capsys.readouterr().err
-    (tmp_path / "out/finetune_simclr.pt").mkdir(parents=True)
+    (tmp_path / "out/finetune_slip.pt").mkdir(parents=True)
     with pytest.raises(UserError, match="use another --out"):
-        run(folder, "finetune", "simclr", *flags, "--out", str(tmp_path / "out"))
-    assert len(lines.read_text().splitlines()) == before + 1 and "simclr" in capsys.readouterr().out
+        run(folder, "finetune", "slip", *flags, "--out", str(tmp_path / "out"))
+    assert len(lines.read_text().splitlines()) == before + 1 and "slip" in capsys.readouterr().out
 
 
 def test_classifiers_of_one_command_have_files_of_their_own(folder, tmp_path):
     for name in ("lr0.1", "lr0.2"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "checkpoint.pt").write_bytes((folder / "simclr/checkpoint.pt").read_bytes())
+        (tmp_path / name / "checkpoint.pt").write_bytes((folder / "slip/checkpoint.pt").read_bytes())
     paths = [str(tmp_path / "lr0.1/checkpoint.pt"), str(tmp_path / "lr0.2")]
-    flags = ["--epochs", "1", "--train-batch", "8", "--out", str(tmp_path / "out")]
+    flags = ["--epochs", "1", "--warmup-epochs", "0", "--train-batch", "8", "--out", str(tmp_path / "out")]
     main(["finetune", *paths, "--data", str(folder / "classes"), *COMMON, *flags])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["finetune_lr0.1.pt", "finetune_lr0.2.pt"]
     with pytest.raises(UserError, match="out/finetune_lr0.1.pt is there already, use another --out"):
         main(["finetune", *paths, "--data", str(folder / "classes"), *COMMON, *flags])
 
 
-def test_mistake_ends_with_status_2(folder):
-    done = runs.command("evaluate.py", "semi", folder / "simclr", "--data", folder / "classes", "--device", "cpu")
+def test_mistake_ends_with_status_2(server, folder):
+    done = server.run("evaluate.py", "semi", folder / "simclr", "--data", folder / "classes", "--device", "cpu")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("evaluate.py: error: semi needs --labels")
 
@@ -508,7 +512,7 @@ def trained(folder):
     out = {"semi": row and row["metrics"]}
     flags = {**TRANSFORMER, "base_lr": 1e-3, "drop_path": 0.4, "mixup": 0.8, "cutmix": 1.0, "erase": 0.5, "ema": 0.5}
     torch.manual_seed(0)
-    cases = {"vit": (vit(), flags), "resnet": (resnet18(), dict(nesterov=True, base_lr=1e-3))}
+    cases = {"vit": (vit(), flags), "resnet": (small_resnet(), dict(nesterov=True, base_lr=1e-3))}
     for name, (encoder, flags) in cases.items():
         model, rows = tuned(encoder, n=50, **{**flags, "epochs": 2})
         out[name] = {k: v.tolist() for k, v in model.state_dict().items() if "running" in k or "head" in k or v.ndim == 1}
@@ -517,9 +521,8 @@ def trained(folder):
     return out
 
 
-def test_world_size(folder):
-    done = runs.command("tests/test_finetune.py", folder, processes=2)
-    assert done.returncode == 0, done.stderr
+def test_world_size(server, folder):
+    done = server.together("tests/test_finetune.py", folder)
     assert done.stderr.count("epoch 1/2") == 3  # of the first process alone
     both, one = json.loads((folder / "out.json").read_text()), trained(folder)
     assert both.keys() == one.keys()
