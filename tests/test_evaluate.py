@@ -976,9 +976,8 @@ def protocols(folder):
     return [{key: line[key] for key in ("metrics", "random weights") if key in line} for line in lines]
 
 
-def test_world_size(folder):
-    done = runs.command("tests/test_evaluate.py", folder, processes=2)
-    assert done.returncode == 0, done.stderr
+def test_world_size(server, folder):
+    done = server.together("tests/test_evaluate.py", folder)
     assert done.stderr.count("left out 4 of 23") == 1
     both, one = json.loads((folder / "out.json").read_text()), json.loads(json.dumps(collective()))
     torch.testing.assert_close(
@@ -998,8 +997,8 @@ def test_flags_for_others_weights_do_nothing_to_ours_and_say_so(folder, capsys):
                     f"{folder}/clip is of this project and holds these settings: --text-heads, --tokenizer not used"]  # fmt: skip
 
 
-def test_mistake_ends_with_status_2(folder):
-    done = runs.command("evaluate.py", "knn", folder / "other.pt", "--data", folder / "classes")
+def test_mistake_ends_with_status_2(server, folder):
+    done = server.run("evaluate.py", "knn", folder / "other.pt", "--data", folder / "classes")
     assert done.returncode == 2 and done.stderr.startswith("evaluate.py: error: ") and done.stderr.count("\n") == 1
 
 
