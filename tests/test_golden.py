@@ -1,7 +1,6 @@
 """Faithful: losses, gradients, models, schedules and optimisers equal numbers computed with the official code."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import clip
 import simclr
 import slip
 from common import LARS, user_errors, warmup_cosine
-from runs import argv_of, environment
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -122,10 +120,8 @@ def rank_result(rank, name):
     return [loss.item()] + [t.grad.tolist() for t in inputs]
 
 
-def test_two_processes(tmp_path):
-    argv = argv_of("tests/test_golden.py", tmp_path, processes=2)
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes(server, tmp_path):
+    server.together("tests/test_golden.py", tmp_path)
     for rank in (0, 1):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
         assert set(results) == set(GATHERED)

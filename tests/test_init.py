@@ -18,7 +18,7 @@ import init
 from common import UserError
 from names import align_state
 from run import init_weights
-from runs import FLAGS, METHODS, RESNET18, ROOT, argv_of, environment, make_photos, module_of, rows, train_here
+from runs import FLAGS, METHODS, RESNET18, ROOT, environment, make_photos, module_of, rows, train_here
 from test_resume import assert_same_run
 
 VIT = ["--arch", "vit_tiny_patch8"]  # 12 blocks, 192 channels and 3 heads in every file
@@ -600,15 +600,14 @@ def test_freezing_needs_weights(photos, tmp_path):
         train_here("clip", photos, tmp_path / "run", "--freeze", "image")
 
 
-def test_frozen_on_two_processes(photos, tmp_path):
+def test_frozen_on_two_processes(server, photos, tmp_path):
     """Everybody reads the same weights, and DDP passes a frozen encoder over: the run of one process."""
     train_here("slip", photos, tmp_path / "first", "--max-steps", "1", "--eval-every", "0")
     flags = ["--init", str(tmp_path / "first"), "--freeze", "image", "--tokenizer", str(tmp_path / "first/tokenizer.json"),
              "--max-steps", "3", "--eval-every", "0"]  # fmt: skip
     one = train_here("slip", photos, tmp_path / "one", *flags)
-    argv = argv_of("tests/runs.py", json.dumps([["slip", str(photos), str(tmp_path / "two"), flags]]), processes=2)
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.count("a run of slip.py") == 1, done.stderr[-2000:]
+    done = server.together("tests/runs.py", json.dumps([["slip", str(photos), str(tmp_path / "two"), flags]]))
+    assert done.stdout.count("a run of slip.py") == 1
     two = torch.load(tmp_path / "two/grads.pt", weights_only=True)
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

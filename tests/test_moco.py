@@ -1,7 +1,6 @@
 """moco.py: the official code's numbers, its checkpoints, batch norm over groups, shuffling, the queue."""
 
 import json
-import subprocess
 import types
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 import moco
 from evaluation.weights import open_network
 from run import load_checkpoint
-from runs import FLAGS, argv_of, environment, make_photos, module_of, rows, train_here
+from runs import FLAGS, make_photos, module_of, rows, train_here
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_structure import backward, cut
 
@@ -150,10 +149,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_are_the_official_two(tmp_path):
+def test_two_processes_are_the_official_two(server, tmp_path):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    done = subprocess.run(argv_of(tmp_path / "two.py", processes=2), env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    server.together(tmp_path / "two.py")
 
 
 # ------------------------------------------------ batch norm ------------------------------------------------

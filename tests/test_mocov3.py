@@ -1,7 +1,6 @@
 """mocov3.py: the official code's numbers, its checkpoints, its vision transformer."""
 
 import json
-import subprocess
 
 import pytest
 import timm
@@ -12,7 +11,6 @@ from torch import nn
 
 import mocov3
 from common import warmup_cosine
-from runs import argv_of, environment
 from test_golden import GOLDEN, close, close_grad, golden, leaves
 from test_moco import TinyEncoder
 from test_structure import backward, cut
@@ -48,10 +46,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_loss_on_two_processes(tmp_path):
+def test_loss_on_two_processes(server, tmp_path):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    done = subprocess.run(argv_of(tmp_path / "two.py", processes=2), env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    server.together(tmp_path / "two.py")
 
 
 def test_a_whole_step():

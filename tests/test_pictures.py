@@ -392,10 +392,9 @@ def test_checkpoints_of_one_command_have_pictures_of_their_own(folder, tmp_path)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"{name}_attention_classes.png" for name in names}
 
 
-def test_two_processes_draw_the_same(folder):
+def test_two_processes_draw_the_same(server, folder):
     one = run(folder, "neighbors", "dino", "--images", "2").read_bytes()
-    done = runs.command("tests/test_pictures.py", folder, processes=2)
-    assert done.returncode == 0, done.stderr
+    done = server.together("tests/test_pictures.py", folder)
     assert (folder / "out/dino_neighbors_classes.png").read_bytes() == one and done.stdout.count(".png") == 1
 
 

@@ -19,7 +19,6 @@ import torch
 
 from common import UserError, init_distributed, rank, user_errors
 from data import Tokenizer
-from runs import command
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("a big", "one small", "the"), ("red", "blue", "grey"), ("star", "stars", "Zürich café", "数字 7", "😀")
@@ -233,9 +232,8 @@ def two_processes():
     assert len(asked) == 2 * (rank() == 0)
 
 
-def test_one_process_asks_the_hub():
-    done = command("tests/test_tokenizer.py", processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_one_process_asks_the_hub(server):
+    server.together("tests/test_tokenizer.py")
 
 
 @pytest.mark.parametrize("spec, reason", [
