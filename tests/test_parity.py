@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -144,8 +145,10 @@ def test_both_train_something(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["simclr", "dino"])
-def test_end_to_end(method, data_dir, tmp_path, monkeypatch):
+def test_end_to_end(method, server, data_dir, tmp_path, monkeypatch):
     """Three loops are timed: each has its own rate, and ratios are those of rates of the same round."""
+    forked = types.SimpleNamespace(run=lambda command, **_: server.run(*command[1:]))
+    monkeypatch.setattr(end_to_end, "subprocess", forked)
     small = [*FLAGS, *SMALL, *OWN.get(method, []), "--epochs", "5", "--data-dir", str(data_dir)]
     monkeypatch.setattr(end_to_end, "flags_of", lambda options: small)
     argv = ["end_to_end.py", "--methods", method, "--steps", "5", "--rounds", "1", "--out", str(tmp_path / "out.json")]
