@@ -459,7 +459,7 @@ def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(server, 
     (folder / "6.png").write_bytes(b"broken")  # one of two test images
     other = server.run("align.py", "--filter-only", "--data", folder, "--min-side", "0", "--output-dir", tmp_path / "second")
     assert "5 of 6 pictures read, compared with 1 of 2 test images" in other.stdout
-    third = command("align.py", *flags[:-1], tmp_path / "third", "--eval-data", folder / "val.jsonl")
+    third = server.run("align.py", *flags[:-1], tmp_path / "third", "--eval-data", folder / "val.jsonl")
     assert "5 of 6 pictures read, compared with 1 of 2 test images" in third.stdout
     before = (tmp_path / "kept/kept.jsonl").read_bytes()
     done = server.run("align.py", *flags, env={"WORLD_SIZE": "2"})  # as torchrun says it
