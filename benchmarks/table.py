@@ -26,6 +26,7 @@ and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables
 
 import argparse
 import ast
+import functools
 import json
 import math
 import re
@@ -126,6 +127,12 @@ def diff_size(a, b):
     return int(removed), int(added)
 
 
+@functools.cache
+def definitions(source):
+    """The statements of a file. Many links lead to the same one."""
+    return ast.parse(source).body
+
+
 def definition_line(path, name):
     """Line of a definition or assignment, None where there is none; a dot goes into a class."""
 
@@ -135,7 +142,7 @@ def definition_line(path, name):
 
     if not path.exists():
         return None
-    body = ast.parse(path.read_text()).body
+    body = definitions(path.read_text())
     for part in name.split("."):
         node = next((node for node in body if part in names(node)), None)
         if node is None:
@@ -145,9 +152,15 @@ def definition_line(path, name):
 
 
 # -------------------------------------------- the results ---------------------------------------
+@functools.cache
+def read_record(text):
+    """Each table looks at all of them, and none changes one."""
+    return json.loads(text)
+
+
 def results():
     """{name: record} of the runs, in the order of methods()."""
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))]
+    found = [read_record(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))]
     order = list(methods())
     runs = [r for r in found if "curve" in r and r["method"] in order]
     return {r["name"]: r for r in sorted(runs, key=lambda r: order.index(r["method"]))}

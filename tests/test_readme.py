@@ -2,6 +2,7 @@
 tree's."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -10,13 +11,16 @@ import math
 import re
 import shlex
 import sys
+import types
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.run as torchrun
 from PIL import Image
 
+import pictures
 from common import UserError
 from copies import ROOT, method_files
 from run import parse_args
@@ -146,6 +150,7 @@ def test_a_wrong_command_is_noticed(line):
         parse(*split_launcher(line))
 
 
+@functools.cache
 def known_flags():
     modules = [importlib.import_module(path.stem) for path in [*method_files(experiments=True), ROOT / "evaluate.py"]]
     flags = {"--" + name.replace("_", "-") for module in modules for name in vars(module.Args())}
@@ -330,8 +335,26 @@ def test_record_of_evaluations(run):
             record.main([*wrong, "--name", "x", "--out", str(run / "out")])
 
 
-def test_figures_are_of_recorded_runs(tmp_path):
-    """Each one is shown somewhere, and what is drawn in it is what the records say now."""
+class Shown(Exception):
+    """views.png is written."""
+
+
+def test_figures_are_of_recorded_runs(tmp_path, monkeypatch):
+    """Each one is shown somewhere, and what is drawn in it is what the records say now. The run of which views.png is shown
+    happens here, and ends with that."""
+    save = pictures.save_batch
+
+    def until_views(command, **_):
+        module = importlib.import_module(Path(command[1]).stem)
+        with pytest.raises(Shown):
+            module.train(parse_args(module.Args, module.RECIPES, command[2:]))
+
+    def save_and_end(*args):
+        save(*args)
+        raise Shown
+
+    monkeypatch.setattr(pictures, "save_batch", save_and_end)
+    monkeypatch.setattr(figure, "subprocess", types.SimpleNamespace(run=until_views, DEVNULL=None))
     drawn = sorted((ROOT / "docs/figures").glob("*.png"))
     assert drawn
     for path in drawn:
