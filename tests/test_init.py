@@ -25,7 +25,9 @@ VIT = ["--arch", "vit_tiny_patch8"]  # 12 blocks, 192 channels and 3 heads in ev
 
 
 class Tokens:
-    """A tokenizer as far as init.py asks it."""
+    """A tokenizer as far as init.py and an export ask it."""
+
+    context_length = 24
 
     def __init__(self, words="a"):
         self.words = words
