@@ -77,7 +77,7 @@ COMPILED += [name for name in MODELS if name not in COMPILED]
 REAL = "clip_b16", "simclr_r50"  # fed with JPEG files
 MINIATURE = {
     "clip_b16": ("clip", "--data shapes --batch-size 4"),
-    "simclr_r50": ("simclr", "--data shapes --batch-size 4"),
+    "simclr_r50": ("simclr", "--data shapes --arch resnet10 --width 0.5 --batch-size 4"),
     "dino_s16": ("dino", "--data shapes --batch-size 4"),
 }
 # In this order. Their recipes for CIFAR-10 have no warm-up, in which a run of few epochs would end.
@@ -940,7 +940,8 @@ class Session:
     def train_cifar(self, method, folder, seconds):
         flags = "--data cifar10"
         if self.args.miniature:
-            flags += " --batch-size 8 --stem imagenet" + " --bn-group 4" * (method == "moco")
+            flags += " --batch-size 8 --arch resnet10 --width 0.5 --stem imagenet"
+            flags += " --bn-group 4" * (method == "moco")
         warm = method == "simclr" and "simclr_r18_cifar" in self.warmed
         compiled = warm or seconds > 240 and not self.args.miniature
         mode = "compiled" if compiled else "eager"

@@ -11,19 +11,60 @@ import pytest
 from runs import ROOT
 
 
+# The processes of gpu.py as forks of the first one, which has imported torch here.
+FORKED = """
+import multiprocessing, subprocess
+context, start = multiprocessing.get_context("fork"), subprocess.Popen
+
+def child(command, env, stdin, stdout):
+    for number, file in enumerate((stdin, stdout, stdout)):
+        os.dup2(file, number)
+    os.setsid()
+    os.environ.update(env)
+    sys.stdin, sys.argv = open(0), command[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+class Forked:
+    def __init__(self, command, env, stdout, **_):
+        reader, writer = os.pipe()
+        self.stdin = os.fdopen(writer, "wb")
+        self.process = context.Process(target=child, args=(command, env, reader, stdout.fileno()))
+        self.process.start()
+
+    def wait(self, seconds=None):
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("fork", seconds)
+
+    def kill(self):
+        self.process.kill()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+subprocess.Popen = lambda command, **options: (Forked if "--job" in command else start)(command, **options)
+"""
+
+
+def rows_of(out):
+    file = out / "gpu.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def run(out, *flags, **env):
     """-> exit status, rows of gpu.jsonl, output."""
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--out", str(out), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=out.parent)
-    file = out / "gpu.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return done.returncode, rows, done.stdout + done.stderr
+    return done.returncode, rows_of(out), done.stdout + done.stderr
 
 
-def test_every_part_writes_its_result(tmp_path):
+def test_every_part_writes_its_result(server, tmp_path):
+    """What starts and ends its processes elsewhere is the same as in test_what_fails_is_a_result_and_does_not_stop_the_rest."""
     pytest.importorskip("sklearn", reason="its two photos are the JPEG files that are read")
-    status, rows, output = run(tmp_path / "out", "--miniature", "--minutes", "12")
+    done = server.run("benchmarks/gpu.py", "--out", tmp_path / "out", "--miniature", "--minutes", "12", before=FORKED)
+    status, rows, output = done.returncode, rows_of(tmp_path / "out"), done.stdout + done.stderr
     assert status == 0 and not [row for row in rows if "error" in row], output[-6000:]
 
     def of(part, key):
@@ -69,8 +110,19 @@ def steps_row(gpu, folder, method, flags):
     return json.loads((folder / "gpu.jsonl").read_text().splitlines()[-1])
 
 
-def test_operations_are_those_of_the_paper_s_model(gpu, tmp_path):
-    """A step of SimCLR with ResNet-50: two views, three times a forward pass of 8.2 billion operations."""
+def test_operations_are_those_of_the_paper_s_model(gpu, tmp_path, monkeypatch):
+    """A step of SimCLR with ResNet-50: two views, three times a forward pass of 8.2 billion operations. The second step is the
+    one whose operations are counted, and the last one here."""
+    steps = gpu.Meter.steps
+
+    def until_counted(meter, *args, **options):
+        batches = steps(meter, *args, **options)
+        yield next(batches)
+        yield next(batches)
+        next(batches)
+        meter.result = {"ms": 1.0}
+
+    monkeypatch.setattr(gpu.Meter, "steps", until_counted)
     method, flags = gpu.MODELS["simclr_r50"]
     row = steps_row(gpu, tmp_path, method, gpu.with_batch(flags, 2))
     assert row["gflop_per_image"] == pytest.approx(2 * 3 * 8.2, rel=0.03)
