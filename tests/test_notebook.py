@@ -10,6 +10,10 @@ from runs import ROOT
 PATH = ROOT / "docs/quickstart.ipynb"
 
 
+# Before the first step and behind the last one 100 of 2,000 scenes are evaluated; those that are trained on stay as they are.
+FEW = "import scenes; scenes.Shapes.__len__ = lambda self: len(self.indices) if len(self.indices) > 2000 else 100"
+
+
 def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
@@ -19,7 +23,7 @@ def test_it_runs(monkeypatch, tmp_path):
     notebook = nbformat.read(PATH, as_version=4)
     parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(parameters) == 1 and re.findall(r"^(\w+) = ", parameters[0].source, re.M) == ["EPOCHS", "MAX_STEPS", "OUTPUT"]
-    parameters[0].source = f"EPOCHS, MAX_STEPS, OUTPUT = 1, 12, {str(tmp_path)!r}"
+    parameters[0].source = f"EPOCHS, MAX_STEPS, OUTPUT = 1, 12, {str(tmp_path)!r}\n{FEW}"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(PATH.parent)}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     training = next(cell for cell in code if "slip.train(" in cell.source)
