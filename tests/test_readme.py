@@ -414,8 +414,8 @@ def test_an_ablation_is_drawn_beside_the_run_that_learns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2"])
 def test_every_demo_learns(name):
-    """Three recorded seeds of a self-supervised file without flags: at the end kNN is 20 points or more above random weights
-    with each, and 25 or more on average (DINOv2's random weights are far above chance)."""
+    """Three recorded seeds of a self-supervised file without flags: at the end kNN is 25 points or more above random weights.
+    DINOv2's, whose random weights tell half of the drawings, is so on average; its first seed gains 24.6."""
     gains = []
     for seed in range(3):
         run = json.loads((ROOT / f"results/{name}_flocks{f'_s{seed}' * (seed > 0)}.json").read_text())
@@ -423,7 +423,7 @@ def test_every_demo_learns(name):
         accuracy = [row["knn_top1"] for _, row in run["curve"] if "knn_top1" in row]
         assert run["curve"][0][0] == 0
         gains.append(accuracy[-1] - accuracy[0])
-    assert min(gains) >= 20 and sum(gains) / 3 >= 25
+    assert sum(gains) / 3 >= 25 and min(gains) >= (24.5 if name == "dinov2" else 25)
 
 
 def test_longer_runs_and_other_seeds_have_columns_of_their_own(monkeypatch):
