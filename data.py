@@ -77,7 +77,7 @@ def has_shm(size):
 
 
 def start_of(workers):
-    """"fork" on Linux, whatever Python's default: from 3.14 on each would import torch and data."""
+    """How workers start: "fork" on Linux. Python's default from 3.14 on imports torch in each."""
     return "fork" if workers and sys.platform == "linux" else None
 
 

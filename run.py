@@ -353,8 +353,8 @@ class Run:
         return str(path)
 
     def _start_log(self) -> dict:
-        """Fills self.writers, which write a row. Before a step it writes args.json and env.json and
-        cuts the log back. -> this step's evaluation in the log, {} where it has none."""
+        """Fills self.writers, which write a row. If steps are left, writes args.json and env.json
+        and cuts the log back. -> this step's evaluation in the log, {} where it has none."""
         args = {"method": self.method, **vars(self.args)}
         pictures = importlib.import_module("pictures")
         unfinished = self.step < self.last
