@@ -76,7 +76,7 @@ class Args(RunArgs):
     temperature: float = 1.0  # tau at the start; it is trained (Sec. 5)
     label_smoothing: float = 0.1  # label smoothing over the global batch (Sec. 5)
     drop_connect: float = 0.2  # how often a branch is dropped, times b / n in block b of n
-    bn_group: int = 16  # samples that batch norm sees, those of a TPU core (0: all; Sec. 5)
+    bn_group: int = 16  # samples of a batch norm (coyo): a TPU core had 16 (Sec. 5); 0: all
     bn_momentum: float = 0.01  # share of the last batch in the batch norm's mean; short runs: more
     image_size: int = 289  # side of an image in pixels, cropped from 346 (Sec. 5)
     epochs: int = 11  # passes over the data: 1.2 million steps of 1.8 billion pairs (Sec. 5)
@@ -335,8 +335,8 @@ def pad_as_tensorflow(conv, inputs):
 
 # Adapted from moco.py: GroupBatchNorm, whole groups alone, one step of statistics for all pieces
 class GroupBatchNorm(nn.BatchNorm2d):
-    """Batch norm over every `group` samples that follow each other: those of a TPU core in the
-    paper (Sec. 5). Parameter names stay. Running statistics wait for update_statistics."""
+    """Batch norm over every `group` samples that follow each other: those of a TPU core, as
+    in coyo. Parameter names stay. Running statistics wait for update_statistics."""
 
     group = 16
     seen = 0.0  # means, variances and number of the forward passes of this step, summed

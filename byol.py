@@ -33,7 +33,9 @@ Backbones are torchvision's ResNets. Differences from the official code:
    resizing, and a crop that does not fit is clipped.
  - Convolutions start as in simclr.py; official: Haiku's default.
  - A GPU computes in mixed precision; official: float32 (--dtype fp32).
- - Max-pooling pads as torch does; TensorFlow's padding differs where the side is even.
+ - Max-pooling and convolutions of stride 2 pad alike on all sides, as torch does; official: Haiku's
+   SAME, which pads the far sides more where the side is even.
+ - The blur reflects the border; official: zeros outside, which darken the rim.
  - The last, incomplete batch of an epoch is dropped; official: an epoch is a fractional number of
    batches.
 

@@ -86,7 +86,7 @@ class Args(RunArgs):
     grad_checkpointing: Literal["none", "selective", "full"] = "none"  # recompute to save memory
     lr: float = 1e-3  # peak learning rate (official code)
     min_lr: float = 0.0  # learning rate at the end of the cosine (official code)
-    warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps (official code)
+    warmup_epochs: float = 0.665  # linear warm-up from lr / 10: 2,500 steps of 15.4M pairs
     weight_decay: float = 0.1  # on all but gains, biases, class token and logit scale
     clip_grad: float = 0.0  # largest gradient norm (0: off, as in the official code)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
@@ -112,7 +112,7 @@ RECIPES = {
     "coco": PHOTOS,
     "cc3m": dict(RESNET, batch_size=2048),  # 27.8%
     "cc12m": RESNET,  # 41.0%
-    "yfcc15m": dict(eval_data="imagenet"),  # official README: 43.2%, with what --released does
+    "yfcc15m": dict(eval_data="imagenet"),  # official README: 43.2% (V2, --released)
     "redcaps": dict(eval_data="imagenet", warmup_epochs=1.0),  # our choice: no published run
 }
 RECIPES |= dict.fromkeys(("multi30k-en", "multi30k-de", "multi30k-fr", "multi30k-cs"), PHOTOS)
@@ -648,7 +648,7 @@ def train(args: Args) -> dict:
     spread = args.ssl_dim**-0.5
     run.say(f"feature_std: 1 / sqrt({args.ssl_dim}) = {spread:.3f} if spread, 0 if collapsed")
     # one less each: the official code counts steps from 1 and reaches min_lr in the last one
-    warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1
+    warmup = max(0, round(args.warmup_epochs * loader.steps_per_epoch) - 1)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     clip_chance = math.log(args.batch_size)
     tss_chance = math.log(args.vocab_size)

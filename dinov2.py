@@ -79,7 +79,7 @@ class Args(RunArgs):
     teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up
     warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up
     warmup_teacher_temp_epochs: float = 60.0  # length of tau_t's linear warm-up (0: none)
-    teacher_momentum: float = 0.992  # l, first EMA momentum, on a cosine to 1 (App. B.1)
+    teacher_momentum: float = 0.992  # l, first EMA momentum (official code; App. B.1: 0.994)
     patch_weight: float = 1.0  # lambda1, weight of the patches' loss (official code)
     koleo_weight: float = 0.1  # lambda2, weight of the KoLeo loss (App. B.1; 0: without)
     koleo_group: int = 0  # samples among which KoLeo looks for neighbours (0: the global batch)

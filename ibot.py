@@ -66,7 +66,7 @@ class Args(RunArgs):
     norm_last_layer: bool = False  # prototypes keep length 1, which is more stable; used for ViT-B
     freeze_last_layer: float = 1.0  # epochs in which the prototypes stay fixed (0: none; official)
     image_size: int = 224  # side of the two global crops in pixels
-    local_size: int = 96  # side of the local crops in pixels (Sec. 3.1)
+    local_size: int = 96  # side of the local crops in pixels (as DINO)
     local_crops: int = 10  # L, number of local crops (0: none; --crop-split 0.14 goes with it)
     crop_split: float = 0.25  # s: global crops have area (s, 1), local ones (crop_min, s) (README)
     crop_min: float = 0.05  # smallest area of a local crop, as a share of the image (official code)
@@ -76,13 +76,13 @@ class Args(RunArgs):
     mask_prob: float = 0.5  # p, share of the global crops that are masked at all (official code)
     mask_ratio: float = 0.3  # mean share of masked patches in a masked crop (Sec. 3.2); rand: 0.7
     mask_ratio_var: float = 0.2  # that share is uniform within ratio +- this (Sec. 3.2); rand: 0.05
-    temperature: float = 0.1  # tau_s, the student's temperature (Sec. 3.2)
-    teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up (Sec. 3.2)
-    warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up (Sec. 3.2)
-    warmup_teacher_temp_epochs: int = 30  # length of tau_t's linear warm-up (0: none; Sec. 3.2)
-    teacher_momentum: float = 0.996  # l, first EMA momentum (Sec. 3.1); 0.9995 for batch 256
+    temperature: float = 0.1  # tau_s, the student's temperature (as DINO)
+    teacher_temp: float = 0.07  # tau_t, the teacher's temperature after its warm-up (official)
+    warmup_teacher_temp: float = 0.04  # tau_t at the start of its warm-up (official code)
+    warmup_teacher_temp_epochs: int = 30  # length of tau_t's linear warm-up (0: none; official)
+    teacher_momentum: float = 0.996  # l, first EMA momentum (as DINO); 0.9995 for batch 256
     center_momentum: float = 0.9  # m, momentum of both centers (official code)
-    cls_weight: float = 1.0  # lambda1, weight of the class tokens' loss (Sec. 3.1: no weights)
+    cls_weight: float = 1.0  # lambda1, weight of the class tokens' loss (Sec. 3.2: no weights)
     patch_weight: float = 1.0  # lambda2, weight of the patches' loss
     epochs: int = 800  # passes over the data (Sec. 3.2); 400 for ViT-B
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
@@ -92,8 +92,8 @@ class Args(RunArgs):
     base_lr: float = 5e-4  # peak learning rate: lr = base_lr * batch / 256 (Sec. 3.2)
     min_lr: float = 1e-6  # learning rate at the end of the cosine, not scaled (official code)
     warmup_epochs: float = 10.0  # linear warm-up from 0 (Sec. 3.2)
-    weight_decay: float = 0.04  # at the start, on all but biases and norms (Sec. 3.2)
-    weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine (Sec. 3.2)
+    weight_decay: float = 0.04  # at the start, on all but biases and norms (as DINO)
+    weight_decay_end: float = 0.4  # weight decay after the last step, on a cosine (as DINO)
     clip_grad: float = 3.0  # largest gradient norm of each parameter by itself (0: off)
     init: str = ""  # weights to start from: a run, released weights, a backbone (docs/init.md)
     seed: int = 0  # random seed of weights, order, views, masks and stochastic depth

@@ -86,8 +86,8 @@ class Args(RunArgs):
 
 
 # lightly's CIFAR-10 benchmark: rate 0.06 * batch / 128, batch norm in eight groups. What differs:
-# the network and its initial weights are torchvision's, images are normalised with ImageNet's mean
-# and standard deviation, and the second loss of a step does not see the keys of the first one.
+# the network and its initial weights are torchvision's, and the second loss of a step does not see
+# the keys of the first one.
 SMALL = dict(
     arch="resnet18",
     image_size=32,

@@ -58,7 +58,7 @@ class Args(RunArgs):
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
     mlp_dim: int = 4096  # hidden width of projector and predictor (Sec. 5)
     head_dim: int = 256  # output width of projector and predictor (Sec. 5)
-    key_momentum: float = 0.99  # m at the start, rises to 1 (Sec. 4.1); 0.996 for 1000 epochs
+    key_momentum: float = 0.99  # m at the start, rises to 1 (its code); 0.996 for 1000 epochs
     freeze_patch_embed: bool = True  # a transformer's patch embedding stays as initialised (Sec. 4)
     image_size: int = 224  # side of a view in pixels
     crop_min: float = 0.08  # smallest area of a crop, as a share of the image; ResNets: 0.2
@@ -91,9 +91,10 @@ RESNET = dict(
     weight_decay=1e-6,
 )
 # solo-learn's CIFAR-10 configuration: rate 0.3 * batch / 256, trust 0.02, tau 0.2. What differs:
-# crops are from 20% of the area here. And with r = trust |p| / |d|, its LARS moves a layer by
-# min(r, rate) times the direction, and not by rate * r, so steps are about 3.3 times smaller here
-# at the peak of the rate.
+# crops are from 20% of the area here, and bilinear; images are normalised by ImageNet's mean and
+# standard deviation; keys come after the EMA. And with r = trust |p| / |d|, its LARS moves a layer
+# by min(r, rate) times the direction, and not by rate * r, so steps are about 3.3 times smaller
+# here at the peak of the rate.
 SMALL = dict(
     RESNET,
     arch="resnet18",
@@ -507,7 +508,7 @@ def train(args: Args) -> dict:
 
         with autocast:
             q1, q2 = ddp(view1, view2)
-        m = warmup_cosine(step, run.total, 0, args.key_momentum, end=1.0)  # Sec. 4.1
+        m = warmup_cosine(step, run.total, 0, args.key_momentum, end=1.0)  # official code
         model.update_momentum_encoder(m)  # official: with the weights that gave the queries
         with autocast, torch.no_grad():
             k1, k2 = model.momentum_encoder(view1), model.momentum_encoder(view2)

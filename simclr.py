@@ -20,8 +20,10 @@ SimCLR v2     torchrun --nproc_per_node=8 simclr.py --data imagenet --recipe ima
 Backbones are torchvision's ResNets. Version 2 (arXiv 2006.10029) deepens the head; its selective
 kernels and its memory of negatives are not implemented. Differences from the official code:
  - The loss is the paper's mean over the 2B views; official: the sum of the two views' means, which
-   is twice that. LARS absorbs the factor, except for biases and norms.
- - Each image has its own blur sigma; official: one sigma per device and view.
+   is twice that. LARS absorbs the factor, except for biases and norms, and except that weight decay
+   has twice the weight beside the gradient here.
+ - Each image has its own blur sigma, and the border is reflected; official: one sigma per device
+   and view, and zeros outside, which darken the rim.
  - Crops are torchvision's, antialiased and with log-uniform aspect ratios, and so are the colour
    operations, where brightness is a factor as in version 2; official: TensorFlow's.
  - A GPU computes in mixed precision; official: float32 (--dtype fp32).
@@ -94,7 +96,8 @@ RECIPES = {
     "shapes": dict(SMALL, **SGD, arch="resnet18", stem="imagenet", epochs=2, batch_size=128),
     # lightly's CIFAR-10 benchmark (kNN 84.8%), except that here norms are not decayed, the cosine
     # falls with every step and not with every epoch, images are not normalised by mean and standard
-    # deviation, crops are bicubic, and the head and all initial weights are the official ones
+    # deviation, crops are bicubic, batch norm sees both views together, and the head and all
+    # initial weights are the official ones
     "cifar10": dict(SMALL, **SGD, arch="resnet18", epochs=200, batch_size=512),
     # our own, for 30 minutes of one core
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", temperature=0.2,

@@ -225,7 +225,7 @@ def queued_ids(saved, tokenizer, data_dir):
 
 def queue_picture(net, train, test, args, options):
     """Images with their captions, and the captions in the queue of a DeCLIP run that are nearest to
-    these: the pairs that its nearest-neighbour supervision adds (DeCLIP Sec. 3.4). They are printed
+    these: the pairs that its nearest-neighbour supervision adds (DeCLIP Sec. 3). They are printed
     too."""
     saved = load_checkpoint(net.path) if net.method == "declip" else {}
     if "queue" not in saved or saved["args"]["released"]:
