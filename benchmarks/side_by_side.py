@@ -4,7 +4,7 @@
     simclr    simclr.py against lightly's modules and loss, as in its example (ResNet-18, 64 px)
     moco, byol, simsiam    the same
     dino      dino.py against lightly's loop, which encodes crop after crop (ViT-S/16, 2 x 96 px
-              and 6 x 48 px)
+              and 6 x 48 px). Its loop has PyTorch's default AdamW, a row has the fused one
 
     python benchmarks/side_by_side.py --methods byol dino --out results/side_by_side.json
     python benchmarks/side_by_side.py --clip-batch 256 --batch 512 --dino-batch 64    # on a GPU
@@ -21,6 +21,7 @@ Needs open_clip_torch, lightly and transformers.
 
 import argparse
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -234,19 +235,8 @@ def dino_rows(batch_size, device, compiled, outputs=4096):
     args.out_dim = outputs
     mine = dino.build_model(args)
     mine.center = mine.center.float()  # its loss is in float32
-    dim = mine.student.backbone.feature_dim
-    head = DINOProjectionHead(dim, args.hidden_dim, 256, outputs)
-    copy_weights(mine.student.head.mlp, head.layers)
-    direction = mine.student.head.last_layer.parametrizations.weight.original1
-    head.last_layer.weight_v.data.copy_(direction.data)
-    peer = nn.Sequential(copy.deepcopy(mine.student.backbone), head).to(device).train()
-    slow_head = DINOProjectionHead(dim, args.hidden_dim, 256, outputs)
-    slow = nn.Sequential(copy.deepcopy(mine.student.backbone), slow_head)
-    slow.to(device).load_state_dict(peer.state_dict())
-    slow.requires_grad_(False)
+    backbone, own_head = copy.deepcopy(mine.student.backbone), copy.deepcopy(mine.student.head)
     mine = mine.to(device, memory_format=torch.channels_last).train()
-    criterion = DINOLoss(output_dim=outputs, teacher_temp=0.04, warmup_teacher_temp_epochs=1)
-    criterion = criterion.to(device).float()  # as here: its center is of torch's default dtype
     crops = [torch.rand(batch_size, 3, 96, 96, device=device) for _ in range(2)]
     crops += [torch.rand(batch_size, 3, 48, 48, device=device) for _ in range(6)]
     teachers = []
@@ -262,24 +252,36 @@ def dino_rows(batch_size, device, compiled, outputs=4096):
         dino.update_center(mine.center, teachers.pop(), 0.9)
         dino.update_teacher(mine.student, mine.teacher, 0.99)
 
-    encode, encode_slow = compile_if(peer, compiled), compile_if(slow, compiled)
-
-    def theirs(autocast):
-        with autocast:
-            with torch.no_grad():
-                teacher = [encode_slow(x) for x in crops[:2]]
-            student = [encode(x) for x in crops]
-        return criterion([t.float() for t in teacher], [s.float() for s in student], epoch=1)
-
     def adamw(network, fused):
         trained = [p for p in network.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=1e-4, fused=fused)  # as the two training loops have it
+        return torch.optim.AdamW(trained, lr=1e-4, fused=fused)
 
-    def their_update():
-        update_momentum(peer, slow, 0.99)
+    def network():
+        head = DINOProjectionHead(backbone.feature_dim, args.hidden_dim, 256, outputs)
+        copy_weights(own_head.mlp, head.layers)
+        direction = own_head.last_layer.parametrizations.weight.original1
+        head.last_layer.weight_v.data.copy_(direction.data)
+        return nn.Sequential(copy.deepcopy(backbone), head).to(device).train()
+
+    def lightly_row(fused):
+        student, teacher = network(), network().requires_grad_(False)
+        criterion = DINOLoss(output_dim=outputs, teacher_temp=0.04, warmup_teacher_temp_epochs=1)
+        criterion = criterion.to(device).float()  # as here: its center is of torch's default dtype
+        encode, encode_slow = compile_if(student, compiled), compile_if(teacher, compiled)
+
+        def loss(autocast):
+            with autocast:
+                with torch.no_grad():
+                    t = [encode_slow(x) for x in crops[:2]]
+                s = [encode(x) for x in crops]
+            return criterion([x.float() for x in t], [x.float() for x in s], epoch=1)
+
+        after = functools.partial(update_momentum, student, teacher, 0.99)
+        return Row(student, adamw(student, fused), loss, after)
 
     return {
-        "lightly": Row(peer, adamw(peer, None), theirs, their_update),
+        "lightly": lightly_row(fused=None),
+        "lightly, fused AdamW": lightly_row(fused=True),
         "here": Row(mine, adamw(mine, True), ours, after),
     }, f"ViT-S/16, 2 x 96 + 6 x 48 px, batch {batch_size}, {outputs} prototypes"
 
@@ -292,7 +294,9 @@ def compile_if(network, compiled):
 def methods(args):
     """name -> (function that makes the rows, its batch, pairs of rows that compute the same)."""
     plain = [("lightly", "here")]
-    clip = [(name, "here, 77 tokens") for name in ("open_clip", "transformers", "here")]
+    clip = "open_clip", "open_clip, fused AdamW", "transformers", "here"
+    clip = [(name, "here, 77 tokens") for name in clip]
+    dino = [(name, "here") for name in ("lightly", "lightly, fused AdamW")]
     one = [("lightly", "here, one view at a time"), ("lightly, views in one batch", "here")]
     return {
         "clip": (step.clip_rows, args.clip_batch, clip),
@@ -300,7 +304,7 @@ def methods(args):
         "moco": (moco_rows, args.batch, plain),
         "byol": (byol_rows, args.batch, plain),
         "simsiam": (simsiam_rows, args.batch, plain),
-        "dino": (dino_rows, args.dino_batch, plain),
+        "dino": (dino_rows, args.dino_batch, dino),
     }
 
 

@@ -8,6 +8,7 @@ too. On the CPU the clock counts work of this process only. Rows in between say 
 comes from:
 
     here, 77 tokens                open_clip pads all captions to 77, clip.py to a batch's longest
+    open_clip, fused AdamW         its script has PyTorch's default, transformers' and clip.py fused
     lightly, views in one batch    its example encodes one view at a time: half for batch norm
     here, one view at a time       simclr.py doing the same
 
@@ -101,7 +102,7 @@ def clip_rows(batch_size, device, compiled):
     text["heads"] = text_width // 64
     mine, peer = clip.build_model(args), open_clip.CLIP(embed_dim, vision, text, quick_gelu=True)
     peer.load_state_dict(mine.state_dict())
-    models = {"open_clip": peer}
+    models = {"open_clip": peer, "open_clip, fused AdamW": copy.deepcopy(peer)}
     if importlib.util.find_spec("transformers"):
         models["transformers"] = transformers_clip(mine)
     models |= {"here, 77 tokens": copy.deepcopy(mine), "here": mine}
@@ -117,7 +118,7 @@ def clip_rows(batch_size, device, compiled):
         no_decay = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": decay, "weight_decay": 0.2}, {"params": no_decay, "weight_decay": 0.0}]
         here = name.startswith("here")
-        fused = here or None  # as the two training loops have it
+        fused = True if name != "open_clip" else None  # each as its own training loop has it
         optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, fused=fused)
         batch = ids[:, :cut] if name == "here" else ids
         forward = torch.compile(model) if compiled else model
@@ -247,6 +248,7 @@ def main():
     torch.set_num_threads(args.threads)
     dtype = computed_in(args.dtype, device)
     clip_pairs = [("open_clip", "here"), ("open_clip", "here, 77 tokens")]
+    clip_pairs.append(("open_clip, fused AdamW", "here, 77 tokens"))
     if importlib.util.find_spec("transformers"):
         clip_pairs.append(("transformers", "here, 77 tokens"))
     simclr_pairs = [("lightly", "here, one view at a time")]

@@ -69,7 +69,7 @@ def test_step_compares_what_it_times(side_by_side, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["step.py", "--rounds", "1", "--clip-batch", "2", "--out", str(tmp_path / "out.json")])
     step.main()
     rows = json.loads((tmp_path / "out.json").read_text())["results"]["clip"]["rows"]
-    assert list(rows) == ["open_clip", "transformers", "here, 77 tokens", "here"]
+    assert list(rows) == ["open_clip", "open_clip, fused AdamW", "transformers", "here, 77 tokens", "here"]
     assert {name for pair in compared[0] for name in pair} == set(rows)
     for row in rows.values():
         assert row["first_two_losses"] == pytest.approx(rows["here"]["first_two_losses"], rel=1e-4)
