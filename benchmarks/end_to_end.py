@@ -95,6 +95,8 @@ def there(method, options, plain):
     module = importlib.import_module(method)
     args = parse_args(module.Args, module.RECIPES, flags_of(options))
     args.method = method
+    if method == "moco":
+        args.bn_group = args.batch_size  # lightly's own loop has no groups of batch norm
     torch.manual_seed(args.seed)
     dataset = open_dataset(args.data, args.data_dir)
     loader = Loader(dataset, {}, {}, args.batch_size, args.seed, args.workers)
