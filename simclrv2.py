@@ -15,7 +15,8 @@ B global batch, b = B / processes, N images, D features of the backbone, T teach
 
 Laptop     python simclrv2.py (without flags: all three stages, see whole_sequence)
            torchrun simclrv2.py --checkpoint runs/simclr_flocks_...
-           torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_...
+           torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_... \
+               --checkpoint runs/simclr_flocks_... (without it the student starts at random)
 1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN
 8 GPUs     torchrun --nproc_per_node=8 simclrv2.py --data imagenet --checkpoint RUN
            (then with --recipe cifar10-distill or imagenet-self-distill, and --teacher RUN)
@@ -113,7 +114,6 @@ SMALL = dict(
     DISTILL,
     temperature=0.1,
     optimizer="sgd",
-    base_lr=0.01,
     weight_decay=5e-4,
     warmup_epochs=0.0,
 )
@@ -127,10 +127,10 @@ RECIPES = {
     "shapes": dict(label_fraction=0.1, epochs=20, batch_size=128, base_lr=0.02),
     "shapes-distill": dict(SMALL, epochs=2, batch_size=128),
     "cifar10": dict(label_fraction=0.1, epochs=60, batch_size=512),
-    "cifar10-distill": dict(SMALL, epochs=200, batch_size=512),
+    "cifar10-distill": dict(SMALL, epochs=200, batch_size=512, base_lr=0.01),
     # our own, for one core, after simclr.py --recipe cifar10-cpu
     "cifar10-cpu": dict(label_fraction=0.1, epochs=60, batch_size=128, base_lr=0.02),
-    "cifar10-cpu-distill": dict(SMALL, epochs=3, batch_size=128, base_lr=0.1),
+    "cifar10-cpu-distill": dict(SMALL, epochs=3, batch_size=128),
     "imagenet": {},  # 1% of the labels
     "imagenet-10": dict(label_fraction=0.1, epochs=30),
     "imagenet-100": dict(label_fraction=1.0, epochs=30, head_layer=0),
@@ -571,7 +571,7 @@ def train(args: Args) -> dict:
 def whole_sequence():
     """The three stages on the drawn scenes, one process after the other: simclr.py with version
     2's head of three layers (Sec. 3.1), this file with 10% of the labels, and a student of the same
-    size that learns without labels. Ends with the exit status of a stage that fails or is
+    size that goes on from the first stage's weights without labels. Ends with the exit status of a stage that fails or is
     stopped. Raises UserError without simclr.py beside this file."""
     here = Path(__file__)
     first = here.with_name("simclr.py")
@@ -584,8 +584,8 @@ def whole_sequence():
     stages = [
         [first, "--head-layers", 3, "--output-dir", pretrained],
         [here, "--checkpoint", pretrained, "--output-dir", finetuned],
-        [here, "--recipe", "flocks-distill", "--teacher", finetuned, "--output-dir",
-         folder / "distill"],
+        [here, "--recipe", "flocks-distill", "--teacher", finetuned, "--checkpoint", pretrained,
+         "--output-dir", folder / "distill"],
     ]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the stage too, which saves
     for stage in stages:

@@ -33,7 +33,7 @@ from test_structure import BANNER, SECTIONS, backward, cut
 FLAGS = {
     "finetune": ["--image-size", "16", "--warmup-epochs", "0", "--label-fraction", "0.5", "--base-lr", "0.003"],
     "distill": ["--image-size", "16", "--warmup-epochs", "0", "--recipe", "shapes-distill", "--alpha", "0.25",
-                "--temperature", "0.5"],
+                "--temperature", "0.5", "--base-lr", "0.01"],
 }
 
 
@@ -476,6 +476,7 @@ def test_whole_sequence(server, photos, monkeypatch, tmp_path, capfd):
     assert [content["method"] for content in saved] == ["simclr", "simclrv2", "simclrv2"]
     assert saved[0]["args"]["head_layers"] == 3 and saved[1]["args"]["label_fraction"] == 0.1
     assert saved[2]["args"]["stage"] == "distill" and saved[2]["args"]["teacher"].endswith("finetune")
+    assert saved[2]["args"]["checkpoint"].endswith("pretrain")
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("$ python ")]
     assert len(printed) == 3 and "simclr.py --head-layers 3" in printed[0]
 
