@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import urllib.request
 from pathlib import Path
 
@@ -137,10 +138,11 @@ class Loader:
             torch.set_num_threads(threads if self.workers else 1)  # several slow down small crops
             try:
                 batch = next(batches)
-            except (UserError, RuntimeError, EOFError, OSError) as error:
+            except (UserError, RuntimeError, MemoryError, EOFError, OSError) as error:
                 import trouble
                 if not (text := trouble.sentence(error)):
                     raise
+                traceback.clear_frames(error.__traceback__)  # they hold the iterator
                 failed, batches = UserError(text), None  # ends the workers
                 failed.alone = True  # others may read better ones
                 raise failed from None

@@ -1,7 +1,7 @@
 """When something is wrong that is neither a UserError nor a mistake in this project: a machine with
 too little memory, a full disk, processes that were started in a way that cannot work, nobody who
-reads what is printed. Only user_errors and init_distributed (common.py)
-and Loader and its workers (data.py) use it."""
+reads what is printed. Used by user_errors and init_distributed (common.py), by Loader (data.py) and
+by all loader workers, those of monitor.py too."""
 
 import contextlib
 import errno
@@ -25,7 +25,10 @@ def sentence(error):
     """One line that says what to do, or "" for an error that should show its traceback."""
     if type(error).__name__ == "UserError":  # one that a loader worker raised has a traceback in it
         return str(error).split("UserError: ")[-1].strip()
-    first = (str(error).strip().splitlines() or [""])[0]
+    lines = str(error).strip().splitlines() or [""]
+    first = lines[0]
+    if "Original Traceback" in str(error):  # a loader worker raised it: its reason is the last line
+        first = re.sub(r"^[\w.]*Error(: |$)", "", lines[-1])
     if isinstance(error, OSError | RuntimeError) and re.search(FILES, str(error)):
         return "too many files are open at once: raise `ulimit -n` or lower --workers"
     cut_off = isinstance(error, EOFError | ConnectionError)  # it died while it handed on a batch
@@ -46,8 +49,8 @@ def sentence(error):
     if isinstance(error, ValueError) and first.endswith("expected, but not set"):
         return f"{first}: start with torchrun"
     if isinstance(error, dist.DistError):
-        last = str(error).strip().splitlines()[-1:]  # where NCCL says what is wrong
-        also = "".join(f" ({line.strip()})" for line in last if line.strip() != first)
+        last = lines[-1].strip()  # where NCCL says what is wrong
+        also = f" ({last})" if last != first else ""
         return f"the processes cannot exchange data: {first}{also}"
     return ""
 
@@ -71,8 +74,8 @@ def smaller():
 
 
 def launched(environ):
-    """One line on variables that speak of several processes without what torchrun sets, or "". Of
-    the latter RANK or MASTER_ADDR is missing."""
+    """One line on variables that speak of several processes without what torchrun sets, or "".
+    Called when RANK or MASTER_ADDR is missing."""
     how = "start with torchrun (docs/running.md), or unset it for one process"
     lacks = "RANK" if "MASTER_ADDR" in environ else "MASTER_ADDR"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

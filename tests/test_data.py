@@ -1495,6 +1495,38 @@ def test_nothing_but_bad_samples(workers):
     assert "\n" not in str(error.value)
 
 
+def fail(error):
+    raise error
+
+
+def killed():
+    """The first of the workers."""
+    if torch.utils.data.get_worker_info().id == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+FULL = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+
+
+@pytest.mark.parametrize("go_wrong, sentence", [
+    (lambda: fail(RuntimeError(FULL)), "can't allocate memory: you tried to allocate 9 bytes.: lower --batch-size"),
+    (lambda: fail(MemoryError()), "out of memory: lower --batch-size"),
+    (lambda: fail(MemoryError("bad allocation")), "bad allocation: lower --batch-size"),
+    (killed, "a loader worker died"),
+])  # fmt: skip
+def test_where_a_worker_fails_all_have_ended_and_its_reason_is_said(monkeypatch, go_wrong, sentence):
+    """A run saves its state then, and the workers would take up the memory and the files that it lacks."""
+    before = set(multiprocessing.active_children())
+    monkeypatch.setattr(Toy, "__getitem__", lambda *_: go_wrong() or sources.Sample(np.asarray(picture(0)), ["x"], 0, "toy"))
+    try:
+        list(loader_of(Toy(), workers=2).batches(0, 3))
+    except UserError as error:  # pytest.raises would hold it, and with it all that its frames hold
+        assert str(error).startswith(sentence)
+        assert set(multiprocessing.active_children()) <= before
+    else:
+        pytest.fail("nothing was raised")
+
+
 def test_what_a_loader_refuses(monkeypatch):
     with pytest.raises(UserError, match="toy has 50 samples, less than a batch of 51"):
         loader_of(Toy(50), 51)
