@@ -1,8 +1,8 @@
 """Accuracy while training: features of a dataset, zero-shot classification, retrieval. kNN: knn.py.
 
-The training loops and evaluate.py share these functions, so that both report the same number for
-the same network. Scores are in percent. Every function that is marked "Collective" is called by all
-processes at once and returns the same on each of them, whatever their number.
+The training loops and evaluate.py share these functions, so that both measure in the same way.
+Scores are in percent. Every function that is marked "Collective" is called by all processes at once
+and returns the same on each of them, whatever their number.
 
 Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch, S image size."""
 

@@ -67,7 +67,7 @@ METHOD_NAMES = [path.stem for path in method_files()]
 EXPERIMENTS = ["slip_ablations"]  # of the papers, in files of the same form
 LONGEST = 100  # characters of a line, of code, comment or docstring, in every file outside tests/
 DENSEST = 11.5  # nodes of the syntax tree in a code line of a method file, on average
-LOADED = 2491  # lines that a run of SLIP loads, all together
+LOADED = 2491  # lines that `import slip` loads, all together
 
 
 def imported(path):
@@ -118,8 +118,8 @@ def test_method_files_have_air():
     assert {name: nodes for name, nodes in found.items() if nodes > DENSEST} == {}
 
 
-def test_lines_that_a_run_loads():
-    """Whoever wants to know all that decides a run of SLIP has this much to read."""
+def test_lines_that_import_slip_loads():
+    """Whoever wants to know all that decides a number of SLIP has this much to read."""
     code = ("import sys; before = set(sys.modules); import slip; "
             "print(*(m.__file__ for n, m in sys.modules.items() if n not in before and getattr(m, '__file__', None)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
