@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -967,6 +968,18 @@ def test_index_of_rows(tmp_path):
     assert len(open_dataset(str(tmp_path))) == N and (tmp_path / "pairs.csv.idx").exists()
     (tmp_path / "pairs.csv").write_text("image,caption\npictures/2.jpg,two\n")
     assert open_dataset(str(tmp_path))[0].captions == ["two"] and len(open_dataset(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("n", [0, 1, 100_000])
+def test_a_row_takes_eight_bytes_of_memory(n, tmp_path):
+    """And sixteen while the file is read."""
+    (tmp_path / "rows.jsonl").write_text('{"image": "1.png"}\n' * n)
+    tracemalloc.start()
+    rows = layouts.Rows(tmp_path, tmp_path / "rows.jsonl", None, sources.Sample)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == n and rows.starts.dtype == np.int64 and rows.starts[-1] == 19 * n
+    assert held < 8.5 * n + 100_000 and peak < 20 * n + 500_000
 
 
 def test_many_shards_do_not_use_up_the_file_handles(tmp_path):
