@@ -706,7 +706,8 @@ def open_root(root, split, words, kind, whole, Sample):
             found = " and ".join(parts[word][0] for word in same)
             raise UserError(f"{root} has {found} for one split: use one word for it")
     downloaded = any(n.startswith(DOWNLOADED) for n in names)
-    other = any((root / n).is_dir() or ending_of(n) in (".tar", *TABLES) for n in names)
+    endings = (".tar", *TABLES, *PICTURES)
+    other = any((root / n).is_dir() or ending_of(n) in endings for n in names)
     if kind and not parts and (downloaded or not other):
         return Torchvision(root, kind, split, Sample)
     if karpathy := [n for n in names if re.fullmatch(r"dataset_(?!infos?\.|dict\.)\w+\.json", n)]:

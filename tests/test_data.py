@@ -613,6 +613,10 @@ def test_torchvision_sets(tmp_path, monkeypatch):
     assert not dataset.captioned and decode(dataset[2].image).shape == (3, 30, 40) and dataset[2].label == 1
     npz(tmp_path / "cifar10")  # a set of this name in another layout
     assert len(open_dataset("cifar10", tmp_path)) == N
+    (tmp_path / "own/food101").mkdir(parents=True)  # photos of one's own
+    picture(0).save(tmp_path / "own/food101/1.JPG")
+    assert open_dataset("food101", tmp_path / "own")[0].label == -1
+    assert [path.name for path in (tmp_path / "own/food101").iterdir()] == ["1.JPG"]
 
 
 def test_stl10_with_what_has_no_labels(tmp_path, monkeypatch):
