@@ -491,7 +491,8 @@ def index(path, ending, write):
     path, facts = os.path.abspath(path), os.stat(path)
     stamp = [INDEX_VERSION, facts.st_size, facts.st_mtime_ns]
     cache = os.path.expanduser("~/.cache/contrastive/")
-    places = [path + ending, cache + re.sub(r"\W", "_", path)[-200:] + ending]
+    own = f"{zlib.crc32(os.fsencode(path)):08x}_"  # as /a-1.csv and /a_1.csv have one name otherwise
+    places = [path + ending, cache + own + re.sub(r"\W", "_", path)[-200:] + ending]
     problem = ""
     with locked(path):
         stamps = {place: stamp_of(place) for place in places}

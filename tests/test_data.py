@@ -833,6 +833,18 @@ def test_index_of_a_read_only_folder_is_in_the_cache(how, tmp_path, home, scans,
     (tmp_path / "set").chmod(0o755)
 
 
+def test_indices_in_the_cache_have_names_of_their_own(tmp_path, home):
+    """Paths that differ in a sign, or early in a long name."""
+    for name in ("x-1.csv", "x_1.csv", f"a{'/long' * 50}.csv", f"b{'/long' * 50}.csv"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("image,caption\n1.png,x\n")
+        Path(f"{path}.idx").write_text("a file of the user's own")
+        index = layouts.index_rows(path, layouts.table_rows)
+        assert index.parent == home / ".cache/contrastive"
+    assert len(list(index.parent.iterdir())) == 4
+
+
 @pytest.mark.parametrize("layout", ["tar", "csv"])
 def test_index_of_a_full_disk_is_in_the_cache(layout, tmp_path, home, monkeypatch):
     """The file can be opened, and what is written into it finds no room."""
