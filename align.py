@@ -76,7 +76,7 @@ class Args(RunArgs):
     temperature: float = 1.0  # tau at the start; it is trained (Sec. 5)
     label_smoothing: float = 0.1  # label smoothing over the global batch (Sec. 5)
     drop_connect: float = 0.2  # how often a branch is dropped, times b / n in block b of n
-    bn_group: int = 16  # samples of a batch norm (coyo): a TPU core had 16 (Sec. 5); 0: all
+    bn_group: int = 16  # samples of a batch norm (0: all; coyo: 16), as a TPU core had (Sec. 5)
     bn_momentum: float = 0.01  # share of the last batch in the batch norm's mean; short runs: more
     image_size: int = 289  # side of an image in pixels, cropped from 346 (Sec. 5)
     epochs: int = 11  # passes over the data: 1.2 million steps of 1.8 billion pairs (Sec. 5)
