@@ -491,7 +491,7 @@ def index(path, ending, write):
     path, facts = os.path.abspath(path), os.stat(path)
     stamp = [INDEX_VERSION, facts.st_size, facts.st_mtime_ns]
     cache = os.path.expanduser("~/.cache/contrastive/")
-    own = f"{zlib.crc32(os.fsencode(path)):08x}_"  # as /a-1.csv and /a_1.csv have one name otherwise
+    own = f"{zlib.crc32(os.fsencode(path)):08x}_"  # or /a-1.csv and /a_1.csv would have one name
     places = [path + ending, cache + own + re.sub(r"\W", "_", path)[-200:] + ending]
     problem = ""
     with locked(path):
@@ -881,7 +881,7 @@ def kept_row(line, number):
         row = json.loads(line)
         index, key, captions = row["index"], row["key"], row["captions"]
         texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
-        if texts and isinstance(key, str) and isinstance(index, int) and index >= 0:
+        if texts and isinstance(key, str) and isinstance(index, int) and 0 <= index < 2**63:
             return row
     raise ValueError(f"line {number} lacks an index from 0 on, a key or a list of captions")
 
@@ -890,13 +890,20 @@ class Kept:
     """The samples of a dataset that a kept.jsonl names, with the captions that it keeps."""
 
     def __init__(self, dataset, path):
+        indices = array("q")
         try:
-            lines = Path(path).read_text("utf-8").strip().split("\n")
-            self.rows = [kept_row(line, number) for number, line in enumerate(lines, 1)]
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.isspace():
+                        indices.append(kept_row(line, number)["index"])
+            if not indices:
+                raise ValueError("it is empty")
+            self.lines = Rows(None, Path(path), None, None)  # of which each is read when needed
         except (OSError, ValueError) as error:
             raise UserError(f"--keep {path} cannot be read: {error}, see --filter-only") from error
         try:
-            for row in (self.rows[0], self.rows[-1], max(self.rows, key=lambda row: row["index"])):
+            for i in (0, len(indices) - 1, int(np.argmax(indices))):
+                row = self.lines.row(i)
                 there = Path(dataset[row["index"]].key).name
                 if there != Path(row["key"]).name:
                     raise ValueError(f"sample {row['index']} is {there}, not {row['key']}")
@@ -909,10 +916,10 @@ class Kept:
         self.captioned = True
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.lines)
 
     def __getitem__(self, i):
-        row = self.rows[i]
+        row = self.lines.row(i)
         sample = self.dataset[row["index"]]
         if Path(sample.key).name != Path(row["key"]).name:
             raise ValueError(f"--keep has the captions of {row['key']} for {sample.key}")

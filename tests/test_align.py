@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+import tracemalloc
 
 import pytest
 import timm.optim
@@ -428,11 +429,12 @@ def test_filter_only_reports_and_training_keeps(server, photos, tmp_path):
     assert sum(numbers) == pairs - stay
     subset = align.Kept(dataset, tmp_path / "kept/kept.jsonl")
     assert [subset[i].captions for i in range(len(subset))] == [row["captions"] for row in kept]
-    subset.rows[1] |= {"key": "another.png"}
-    with pytest.raises(ValueError, match="--keep has the captions of another.png for "):  # a bad sample, which is counted
-        subset[1]
+    (tmp_path / "other.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (kept[0], kept[1] | {"key": "x.png"}, *kept[2:])))
+    with pytest.raises(ValueError, match="--keep has the captions of x.png for "):  # a bad sample, which is counted
+        align.Kept(dataset, tmp_path / "other.jsonl")[1]
     train_here("align", photos, tmp_path / "run", "--keep", str(tmp_path / "kept/kept.jsonl"), "--max-steps", "2", "--eval-every", "0")
-    for change in ({"captions": "a dog"}, {"captions": [3]}, {"captions": None}, {"index": -3}, {"index": "1"}, {"key": 5}):
+    for change in ({"captions": "a dog"}, {"captions": [3]}, {"captions": None}, {"index": -3}, {"index": "1"}, {"index": 2**70},
+                   {"key": 5}):  # fmt: skip
         wrong = [kept[0], kept[1] | change, *kept[2:]]
         (tmp_path / "wrong.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in wrong))
         with pytest.raises(UserError, match="wrong.jsonl cannot be read: line 2 lacks an index from 0 on, a key or a list of"):
@@ -443,10 +445,23 @@ def test_filter_only_reports_and_training_keeps(server, photos, tmp_path):
     with pytest.raises(UserError, match="--keep .*/nothing.jsonl cannot be read: .*No such file.*, see --filter-only"):
         align.Kept(dataset, tmp_path / "nothing.jsonl")
     other = make_photos(tmp_path / "other", train=9, val=4)
-    (tmp_path / "empty.jsonl").write_text("")
-    for data, kept in ((other, tmp_path / "kept/kept.jsonl"), (photos, tmp_path / "empty.jsonl")):
-        with pytest.raises(UserError, match="--keep"):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for data, kept, reason in ((other, tmp_path / "kept/kept.jsonl", "names no picture"), (photos, tmp_path / "empty.jsonl", "it is empty")):
+        with pytest.raises(UserError, match=f"--keep .*{reason}.*, see --filter-only"):
             train_here("align", data, tmp_path / "run2", "--keep", str(kept))
+
+
+def test_a_kept_image_takes_eight_bytes_of_memory(tmp_path):
+    """Dicts would be half a kilobyte, and workers that only read them would copy them in time."""
+    pictures, n = open_dataset("shapes"), 10_000
+    two = [{"index": i, "key": pictures[i].key, "captions": [f"caption {i} of a picture"]} for i in (0, n - 1)]
+    (tmp_path / "kept.jsonl").write_text("".join(f"{json.dumps(two[i == n - 1])}\n" for i in range(n)))
+    tracemalloc.start()
+    kept = align.Kept(pictures, tmp_path / "kept.jsonl")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept) == n and kept[5].captions == two[0]["captions"] and kept[n - 1].captions == two[1]["captions"]
+    assert held < 9 * n + 200_000 and peak < 40 * n + 500_000
 
 
 def test_filter_only_overwrites_nothing_and_says_what_it_could_not_read(server, tmp_path):
