@@ -32,14 +32,14 @@ def user_errors():
         os._exit(130)
     except Exception as error:
         if not (text := trouble.sentence(error)):
-            raise
+            raise  # without leaving the group, which may take for ever, with no traceback printed
         out.flush()
         trouble.let_the_first_report(error)
         print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=err, flush=True)
         os._exit(2)  # without waiting for loader workers or for processes that still train
     finally:
         out.flush()
-        if dist.is_initialized():
+        if dist.is_initialized() and not isinstance(sys.exc_info()[1], Exception):
             time.sleep(0.2)  # gloo's threads free tensors; destroying them holds the GIL they need
             dist.destroy_process_group()
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import layouts
 import trouble
-from common import UserError, init_distributed
+from common import UserError, init_distributed, user_errors
 from data import Loader, Tokenizer, clip_bpe, decode, open_dataset, share
 from run import RANGES, load_checkpoint, parse_args
 from runs import METHODS, ROOT, argv_of, environment, make_photos, module_of, rows, train_here
@@ -596,6 +596,19 @@ def test_what_nccl_says_last_is_said():
     assert said.endswith("2.27.5 (socketStartConnect: Connect to 10.0.0.2<41000> failed : Software caused connection abort)")
     one = torch.distributed.DistNetworkError("The client socket has timed out after 60000ms")
     assert trouble.sentence(one) == "the processes cannot exchange data: The client socket has timed out after 60000ms"
+
+
+@pytest.mark.parametrize("error, left", [(None, True), (SystemExit(130), True), (KeyError("a mistake of ours"), False)])
+def test_an_error_with_a_traceback_does_not_wait_for_other_processes(monkeypatch, error, left):
+    """Python prints it when the error has left the with block; NCCL may wait in destroy_process_group for ever."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("left"))
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        with user_errors():
+            if error:
+                raise error
+    assert calls == ["left"] * left
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
