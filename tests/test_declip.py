@@ -123,7 +123,7 @@ def test_schedule():
     peak, total = args["warmup_lr"], args["max_iter"]
     ours = [warmup_cosine(step, total - 1, args["warmup_steps"] - 1, peak, args["base_lr"]) for step in range(total)]
     call = " ".join(Path(declip.__file__).read_text().split())
-    assert "warmup = round(args.warmup_epochs * loader.steps_per_epoch) - 1" in call
+    assert "warmup = max(0, round(args.warmup_epochs * loader.steps_per_epoch) - 1)" in call
     assert "step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr )" in call  # as train() has it
     close(ours, y["lr"], rtol=1e-6, atol=1e-9)
 
@@ -457,6 +457,12 @@ def test_processes_must_have_the_same_synonyms(server, tmp_path):
 
 
 # ------------------------------------------------ runs ------------------------------------------------
+def test_without_a_warm_up_the_first_step_has_the_peak_rate(photos, tmp_path):
+    flags = ["--warmup-epochs", "0", "--lr", "2e-4", "--max-steps", "1", "--eval-every", "0"]
+    train_here("declip", photos, tmp_path / "run", *flags)
+    assert [row["lr"] for row in rows(tmp_path / "run") if "lr" in row] == [pytest.approx(2e-4, rel=1e-6)]
+
+
 def test_queue_is_global_and_survives(server, photos, tmp_path):
     """On two processes it is that of one; three and four steps there are seven, and it is full after five."""
     flags = ["--eval-every", "0", "--queue-size", "40", "--max-steps"]
