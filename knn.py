@@ -129,17 +129,20 @@ def probe_sets(args, dataset=None):
     return functools.partial(knn_eval, workers=args.workers), bank, val
 
 
+def workers_with_room(workers, view):
+    """At most as many workers for `extract` as there are cores; none if /dev/shm may lack room."""
+    workers = at_most_cores(workers)
+    batch = 256 * 3 * view.size**2  # bytes
+    held = 3 * batch * workers * processes_here()  # up to three for each worker
+    return workers if has_shm(held) else 0
+
+
 def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, max_val=MOST,
                    **options):  # fmt: skip
     """Collective. -> features and labels of fixed subsets of both splits (0: all), which makes an
-    evaluation quick: bank (N, D), (N,), queries (M, D), (M,) on the device; or None without
-    classes. options: those of `extract`."""
-    if not (train_set and val_set and train_set.classes and val_set.classes):
-        return None
-    workers = at_most_cores(options.pop("workers", 0))
-    batch = 256 * 3 * view.size**2  # bytes
-    held = 3 * batch * workers * processes_here()  # up to three for each worker
-    options["workers"] = workers if has_shm(held) else 0
+    evaluation quick: bank (N, D), (N,), queries (M, D), (M,) on the device. options: those of
+    `extract`."""
+    options["workers"] = workers_with_room(options.get("workers", 0), view)
     inputs = []
     for dataset, most in ((train_set, max_train), (val_set, max_val)):
         indices = subset_indices(dataset, most)
@@ -150,10 +153,8 @@ def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, ma
 
 def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, **options):
     """Collective. -> {"knn_top1", "knn_top5", "knn_chance"} and rank_scores of the validation
-    images, or {} without classes. options: those of `probe_features`."""
+    images. options: those of `probe_features`."""
     inputs = probe_features(encoder, train_set, val_set, view, device, **options)
-    if not inputs:
-        return {}
     top1, top5 = knn(*inputs, k, temperature, len(train_set.classes))
     scores = {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
     return scores | rank_scores(inputs[2])
@@ -161,10 +162,8 @@ def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, 
 
 def linear_eval(encoder, train_set, val_set, view, device, **options):
     """Collective. knn_eval's twin for --probe linear -> {"linear_top1", "linear_top5",
-    "linear_chance"} and rank_scores of the validation images, or {} without classes."""
+    "linear_chance"} and rank_scores of the validation images."""
     inputs = probe_features(encoder, train_set, val_set, view, device, **options)
-    if not inputs:
-        return {}
     top1, top5 = linear(*inputs, len(train_set.classes))
     chance = 100 / len(train_set.classes)
     scores = {"linear_top1": top1, "linear_top5": top5, "linear_chance": chance}

@@ -61,8 +61,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import LARS, UserError, all_gather, init_distributed, mixed_precision, rank
 from common import sync_batchnorm, user_errors, warmup_cosine, world_size
-from data import Loader, at_most_cores, has_shm, hflip, open_dataset, processes_here
-from data import random_resized_crop, to_float
+from data import Loader, hflip, open_dataset, random_resized_crop, to_float
+from knn import workers_with_room
 from monitor import EvalView, evaluation_set, extract, labelled, refuse_labels_beyond
 from monitor import say_evaluation, zeroshot_metrics
 from run import Run, RunArgs, fingerprint, init_weights, load_checkpoint, parse_args
@@ -404,9 +404,7 @@ def take_network_of(before, args):
 
 def accuracy(model, val, view, device, workers):
     """Collective. -> {"val_top1", "val_top5", "val_chance"} on all of a split, in percent."""
-    batch = 256 * 3 * view.size**2  # bytes
-    held = 3 * batch * at_most_cores(workers) * processes_here()  # up to three for each worker
-    workers = workers if has_shm(held) else 0
+    workers = workers_with_room(workers, view)
     logits, labels = labelled(val, *extract(model, val, view, device, workers=workers))
     metrics = zeroshot_metrics(logits, labels)
     scores = {f"val_{name}": metrics[name] for name in ("top1", "top5") if name in metrics}

@@ -263,11 +263,11 @@ def accuracy(encoder, view, args):
     train_set = open_dataset(args.data, args.data_dir, "train")
     val_set = open_dataset(args.data, args.data_dir, "val")
     device = torch.device("cpu")
-    scores = knn_eval(encoder, train_set, val_set, view, device, max_train=0, max_val=0)
-    if not scores:
+    if not (train_set.classes and val_set.classes):
         raise UserError(
             f"{args.data} has no classes to compare by: docs/data.md says where their names belong"
         )
+    scores = knn_eval(encoder, train_set, val_set, view, device, max_train=0, max_val=0)
     return scores["knn_top1"]
 
 

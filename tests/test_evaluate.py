@@ -321,7 +321,6 @@ def test_calls_of_training_loops():
     no_classes.classes, no_captions.captioned = None, False
     assert language_eval(net, Letters(), no_classes, **options).keys() == {"recall@1", "recall_chance"} | ranks
     assert language_eval(net, Letters(), no_captions, **options).keys() == {"zeroshot_top1", "zeroshot_chance"} | ranks
-    assert knn_eval(net, no_classes, no_classes, **options) == linear_eval(net, no_classes, no_classes, **options) == {}
     bank, val = Toy(120), Toy(60, first=500)
     fitted, features = linear_eval(net, bank, val, **options), extract(net, val, **options)[0]
     inputs = *extract(net, bank, **options), features, extract(net, val, **options)[1]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common import UserError
-from runs import ROOT, module_of
+from runs import ROOT, make_photos, module_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("lightly")
@@ -200,6 +200,12 @@ def test_every_other_round_goes_backwards(monkeypatch):
     assert list(found["rows"]) == list(rates) and found["rounds"] == 3 and found["steps"] == 7
     assert found["rows"]["lightly"] == {"images_per_second": 20, "here_over": 2.0}
     assert found["rows"]["here"] == {"images_per_second": 60, "here_over": 1.0}
+
+
+def test_data_without_classes_are_refused(tmp_path):
+    photos, view = make_photos(tmp_path / "photos", train=2, val=2), parity.EvalView(8)
+    with pytest.raises(UserError, match="photos has no classes to compare by: docs/data.md"):
+        parity.accuracy(torch.nn.Flatten(), view, types.SimpleNamespace(data=str(photos), data_dir=""))
 
 
 @pytest.mark.parametrize("args, text", [
