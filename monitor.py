@@ -1,8 +1,7 @@
 """Accuracy while training: features of a dataset, zero-shot classification, retrieval. kNN: knn.py.
 
-The training loops and evaluate.py share these functions, so that both measure in the same way.
-Scores are in percent. Every function that is marked "Collective" is called by all processes at once
-and returns the same on each of them, whatever their number.
+The training loops and evaluate.py share these functions, so that both measure in the same way, in
+percent. All processes, however many, call a "Collective" function at once and get the same result.
 
 Letters: N samples, D width of a feature, C classes, T texts, b rows of a batch, S image size."""
 
@@ -420,9 +419,9 @@ def what_classes_lack(dataset, words=False):
     return ""
 
 
-def captions(dataset, most=20000):
-    """Captions of evenly spread images, at most most / 2, for a tokenizer to be trained on."""
-    for index in range(0, len(dataset), 1 + len(dataset) * 2 // most):
+def captions(dataset):
+    """Captions of evenly spread images, at most 10,000, for a tokenizer to be trained on."""
+    for index in range(0, len(dataset), 1 + len(dataset) // 10000):
         with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
             yield from dataset[index].captions
 
