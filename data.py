@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 import urllib.request
 from pathlib import Path
 
@@ -142,7 +141,7 @@ class Loader:
                 import trouble
                 if not (text := trouble.sentence(error)):
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold the iterator
+                trouble.let_go(error)  # of `batches`
                 failed, batches = UserError(text), None  # ends the workers
                 failed.alone = True  # others may read better ones
                 raise failed from None

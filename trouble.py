@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,12 @@ def sentence(error):
         also = f" ({last})" if last != first else ""
         return f"the processes cannot exchange data: {first}{also}"
     return ""
+
+
+def let_go(error):
+    """Frees what the frames that an error passed through hold, as the iterator of a DataLoader: its
+    workers end with it."""
+    traceback.clear_frames(error.__traceback__)
 
 
 def let_the_first_report(error):
