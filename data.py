@@ -173,7 +173,7 @@ class Loader:
         size, epoch = self.batch_size // world_size(), None
         for step in range(start, stop):
             if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
+                epoch, order = step // self.steps_per_epoch, None  # frees that of the last epoch
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
             first = step % self.steps_per_epoch * self.batch_size + rank() * size
             yield [(epoch, int(index)) for index in order[first : first + size]]

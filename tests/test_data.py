@@ -1449,6 +1449,16 @@ def test_epochs_are_permutations_without_a_pause():
     assert other.flatten().tolist() != order[0].tolist()
 
 
+def test_the_order_of_one_epoch_is_held_at_a_time():
+    n = 100_000
+    loader = loader_of(Toy(n), 100)
+    tracemalloc.start()
+    steps = sum(1 for _ in loader.order(0, 2 * loader.steps_per_epoch + 1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert steps == 2001 and peak < 12 * n
+
+
 @pytest.mark.parametrize("start", [1, 5, 6, 7, 13])
 def test_restart_at_a_step(start):
     whole = dict(loader_of(Toy()).batches(0, 15))
