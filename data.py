@@ -497,7 +497,7 @@ class Tokenizer:
             return clip_bpe(captions=map(self.clean, captions), vocab_size=vocab_size)
         if spec == "clip":
             open_clip = importlib.util.find_spec("open_clip")  # located, not imported
-            folders = [os.path.expanduser(data_dir or os.environ.get("DATA_DIR", "data"))]
+            folders = [os.path.expanduser(data_dir or os.environ.get("DATA_DIR") or "data")]
             folders += open_clip.submodule_search_locations if open_clip else []
             files = [os.path.join(folder, "bpe_simple_vocab_16e6.txt.gz") for folder in folders]
             spec = next(filter(os.path.isfile, files), "openai/clip-vit-base-patch32")

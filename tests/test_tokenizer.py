@@ -186,6 +186,11 @@ def test_merges_file_and_data_dir(tmp_path, monkeypatch, offline):
     for tok in (Tokenizer(str(path)), Tokenizer("clip", data_dir=str(tmp_path)), Tokenizer("clip")):
         assert tok.vocab_size == 516 and tok.encode("abcd") == [512, 513]
         assert tok.encode("ab") == [64, 256 + 65]  # a and b</w>, which no merge joins
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_DIR", "")  # as good as none: ./data, not the current folder
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / path.name).write_bytes(gzip.compress(b'"title line\na b\n'))
+    assert Tokenizer("clip").vocab_size == 515
 
 
 def test_another_form_from_the_hub(monkeypatch):
