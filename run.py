@@ -242,7 +242,10 @@ class Run:
         self.last = min(self.total, args.max_steps or self.total)  # steps of this run
         self.step, self.signal, self.stop, self.profiler = 0, 0, 0, None
         self.data = [len(loader.dataset), fingerprint(loader.dataset)]
-        self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.time()
+        other = self.data != self._first_does(lambda: self.data)
+        if all_reduce_mean(torch.tensor(float(other))) > 0:  # all of them end
+            raise UserError("processes find different training data: give all machines the same")
+        self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.perf_counter()
         self.recent = []  # (seconds, steps) between the last ten rows of the log
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
             importlib.import_module(name)  # a missing one ends all, before anything is written

@@ -257,6 +257,18 @@ def test_two_processes_without_torchrun(server, photos, things, flags, sentence)
     assert_sentence(second, "slip.py", sentence.format(things))
 
 
+@pytest.mark.parametrize("name", ["slip", "simclr"])
+def test_processes_that_find_other_training_data_end(server, photos, tmp_path, name):
+    """A caption differs; the images for the evaluation are the same. Both machines say it, and nothing is begun."""
+    other = shutil.copytree(photos, tmp_path / "other" / photos.name)
+    train = other / "train.jsonl"
+    train.write_text(train.read_text().replace('"captions": ["', '"captions": ["not ', 1))
+    places = [f"os.symlink({str(folder)!r}, 'photos')\n{BRIEF}" for folder in (photos, other)]
+    for done in server.run_on(2, *run_of(name, "photos", tmp_path / "run"), before=places):
+        assert_sentence(done, f"{name}.py", "processes find different training data: give all machines the same")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_under_torchrun(photos):
     """It adds a report of its own below the sentence."""
     done = command(*run_of("slip", photos, flags="--batch-size 7"), processes=2)
