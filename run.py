@@ -434,7 +434,7 @@ class Run:
                     self.warned.add(name)
                     self.say(f"warning: after {self.step} steps {name} is still at chance level "
                              f"{chance:.3f}")
-        seconds, steps = time.time() - self.clock, self.step - self.clock_step
+        seconds, steps = time.perf_counter() - self.clock, self.step - self.clock_step
         speed, wait = self.args.batch_size * steps / seconds, self.loader.wait / seconds
         row |= {name: torch.as_tensor(evaluated(number)).item() for name, number in numbers.items()}
         self._write({**row, "images_per_sec": speed, "data_wait": wait}, scheduled)
@@ -473,7 +473,7 @@ class Run:
             writer({"step": self.step, **row, **end})
 
     def _restart_clock(self):
-        self.clock, self.clock_step, self.loader.wait = time.time(), self.step, 0.0
+        self.clock, self.clock_step, self.loader.wait = time.perf_counter(), self.step, 0.0
 
     def say(self, text: str):
         if rank() == 0:
@@ -498,9 +498,9 @@ class Run:
         self._restart_clock()  # evaluation is not training time
 
     def _on_signal(self, number, frame):
-        if self.signal and time.time() - self.signalled > 10:  # it hangs: nothing can be saved
+        if self.signal and time.perf_counter() - self.signalled > 10:  # it hangs and cannot save
             os._exit(128 + number)
-        self.signalled = self.signalled if self.signal else time.time()
+        self.signalled = self.signalled if self.signal else time.perf_counter()
         self.signal = number
         with contextlib.suppress(OSError):  # of a terminal that was closed
             os.write(2, b"\nsaving after this step; a second Ctrl-C ends without saving\n")
@@ -576,7 +576,7 @@ class Run:
                 self.say(line)
             self.lock.close()
         hint = hint or pictures.next_command(self, protocol, dataset)
-        minutes, seconds = divmod(round(time.time() - self.began), 60)
+        minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}")
         if Path(__file__).with_name("evaluate.py").exists():
             self.say(f"next: {hint}")

@@ -1,10 +1,12 @@
 """run.py: what --help says, which flag a slip of the pen meant, which command a run names at its end."""
 
 import gc
+import itertools
 import json
 import re
 import shlex
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import pictures
+import run
 from common import UserError
 from pictures import next_command
 from run import Run, RunArgs, load_checkpoint, parse_args
@@ -131,6 +134,15 @@ def test_a_run_may_end_while_it_is_profiled(tmp_path):
     flags = ["--max-steps", "11", "--batch-size", "8", "--eval-every", "0", "--device", "cpu", "--workers", "0"]
     done = command("simclr.py", *flags, "--profile", "--output-dir", tmp_path / "run")
     assert done.returncode == 0 and (tmp_path / "run/trace.json").stat().st_size > 1000, done.stderr
+
+
+def test_a_clock_that_is_set_back_changes_no_speed(tmp_path, monkeypatch, capsys):
+    """As a machine's is when it hears the right time. Each look at it here finds it an hour earlier."""
+    hours = itertools.count(400_000, -1)
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(**{**vars(time), "time": lambda: 3600 * next(hours)}))
+    train_here("simclr", make_photos(tmp_path / "photos"), tmp_path / "run", "--max-steps", "2", "--eval-every", "0")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(row["images_per_sec"] > 0.1 for row in lines if "loss" in row) and "done in 0m" in capsys.readouterr().out
 
 
 def test_curves_of_every_column(tmp_path, monkeypatch):
