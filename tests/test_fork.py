@@ -15,7 +15,7 @@ import pytest
 from runs import COMMON, FLAGS, METHODS, ROOT, rows
 
 SHARED = ["common.py", "data.py", "layouts.py", "monitor.py", "pictures.py", "run.py", "scenes.py", "sources.py", "trouble.py"]
-MORE = dict.fromkeys(["simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2"], ["knn.py"])
+MORE = dict.fromkeys(["simclr", "moco", "mocov3", "byol", "simsiam", "dino", "ibot", "dinov2", "simclrv2"], ["knn.py"])
 MORE["declip"] = ["synonyms.py"]
 INIT = ["init.py", "recognise.py", "names.py"]  # for --init alone
 NAMES = [*METHODS, "simclrv2"]
