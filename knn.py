@@ -11,11 +11,18 @@ import torch.nn.functional as F
 
 from common import UserError
 from data import at_most_cores, has_shm, processes_here
-from monitor import MOST, chunks, evaluation_set, extract, hit_rank, labelled, percent, rank_scores
-from monitor import say_evaluation, subset_indices, what_classes_lack
+from monitor import MOST, chunks, evaluation_set, extract_features, hit_rank, labelled, percent
+from monitor import rank_scores, say_evaluation, subset_indices, what_classes_lack
 
 BANK = 5000  # training images among which an evaluation looks for neighbours
 PENALTY = 0.01  # of the linear classifier, see ridge
+
+
+def extract(encoder, dataset, view, device, **options):
+    """Collective. monitor.extract_features of images alone -> features (n, D) float32 and labels
+    (n,), on the CPU, in order of the index. encoder: module, float images (b, 3, S, S) -> (b, D);
+    options: dtype="fp32", batch_size=256, workers=0, indices=None (all)."""
+    return extract_features(encoder, encoder, dataset, view, device, **options)[:2]
 
 
 def nearest(queries, bank, k):

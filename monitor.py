@@ -121,20 +121,15 @@ class Features(NamedTuple):
     index: torch.Tensor  # (N,), indices in the dataset
 
 
-def add_up(x):
-    """Collective. In place the sum over processes of x, whose numbers are 0 on all of them but one:
-    no rounding, as the bits are added."""
-    if dist.is_initialized() and x.numel():
-        dist.all_reduce(x.view(torch.int32))
-
-
 @torch.no_grad()
 def extract_features(module, encode, dataset, view, device, tokenizer=None, dtype="fp32",
                      batch_size=256, workers=0, indices=None) -> Features:  # fmt: skip
     """Collective. encode(images) and, with a tokenizer, module.encode_text(captions) of a dataset.
 
     Processes share out whole batches, so that rounding errors are the same for any number of them,
-    and no sample is repeated to fill up. `module` is in eval mode; global random state stays."""
+    and no sample is repeated to fill up. `module` is in eval mode; global random state stays.
+    indices: None takes all. Unreadable samples are left out and counted on stderr. UserError if all
+    are, or a feature is not finite."""
     indices = list(range(len(dataset)) if indices is None else indices)
     starts = range(0, len(indices), batch_size)[rank() :: world_size()]
     batches = [indices[i : i + batch_size] for i in starts]
@@ -180,8 +175,9 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     rows = order.argsort().split(counts)[rank()]  # of this process's texts
     for features in texts_seen:
         texts[rows[: len(features)]], rows = features, rows[len(features) :]
-    for x in (images, labels, read, texts):
-        add_up(x)
+    for x in (images, labels, read, texts):  # each number is 0 on all processes but one
+        if dist.is_initialized() and x.numel():
+            dist.all_reduce(x.view(torch.int32))  # adds up bits, which rounds nothing
 
     if not read.any():
         reason = errors[0] if errors else "there are none"
@@ -195,15 +191,6 @@ def extract_features(module, encode, dataset, view, device, tokenizer=None, dtyp
     if not torch.stack(extremes).isfinite().all():
         raise UserError("features are not finite: the network diverged, or --dtype fp16 overflows")
     return Features(images, labels, texts, torch.searchsorted(index, owners), index)
-
-
-def extract(encoder, dataset, view, device, **options):
-    """Collective. -> features (n, D) float32 and labels (n,), on the CPU, in order of the index.
-
-    encoder: module, float images (b, 3, S, S) -> (b, D); its modes and the global random state stay
-    as they were. options: dtype="fp32", batch_size=256, workers=0, indices=None (all). Unreadable
-    samples are left out and counted on stderr. UserError if all are, or a feature is not finite."""
-    return extract_features(encoder, encoder, dataset, view, device, **options)[:2]
 
 
 def subset_indices(dataset, most):
@@ -298,36 +285,6 @@ def effective_rank(features):
 def rank_scores(features):
     """What stands beside an accuracy; full_rank is the most that (N, D) features can have."""
     return {"effective_rank": effective_rank(features), "full_rank": min(features.shape)}
-
-
-def zeroshot_metrics(logits, labels):
-    """logits (N, C), labels (N,) -> dict in percent. top1; from five classes on top5 and
-    mean_top1_top5 (Kinetics); mean_per_class, the mean recall of the classes that occur (SLIP's is
-    NaN when an absent class is predicted); with two classes roc_auc of logit 1 - logit 0."""
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    ranks = [hit_rank(x, y[:, None] == classes) for x, y in chunks(len(classes), logits, labels)]
-    ranks, labels = torch.cat(ranks), labels.cpu()
-    out = {"top1": percent(ranks < 1)}
-    if len(classes) >= 5:
-        out["top5"] = percent(ranks < 5)
-        out["mean_top1_top5"] = (out["top1"] + out["top5"]) / 2
-    count = torch.bincount(labels, minlength=len(classes)).double()
-    hits = torch.bincount(labels[ranks < 1], minlength=len(classes)).double()
-    out["mean_per_class"] = 100 * (hits / count)[count > 0].mean().item()
-    if len(classes) == 2 and count.min() > 0:
-        out["roc_auc"] = roc_auc((logits[:, 1] - logits[:, 0]).cpu(), labels == 1)
-    return out
-
-
-def roc_auc(scores, positive):
-    """(N,), (N,) bool -> percent of the pairs of a positive and a negative in which the positive
-    has the larger score; ties count half."""
-    _, place, same = scores.unique(return_inverse=True, return_counts=True)
-    # ranks are counted from 1, and equal scores share the mean of theirs
-    mean_rank = (same.cumsum(0) - (same - 1) / 2).double()[place]
-    n = positive.sum().double()
-    wins = mean_rank[positive].sum() - n * (n + 1) / 2  # Mann-Whitney U
-    return 100 * (wins / (n * (len(scores) - n))).item()
 
 
 @torch.no_grad()
@@ -428,36 +385,39 @@ def captions(dataset):
 
 def language_scores(model, tokenizer, dataset, view, device, classnames=None, templates=None,
                     captions=False, **options):  # fmt: skip
-    """Collective. -> (zeroshot_metrics or {} without classnames, recall or {} without captions,
-    image features (N, D)), from one pass over the dataset. classnames, templates: as in
-    zeroshot_weights; options: those of `extract`."""
+    """Collective. -> ((logits (M, C), labels (M,)) of the images with a label or None without
+    classnames, recall or {} without captions, image features (N, D)), from one pass over the
+    dataset. classnames, templates: as in zeroshot_weights; options: those of extract_features."""
     options["tokenizer"] = tokenizer if captions else None
     extracted = extract_features(model, model.encode_image, dataset, view, device, **options)
     images, labels, texts, image_of_text, _ = (x.to(device) for x in extracted)
-    metrics = {}
+    scores = None
     if classnames:
         templates = templates or TEMPLATES.get(dataset.name, TEMPLATES["default"])
         with evaluating(model), mixed_precision(options.get("dtype", "fp32"), device)[0]:
             weights = zeroshot_weights(model.encode_text, tokenizer, classnames, templates, device)
         features, labels = labelled(dataset, images, labels)
-        metrics = zeroshot_metrics(F.normalize(features, dim=1) @ weights.T, labels)
+        scores = F.normalize(features, dim=1) @ weights.T, labels
     if len(texts):
         say_without("caption", dataset.name, len(images) - len(image_of_text.unique()), len(images))
     retrieval = recall(images, texts, image_of_text) if len(texts) else {}
-    return metrics, retrieval, images
+    return scores, retrieval, images
 
 
 def language_eval(model, tokenizer, dataset, view, device, max_images=MOST, **options):
     """Collective. -> with classes {"zeroshot_top1", "zeroshot_chance"}, with captions {"recall@1"
     (mean of both directions), "recall_chance"}, and rank_scores of the images. It takes a fixed
-    subset (0: all). model: has encode_image and encode_text. options: those of `extract`."""
+    subset (0: all). model: has encode_image and encode_text. options: those of extract_features."""
     names = None if what_classes_lack(dataset, words=True) else dataset.classes
     options |= {"classnames": names, "captions": dataset.captioned}
     options["indices"] = subset_indices(dataset, max_images)
-    metrics, retrieval, images = language_scores(model, tokenizer, dataset, view, device, **options)
+    scores, retrieval, images = language_scores(model, tokenizer, dataset, view, device, **options)
     out = {}
-    if metrics:
-        out = {"zeroshot_top1": metrics["top1"], "zeroshot_chance": 100 / len(dataset.classes)}
+    if scores:
+        logits, labels = scores
+        right = labels[:, None] == torch.arange(len(names), device=device)
+        top1 = percent(hit_rank(logits, right) < 1)
+        out = {"zeroshot_top1": top1, "zeroshot_chance": 100 / len(names)}
     if retrieval:
         both = retrieval["image_to_text_recall@1"] + retrieval["text_to_image_recall@1"]
         out |= {"recall@1": both / 2, "recall_chance": 100 / len(images)}

@@ -1,5 +1,5 @@
 """The pictures of a training run, views.png and curves.png, the boards that draw its log, the
-versions that env.json keeps, and what its last lines say. run.py imports this when it needs it."""
+versions that env.json keeps, and what its last lines say. run.py imports this when a run begins."""
 
 import contextlib
 import importlib.metadata
@@ -155,10 +155,19 @@ def save_curves(directory):
     figure.savefig(Path(directory) / "curves.png", dpi=80)
 
 
+def command(run, launcher, script, *words) -> str:
+    """A command line that can be pasted where the run was started."""
+    path = Path(__file__).with_name(script)
+    path = path.name if path.parent == Path.cwd() else path
+    if data_dir := run.args.data_dir or os.environ.get("DATA_DIR"):
+        words += ("--data-dir", data_dir)
+    return shlex.join(map(str, [launcher, path, *words]))
+
+
 def next_command(run, protocol, dataset) -> str:
     """The command of evaluate.py that measures a finished run, see Run.finish."""
     if not dataset and len(run.loader.dataset) > 100_000:  # too many to compare all with each other
-        return run.command("python", "evaluate.py", protocol, run.dir, "--data", "cifar10")
+        return command(run, "python", "evaluate.py", protocol, run.dir, "--data", "cifar10")
     tested, words = dataset or run.loader.dataset, ["--data", run.args.data]
     # a WordNet id is no name
     named = [c for c in tested.classes or [] if not re.fullmatch(r"n\d{8}", str(c))]
@@ -171,4 +180,4 @@ def next_command(run, protocol, dataset) -> str:
         protocol = "neighbors"  # it needs no labels and no second split
     elif whole:
         words += ["--split", "train"]
-    return run.command("python", "evaluate.py", protocol, run.dir, *words)
+    return command(run, "python", "evaluate.py", protocol, run.dir, *words)

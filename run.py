@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -178,11 +177,6 @@ def fingerprint(dataset) -> str:
     return f"{total:08x}"
 
 
-def evaluated(value):
-    """What is given as a function of no arguments is called."""
-    return value() if callable(value) else value
-
-
 def replace_text(path: Path, text: str):
     """Writes a file under another name and then renames it, so that a crash leaves the old one."""
     with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
@@ -195,16 +189,6 @@ def replace_text(path: Path, text: str):
 def replace_escaped(text):
     """A name as the system gave it, where bytes that are not UTF-8 become U+FFFD."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def hold(file):
-    """Keeps a file from other processes until this one ends. Raises OSError if another has it."""
-    if os.name == "nt":
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def directory_of(method, args) -> Path:
@@ -253,6 +237,7 @@ class Run:
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=rank() > 0 or None)  # None: unless stderr is a terminal
         self.writers = []
+        self.pictures = importlib.import_module("pictures")  # not above: no number depends on it
         self.evaluation = self._first_does(self._start_log)
         size, at = args.batch_size, f", continued at {self.step}" if self.step else ""
         at += ", which leaves nothing to do" if self.step >= self.last else ""
@@ -348,10 +333,11 @@ class Run:
                             "checkpoint_STEP.pt so, or use another --output-dir")
         self.lock = open(path / ".lock", "w", encoding="utf-8")
         try:
-            hold(self.lock)
+            import fcntl
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
         except (BlockingIOError, PermissionError):
             raise UserError(f"{path} is in use by another run: use another --output-dir") from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # Windows, and file systems without locks
             pass
         return str(path)
 
@@ -359,11 +345,10 @@ class Run:
         """Fills self.writers, which write a row. If steps are left, writes args.json and env.json
         and cuts the log back. -> this step's evaluation in the log, {} where it has none."""
         args = {"method": self.method, **vars(self.args)}
-        pictures = importlib.import_module("pictures")
         unfinished = self.step < self.last
         if unfinished:
             replace_text(self.dir / "args.json", json.dumps(args, indent=1))  # first: marks a run
-            replace_text(self.dir / "env.json", json.dumps(pictures.environment(), indent=1))
+            replace_text(self.dir / "env.json", json.dumps(self.pictures.environment(), indent=1))
             for name, text in self.extra.items():  # the tokenizer, for example
                 replace_text(self.dir / f"{name}.json", text)
         path = self.dir / "metrics.jsonl"
@@ -385,7 +370,7 @@ class Run:
         file = open(path, "a", buffering=1, encoding="utf-8")
         self.writers.append(lambda row: file.write(json.dumps(row) + "\n"))
         if (unfinished or not found) and (self.args.tensorboard or self.args.wandb):
-            self.writers += pictures.boards(self, args)
+            self.writers += self.pictures.boards(self, args)
         return found[-1] if found else {}
 
     def batches(self):
@@ -394,8 +379,7 @@ class Run:
         try:
             for step, batch in self.loader.batches(self.step, self.last):
                 if step == 0 and rank() == 0:
-                    pictures = importlib.import_module("pictures")
-                    pictures.save_batch(self.dir, batch, self.loader.views)
+                    self.pictures.save_batch(self.dir, batch, self.loader.views)
                 yield step, batch
         except UserError as error:  # of the loader; the weights are those of the step before
             if world_size() > 1 or self.step == 0:  # saving takes all processes
@@ -406,14 +390,16 @@ class Run:
     def end_step(self, terms: dict, **numbers):
         """Counts an optimizer step; every --log-every steps it writes terms and numbers to the log.
         terms: name -> (0-dim tensor, chance level or None), averaged over processes, must be
-        finite. A function in place of a tensor or number is called only in written steps."""
+        finite. A function in place of a tensor is called only in written steps."""
         self.step += 1
         scheduled = self.step == 1 or self.due(self.args.log_every, at_end=False)
         written = scheduled or self.step == self.last
         values = [term for term, _ in terms.values()]
-        if not written:
+        if written:
+            values = [v() if callable(v) else v for v in values]
+        else:
             values = [values[0].new_zeros(()) if callable(v) else v for v in values]
-        values = torch.stack([evaluated(v).detach().float() for v in values])
+        values = torch.stack([v.detach().float() for v in values])
         self.pending.append((list(terms), values))
         self.bar.update()
         if self.profiler:
@@ -436,7 +422,7 @@ class Run:
                              f"{chance:.3f}")
         seconds, steps = time.perf_counter() - self.clock, self.step - self.clock_step
         speed, wait = self.args.batch_size * steps / seconds, self.loader.wait / seconds
-        row |= {name: torch.as_tensor(evaluated(number)).item() for name, number in numbers.items()}
+        row |= {name: torch.as_tensor(number).item() for name, number in numbers.items()}
         self._write({**row, "images_per_sec": speed, "data_wait": wait}, scheduled)
         left = self._left(seconds, steps)
         text = ", ".join([*texts, f"{speed:.0f} images/s"])
@@ -488,8 +474,6 @@ class Run:
         return any(every > 0 and self.step % every == 0 for every in periods)
 
     def log_evaluation(self, metrics: dict):
-        if not metrics:
-            return
         self._write(metrics, self.due(self.args.eval_every, at_end=False))
         self.evaluation = {"step": self.step, **metrics}
         ranks = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "rank" in k)
@@ -547,7 +531,7 @@ class Run:
                 self._keep(path, temporary)
         if self.stop:
             all_reduce_mean(torch.zeros(1))  # end together: torchrun ends others when one leaves
-            how = importlib.import_module("pictures").how_to_continue(self)
+            how = self.pictures.how_to_continue(self)
             self.say(f"saved at step {self.step}, continue {how}")
             sys.exit(128 + self.stop)
 
@@ -565,27 +549,20 @@ class Run:
             temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {kept} ({error}), make room; {path} is good") from error
 
-    def finish(self, protocol: str = "", dataset=None, hint: str = "") -> dict:
+    def finish(self, protocol: str, dataset, then=()) -> dict:
         """Writes curves.png, says where all is and what comes next; -> the last evaluation.
-        protocol: what evaluate.py measures; dataset: on what, if given; hint: a better command."""
+        protocol: what evaluate.py measures, dataset: on what; then: words of a better command."""
         self.bar.close()
-        pictures = importlib.import_module("pictures")
         if rank() == 0:
-            pictures.save_curves(self.dir)
-            for line in pictures.accuracies(self.dir):
+            self.pictures.save_curves(self.dir)
+            for line in self.pictures.accuracies(self.dir):
                 self.say(line)
             self.lock.close()
-        hint = hint or pictures.next_command(self, protocol, dataset)
+        hint = self.pictures.next_command(self, protocol, dataset)
+        if then:
+            hint = self.pictures.command(self, *then)
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}")
         if Path(__file__).with_name("evaluate.py").exists():
             self.say(f"next: {hint}")
         return self.evaluation
-
-    def command(self, launcher, script, *words) -> str:
-        """A command line that can be pasted where this run was started."""
-        path = Path(__file__).with_name(script)
-        path = path.name if path.parent == Path.cwd() else path
-        if data_dir := self.args.data_dir or os.environ.get("DATA_DIR"):
-            words += ("--data-dir", data_dir)
-        return shlex.join(map(str, [launcher, path, *words]))

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from common import user_errors  # noqa: E402
 from data import open_dataset  # noqa: E402
 from evaluation.weights import open_network  # noqa: E402
-from monitor import extract  # noqa: E402
+from knn import extract  # noqa: E402
 from scenes import COLOURS, Flocks  # noqa: E402
 
 FITTED, TESTED = 3000, 1000  # drawings

@@ -195,9 +195,6 @@ class Silent:
     def agree_to_stop(self):
         return False
 
-    def command(self, *words):
-        return ""
-
     def finish(self, *_, **__):
         return self.state
 

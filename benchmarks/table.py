@@ -72,6 +72,7 @@ SHARED = {
     "evaluate.py": "the evaluation command",
     "evaluation/protocols.py": "what its protocols do",
     "evaluation/features.py": "features that are kept on disk, and those of several blocks",
+    "evaluation/scores.py": "accuracy, mean recall of the classes and ROC AUC",
     "evaluation/probes.py": "linear probes and logistic regression",
     "evaluation/finetune.py": "fine-tuning with all or some of the labels",
     "evaluation/pictures.py": "pictures of what a network sees",

@@ -4,6 +4,7 @@ their name.
 protocols.py   one function for each protocol and each kind of picture that the command offers
 features.py    features kept on disk, and of several blocks of a transformer
 robustness.py  zero-shot accuracy on ImageNet's other test sets beside ImageNet
+scores.py      accuracy, mean recall of the classes and ROC AUC
 probes.py      linear classifiers on frozen features
 finetune.py    training the whole network on labels
 pictures.py    attention maps, components, matches and neighbours as images

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from common import UserError, all_reduce_mean, rank
-from monitor import extract, extract_features, refuse_labels_beyond
+from knn import extract
+from monitor import extract_features, refuse_labels_beyond
 from run import load_checkpoint
 
 
@@ -55,7 +56,7 @@ def refuse_small(dataset, batch):
 
 # -------------------------------------------- kept on disk ----------------------------------------
 def cached_extract(encoder, dataset, view, device, cache="", **options):
-    """Collective. monitor.extract, whose result is kept in the folder `cache`, if one is given, and
+    """Collective. knn.extract, whose result is kept in the folder `cache`, if one is given, and
     read from there the next time."""
     return cached_features(encoder, dataset, view, device, cache, **options)[:2]
 

@@ -14,7 +14,8 @@ from torch import nn
 from common import LARS, UserError, all_gather, mixed_precision
 from data import Loader, hflip, random_resized_crop
 from evaluation.features import NamedSubset, cached_extract, refuse_small
-from monitor import bar, evaluating, labelled, say_without, zeroshot_metrics
+from evaluation.scores import classification_metrics
+from monitor import bar, evaluating, labelled, say_without
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # base learning rates that --cached tries
 # base learning rates that --grid tries, those of DINOv2's code
@@ -192,13 +193,13 @@ def linear_probe(encoder, train_set, test_set, view, device, args, **options):
     if len(heads) > 1:
         scores = []
         for head, (a, b) in zip(heads, columns):
-            scores.append(zeroshot_metrics(head(held_x[:, a:b]).detach(), held_y)["top1"])
+            scores.append(classification_metrics(head(held_x[:, a:b]).detach(), held_y)["top1"])
         best = scores.index(max(scores))
     head, (a, b) = heads[best], columns[best]
     if args.cached and not args.grid:
         batches = cached_batches(x, y, batch, args)
         (head,) = fit_heads(batches, dim, num_classes, [lrs[best]], args, device)
-    return zeroshot_metrics(head(test_x[:, a:b]).detach(), test_y), head, base_lrs[best]
+    return classification_metrics(head(test_x[:, a:b]).detach(), test_y), head, base_lrs[best]
 
 
 # -------------------------------------------- logistic regression ---------------------------------

@@ -1,7 +1,7 @@
 """The protocols of evaluate.py: one function each, which says whose protocol it follows.
 
 A protocol takes the opened network, the train split (None where it needs none), the split that is
-reported on, the flags of evaluate.py and the options of monitor.extract. It returns its scores in
+reported on, the flags of evaluate.py and the options of knn.extract. It returns its scores in
 percent, the headline first."""
 
 import importlib
@@ -17,8 +17,9 @@ from evaluation import finetune, robustness
 from evaluation.features import LastBlocks, NamedSubset, cached_extract
 from evaluation.probes import best_exponent, block_count, linear_probe, logistic_regression
 from evaluation.probes import principal_axes, split_off_tenth
-from knn import knn_sweep
-from monitor import TEMPLATES, extract, labelled, language_scores, zeroshot_metrics
+from evaluation.scores import classification_metrics
+from knn import extract, knn_sweep
+from monitor import TEMPLATES, labelled, language_scores
 from sources import SHIFTED
 
 # The score that is quoted for a dataset where that is not top1 (SLIP eval_zeroshot.py)
@@ -52,7 +53,7 @@ def parse_numbers(text, kind=float) -> list:
 
 
 def headline_first(metrics, dataset):
-    """zeroshot_metrics with the score first that is quoted for this dataset."""
+    """classification_metrics with the score first that is quoted for this dataset."""
     headline = METRIC.get(dataset, "top1")
     if headline not in metrics:
         headline = "top1"
@@ -120,8 +121,8 @@ def zeroshot(net, train, test, args, options):
     """CLIP Sec. 3.1: the class whose prompts are most similar to the image."""
     names, templates = chosen_names(test, args), chosen_templates(args)
     options = {**options, "classnames": names, "templates": templates}
-    metrics, _, _ = language_scores(net.model, net.tokenizer, test, **options)
-    metrics = headline_first(metrics, test.name)
+    (logits, labels), _, _ = language_scores(net.model, net.tokenizer, test, **options)
+    metrics = headline_first(classification_metrics(logits, labels), test.name)
     chance = 50.0 if next(iter(metrics)) == "roc_auc" else 100 / len(names)
     return {**metrics, "chance": chance}
 
@@ -213,11 +214,11 @@ def logreg(net, train, test, args, options):
 
         def score(exponent):
             predict = logistic_regression(axes, y[rest], 10**exponent, num_classes, tolerance=1e-4)
-            return zeroshot_metrics(predict(x[held_out]), y[held_out])["top1"]
+            return classification_metrics(predict(x[held_out]), y[held_out])["top1"]
 
         C = 10 ** best_exponent(score)
     predict = logistic_regression(x, y, C, num_classes)
-    metrics = headline_first(zeroshot_metrics(predict(test_x), test_y), test.name)
+    metrics = headline_first(classification_metrics(predict(test_x), test_y), test.name)
     return {**metrics, "chance": 100 / num_classes, "C": C}
 
 
@@ -231,7 +232,7 @@ def fine_tuned(net, train, test, args, options):
         train = NamedSubset(train, indices, f"{100 * args.labels:g}% of {train.name}")
     num_classes, device = len(train.classes), options["device"]
     net.tuned, rows = finetune.fine_tune(net.encoder, train, net.view, num_classes, args, device)
-    metrics = zeroshot_metrics(*labelled(test, *extract(net.tuned, test, **options)))
+    metrics = classification_metrics(*labelled(test, *extract(net.tuned, test, **options)))
     rest = {"loss": rows[-1]["loss"], "chance": 100 / len(test.classes), "images": len(train)}
     return {**headline_first(metrics, test.name), **rest}
 

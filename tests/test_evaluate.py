@@ -34,9 +34,10 @@ from evaluation.features import LastBlocks, block_features, cached_extract
 from evaluation.protocols import chosen_names
 from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
 from evaluation.results import table
+from evaluation.scores import classification_metrics
 from evaluation.weights import open_network
-from knn import knn, knn_eval, knn_sweep, linear, linear_eval, ridge
-from monitor import EvalView, extract, language_eval, recall, zeroshot_metrics, zeroshot_weights
+from knn import extract, knn, knn_eval, knn_sweep, linear, linear_eval, ridge
+from monitor import EvalView, language_eval, recall, zeroshot_weights
 from run import parse_args
 from sources import Sample
 
@@ -109,7 +110,7 @@ def test_knn_thousand_classes_and_cold_temperature():
 
 def test_accuracy_official():
     g = golden("eval_accuracy_dino")
-    out = zeroshot_metrics(g["inputs"]["logits"], g["inputs"]["target"])
+    out = classification_metrics(g["inputs"]["logits"], g["inputs"]["target"])
     assert [out["top1"], out["top5"]] == pytest.approx([x.item() for x in g["outputs"]["top1_top5"]])
 
 
@@ -138,12 +139,12 @@ def test_zeroshot_official():
         torch.testing.assert_close(weights, want["classifier_weights"].T, atol=1e-6, rtol=0)
     logits = 100 * F.normalize(g["inputs"]["image_emb"], dim=1) @ weights.T
     torch.testing.assert_close(logits, want["logits"], atol=1e-4, rtol=0)
-    out, official = zeroshot_metrics(logits, g["inputs"]["target"]), want["clip_benchmark_metrics"]
+    out, official = classification_metrics(logits, g["inputs"]["target"]), want["clip_benchmark_metrics"]
     assert out["top1"] == pytest.approx(100 * official["acc1"])
     assert out["top5"] == pytest.approx(100 * official["acc5"])
     assert out["mean_top1_top5"] == pytest.approx(50 * (official["acc1"] + official["acc5"]))
     assert out["mean_per_class"] == pytest.approx(want["slip_mean_per_class_percent"])
-    two = zeroshot_metrics(logits[:, :2], g["inputs"]["target"] % 2)
+    two = classification_metrics(logits[:, :2], g["inputs"]["target"] % 2)
     assert two["roc_auc"] == pytest.approx(want["slip_roc_auc_percent_binary"])
     # a class of four synonyms is the same as four templates
     lookup.prompts = [f"a {name}" for name in range(24)]
@@ -159,7 +160,7 @@ def test_metrics_reference(classes, monkeypatch):
     labels[labels == 1] = 0 if classes > 2 else 1  # absent
     ranking = [sorted(range(classes), key=lambda c, row=row: (-row[c], c)) for row in logits.tolist()]
     hits = [label in r[:1] for r, label in zip(ranking, labels.tolist())]
-    out = zeroshot_metrics(logits, labels)
+    out = classification_metrics(logits, labels)
     assert out["top1"] == pytest.approx(100 * np.mean(hits))
     per_class = [np.mean([h for h, label in zip(hits, labels.tolist()) if label == c]) for c in set(labels.tolist())]
     assert out["mean_per_class"] == pytest.approx(100 * np.mean(per_class))
@@ -173,14 +174,14 @@ def test_metrics_reference(classes, monkeypatch):
         score = (logits[:, 1] - logits[:, 0]).double()
         pairs = [(p > n) + 0.5 * (p == n) for p in score[labels == 1].tolist() for n in score[labels == 0].tolist()]
         assert out["roc_auc"] == pytest.approx(100 * np.mean(pairs))
-        assert "roc_auc" not in zeroshot_metrics(logits, labels * 0)
+        assert "roc_auc" not in classification_metrics(logits, labels * 0)
     monkeypatch.setattr(monitor, "CHUNK", 7 * classes)
-    assert zeroshot_metrics(logits, labels) == out
+    assert classification_metrics(logits, labels) == out
 
 
 def test_not_a_number_is_never_a_hit():
     nothing = torch.full((4, 6), math.nan)
-    assert zeroshot_metrics(nothing, torch.zeros(4, dtype=torch.int64))["top1"] == 0
+    assert classification_metrics(nothing, torch.zeros(4, dtype=torch.int64))["top1"] == 0
     assert recall(nothing, nothing, torch.arange(4), ks=(1,))["mean_recall"] == 0
 
 
@@ -317,6 +318,8 @@ def test_calls_of_training_loops():
     ranks = {"effective_rank", "full_rank"}
     assert out.keys() == {"zeroshot_top1", "zeroshot_chance", "recall@1", "recall_chance"} | ranks
     assert out["recall_chance"] == pytest.approx(100 / 30)
+    (logits, labels), _, _ = monitor.language_scores(net, Letters(), Toy(30), classnames=Toy.classes, **options)
+    assert out["zeroshot_top1"] == classification_metrics(logits, labels)["top1"]
     no_classes, no_captions = Toy(30), Toy(30)
     no_classes.classes, no_captions.captioned = None, False
     assert language_eval(net, Letters(), no_classes, **options).keys() == {"recall@1", "recall_chance"} | ranks
@@ -392,13 +395,13 @@ def test_captions_stay_with_their_images():
     with torch.no_grad():
         images, texts = torch.cat([net(x) for x in images]), net.encode_text(Letters().batch(captions))
     want = recall(images, texts, torch.tensor(owners))
-    zeroshot, found, features = monitor.language_scores(
+    (logits, labels), found, features = monitor.language_scores(
         net, Letters(), data, VIEW, CPU, Toy.classes, ["a {}"], captions=True, batch_size=4
     )
     assert found == pytest.approx(want) and len(features) == len(kept)
     weights = zeroshot_weights(net.encode_text, Letters(), Toy.classes, ["a {}"])
-    logits = F.normalize(images, dim=1) @ weights.T
-    assert zeroshot == pytest.approx(zeroshot_metrics(logits, torch.tensor([i % 3 for i in kept])))
+    torch.testing.assert_close(logits, F.normalize(images, dim=1) @ weights.T)
+    assert labels.tolist() == [i % 3 for i in kept]
 
 
 def test_features_are_kept(tmp_path, capsys, monkeypatch):
@@ -476,7 +479,7 @@ def test_logistic_regression_of_absent_classes():
     logits = logistic_regression(x, y, 1.0, 1000)(asked)
     want = torch.from_numpy(theirs.predict_proba(asked.numpy()))
     torch.testing.assert_close(logits.softmax(1)[:, [5, 700, 999]], want, atol=1e-6, rtol=1e-5)
-    scores = zeroshot_metrics(logits, torch.tensor([5, 700, 999, 0, 1, 2, 3, 4, 6]))
+    scores = classification_metrics(logits, torch.tensor([5, 700, 999, 0, 1, 2, 3, 4, 6]))
     assert scores["top1"] <= 100 / 3 and math.isfinite(scores["mean_per_class"])
     one = logistic_regression(x[:1], y[:1], 1.0, 1000)(asked)  # one sample, one class
     assert (one.argmax(1) == y[0]).all()

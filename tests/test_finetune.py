@@ -28,7 +28,8 @@ from command import Args, main
 from common import UserError, init_distributed, rank, user_errors
 from data import decode
 from evaluation import finetune
-from monitor import EvalView, extract
+from knn import extract
+from monitor import EvalView
 from test_evaluate import Toy
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from command import main
 from common import UserError, init_distributed, rank, user_errors
 from data import decode, open_dataset
 from evaluation.probes import logistic_regression, principal_axes
-from monitor import EvalView, evaluation_set, extract
+from knn import extract
+from monitor import EvalView, evaluation_set
 from sources import Sample
 from test_evaluate import CPU, FLAGS, LINEAR, Toy, folder, results  # noqa: F401
 

@@ -1,6 +1,8 @@
 """10 steps are 5 + 5, bit for bit, in metrics.jsonl and in every tensor of the checkpoint."""
 
 import contextlib
+import errno
+import fcntl
 import importlib
 import importlib.metadata
 import json
@@ -205,10 +207,24 @@ def test_two_processes_in_one_directory(photos, tmp_path):
     try:
         wait_for_step(tmp_path / "run", 1)
         done = command("simclr.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["simclr"], "--epochs", "500")
-        assert done.returncode == 2 and "in use" in done.stderr
+        sentence = f"{tmp_path}/run is in use by another run: use another --output-dir"
+        assert done.returncode == 2 and done.stderr.strip().endswith(sentence)
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("missing", ["a file system without locks", "Windows"])
+def test_a_run_without_locks(missing, photos, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing == "Windows":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+    train_here("simclr", photos, tmp_path / "run", "--max-steps", "1", "--eval-every", "0")
+    assert (tmp_path / "run/checkpoint.pt").exists()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import simclr
@@ -27,6 +28,7 @@ from evaluation.weights import open_network
 from run import Run, load_checkpoint
 from runs import COMMON, ROOT, make_photos, rows
 from runs import train_here as train_method
+from sources import Sample
 from test_resume import assert_same_run
 from test_structure import BANNER, SECTIONS, backward, cut
 
@@ -415,6 +417,32 @@ def test_starts_from_that_head_layer(head_layer, photos, stages, tmp_path):
         if not name.startswith("classifier") and "running" not in name and "num_batches" not in name:
             assert torch.equal(value, unmoved[name]), name
     assert not after.model.classifier.weight.any()
+
+
+class Noise(list):
+    """Samples of one random image each."""
+
+    name, captioned = "noise", False
+
+    def __init__(self, n, classes):
+        self.classes = [str(c) for c in range(classes)]
+        images = torch.randint(0, 256, (n, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        super().__init__(Sample(image.numpy(), [], i % classes, str(i)) for i, image in enumerate(images))
+
+
+@pytest.mark.parametrize("classes", [4, 5, 9])
+def test_accuracy_in_the_training_loop(classes):
+    """From five classes on also with the five that rank first."""
+    val, view = Noise(60, classes), simclrv2.eval_view(simclrv2.Args(image_size=16))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, classes))
+    hits = []
+    for sample in val:
+        x = view(view.crop(decode(sample.image))[None])
+        hits.append((model(x)[0].argsort(descending=True) == sample.label).tolist())
+    expected = {"val_top1": 100 * sum(row[0] for row in hits) / 60, "val_chance": 100 / classes}
+    if classes >= 5:
+        expected["val_top5"] = 100 * sum(any(row[:5]) for row in hits) / 60
+    assert simclrv2.accuracy(model, val, view, torch.device("cpu"), 0) == pytest.approx(expected)
 
 
 def test_checkpoints_open_in_evaluate(photos, stages, tmp_path):

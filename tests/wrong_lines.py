@@ -181,6 +181,7 @@ OWN = {
         ("warmup = round(args.warmup_epochs * loader.steps_per_epoch)", "warmup = round(2 * args.warmup_epochs * loader.steps_per_epoch)"),
         ("        scaler.step(optimizer)\n", ""),
         ("        optimizer.zero_grad()\n", ""),
+        ("percent(ranks < 5)", "percent(ranks < 4)"),
     ],
     "moco.py": [
         ("        model.encoder_k.compile()\n", ""),
@@ -314,6 +315,7 @@ OWN = {
     "monitor.py": [
         ("greater_or_nan = ~(scores <= best)", "greater_or_nan = scores > best"),
         ("(column < best_column)", "(column > best_column)"),
+        ("top1 = percent(hit_rank(logits, right) < 1)", "top1 = percent(hit_rank(logits, right) < 2)"),
         ("return 100 * hits.sum().item() / hits.numel()", "return hits.sum().item() / hits.numel()"),
         ("squares > 2.5e-13 * squares.max(), 0).sqrt()", "squares > 2.5e-13 * squares.max(), 0)"),
         ("shares = values / values.sum().clamp(min=1e-300)", "shares = values / values.max().clamp(min=1e-300)"),
