@@ -323,7 +323,8 @@ def attempt(job, loader, flags, meter):
     if job["part"] == "steps":
         replaced["open_dataset"] = lambda name, *_: Unread(name, hasattr(module, "Tokenizer"))
     before = {name: getattr(module, name) for name in replaced if hasattr(module, name)}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     with tempfile.TemporaryDirectory(dir=job["temp"]) as directory:
         flags = [*flags, *QUIET.split(), "--output-dir", directory + "/run", *job.get("extra", [])]
         try:

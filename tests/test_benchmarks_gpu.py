@@ -1,10 +1,13 @@
 """benchmarks/gpu.py, which measures on a GPU, at tiny sizes on the CPU: every part leaves a result."""
 
 import argparse
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -135,6 +138,28 @@ def test_operations_that_are_done_again_are_not_counted(gpu, tmp_path):
     selective, full = (steps_row(gpu, tmp_path, "dinov2", [*more, *flags]) for more in (["--grad-checkpointing", "selective"], []))
     assert selective["grad_checkpointing"] == "selective" and full["grad_checkpointing"] == "full" and full["batch"] == 8
     assert full["gflop_per_image"] == pytest.approx(selective["gflop_per_image"], rel=0.05)
+
+
+def test_no_model_outlives_its_measurement(gpu, tmp_path, monkeypatch):
+    """A Run handles SIGHUP too, where nobody ignores it, and would hold the model that the next one needs the memory of."""
+    import simclr
+
+    models, build_model = [], simclr.build_model
+
+    def build(args):
+        model = build_model(args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(simclr, "build_model", build)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        steps_row(gpu, tmp_path, "simclr", gpu.MINIATURE["simclr_r50"][1].split())
+        gc.collect()
+        assert len(models) == 1 and models[0]() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_cifar_goes_on_where_an_earlier_record_ends(gpu, tmp_path, monkeypatch):
