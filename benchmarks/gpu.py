@@ -1,12 +1,15 @@
-"""All that a GPU has to tell, in one command and a fixed time.
+"""What a GPU has to tell, in a fixed time: tests, speed and memory, short trainings.
 
-    python benchmarks/gpu.py --minutes 7 --data-dir data     # results in $OUT, else in results/gpu/
+    python benchmarks/gpu.py --only tests --minutes 5        # results in $OUT, else in results/gpu/
+    python benchmarks/gpu.py --only steps,data --minutes 9
+    python benchmarks/gpu.py --only cifar --minutes 9 --data-dir data
     python benchmarks/gpu.py --only steps --models dino_s16,ibot_s16
     python benchmarks/gpu.py --miniature                     # tiny sizes on a CPU: does it run?
 
+Without --only all parts share the time, and what does not fit is left out and named in the results.
 The parts, in this order. Each runs in processes of its own and has a time limit:
 
-    tests   pytest -m gpu, failures with their last lines
+    tests   pytest -m gpu, failures with their last lines; not_run counts what did not fit
     steps   time, memory and MFU of training steps: the documented commands at the batch of one GPU
             of eight, on random pixels that lie on the GPU and stay there (training gives them up),
             eager and with --compile
@@ -15,8 +18,9 @@ The parts, in this order. Each runs in processes of its own and has a time limit
     cifar   simclr.py, then byol, moco, simsiam and dino, on CIFAR-10 for as many epochs as the
             time allows, and the seconds until the kNN classifier is right in 80% of the test images
 
-Every method of the last part gets the time of that part, or its share if there is more. Those that
-a gpu.jsonl in --out has already are left out, so a next invocation continues where one has ended.
+An invocation continues a gpu.jsonl that is already in --out. Of the tests it leaves out those that
+have passed on the same GPU with the same code and versions. Every method of the last part gets the
+time of that part, or its share if there is more, and those that have been trained are left out.
 
 Every result is a line of gpu.jsonl, written at once, so that a machine that goes away leaves what
 it has measured. What fails is a line too, and the next part starts. gpu.md has the same as tables,
@@ -28,6 +32,8 @@ MFU counts the matrix products and convolutions of an eager step, two operations
 multiplication, against what a bfloat16 matrix product of 8192 x 8192 x 8192 reaches in the same
 process. What activation checkpointing computes again takes its time and is not counted. Compilation
 is not in any time: while the tests run, which leave the GPU mostly idle, it fills a cache on disk.
+Nor is compiling again, which flatters the compiled rows of ibot and dinov2: the one batch comes
+with its masks, so that no shape changes, while in training the number of masked patches does.
 """
 
 import argparse
@@ -50,6 +56,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +99,12 @@ def record(part, **row):
     line = json.dumps({"part": part, **row}) + "\n"
     with open(os.environ["GPU_RESULTS"], "ab", buffering=0) as file:
         file.write(line.encode())
+
+
+def checksum(pattern):
+    """Of the content of these files, which tells what code a result is of where git does not."""
+    files = sorted(ROOT.glob(pattern))
+    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
 
 
 # ------------------------------- inside the training loops -------------------------------
@@ -309,6 +322,9 @@ def real_loader(meter, job):
                     step += 1
             raise Measured
 
+        def check_bad(self):
+            pass  # it would wait for the GPU, and so few files make an epoch of every step
+
     return Real
 
 
@@ -412,9 +428,14 @@ def part_steps(job):
         # a third too high. So they are counted without that, in a quarter of the batch, which fits.
         few, meter, brief = batch // 4, Meter(device), job | {"seconds": 0.0, "least": 1}
         flags = [*with_batch(job["flags"], few), "--grad-checkpointing", "none"]
-        attempt(brief, synthetic_loader(meter, brief), flags, meter)
-        job["flops"] = meter.flops / few
-        job.pop("gate", None)  # brief has waited
+        try:
+            attempt(brief, synthetic_loader(meter, brief), flags, meter)
+            job["flops"] = meter.flops / few
+        except Exception as problem:  # without them the steps are measured all the same
+            error = f"operations were not counted: {in_full(flags, problem)}"
+            record("steps", model=job["model"], batch=few, grad_checkpointing="none", error=error)
+        if "gate" not in brief:  # it has waited
+            job.pop("gate", None)
         free_memory()
     for mode in job["modes"]:
         while True:
@@ -501,6 +522,7 @@ def part_tests(job):
     elif importlib.util.find_spec("xdist"):
         processes = max(2, min(10, (os.cpu_count() or 2) * 5 // 8))
         flags += ["-n", str(processes), "--dist", "worksteal"]
+    flags += [f"--deselect={test}" for test in job["passed"]]
     return int(pytest.main(flags, plugins=[reporter()]))
 
 
@@ -730,11 +752,11 @@ class Session:
 
     def __init__(self, args, temp):
         self.args, self.temp, self.began = args, temp, time.monotonic()
-        self.out = Path(args.out)
+        self.out = Path(args.out).resolve()  # the tests run elsewhere
         self.out.mkdir(parents=True, exist_ok=True)
-        self.results, self.read, self.rows = self.out / "gpu.jsonl", 0, []
-        if self.results.exists():
-            self.read = len(self.results.read_bytes())  # of another invocation
+        self.results, self.rows, self.reading = self.out / "gpu.jsonl", [], threading.Lock()
+        self.results.touch()
+        self.read = len(self.results.read_bytes())  # of another invocation
         os.environ["GPU_RESULTS"] = str(self.results)
         self.end = self.began + 60 * args.minutes
         # For each measurement: its seconds, at least so many steps, the pause after loader workers.
@@ -760,14 +782,43 @@ class Session:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
         shared = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").exists() else 0.0
-        gpu = "none"
+        gpu, commit = "none", ""
+        query = ["nvidia-smi", "--format=csv,noheader",
+                 "--query-gpu=name,memory.total,driver_version"]  # fmt: skip
         with contextlib.suppress(OSError):
-            query = ["nvidia-smi", "--format=csv,noheader",
-                     "--query-gpu=name,memory.total,driver_version"]  # fmt: skip
-            gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() or gpu
-        record("machine", gpu=gpu, cpus=os.cpu_count(), dev_shm_gib=shared, **versions,
+            if not self.args.miniature:
+                gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() or gpu
+        with contextlib.suppress(OSError):
+            git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        code = {"source": checksum("*.py"), "tests": checksum("tests/*.py")}
+        record("machine", date=time.strftime("%Y-%m-%d %H:%M"), commit=commit, **code, gpu=gpu,
+               cpus=os.cpu_count(), dev_shm_gib=shared, **versions,
                python=sys.version.split()[0], command=" ".join(sys.argv))  # fmt: skip
         self.news()
+
+    def recorded(self):
+        """All rows of gpu.jsonl, of earlier invocations too, each with the source it is of."""
+        rows, source = [], {}
+        for line in self.results.read_text().splitlines():
+            row = json.loads(line)
+            if row["part"] == "machine":
+                source = {"source": row["source"]} if "source" in row else {}
+            rows.append(row | source)
+        return rows
+
+    def passed_before(self):
+        """Tests whose last outcome is that they have passed, on this GPU with this code."""
+        rows, outcomes = self.recorded(), {}
+        now = [row for row in rows if row["part"] == "machine"][-1]
+        same = False
+        for row in rows:
+            if row["part"] == "machine":
+                names = "source", "tests", "gpu", "python", "torch", "torchvision"
+                same = all(row.get(name) == now.get(name) for name in names)
+            elif same and "outcome" in row:
+                outcomes[row["test"]] = row["outcome"]
+        return [test for test, outcome in outcomes.items() if outcome == "passed"]
 
     def say(self, text):
         line = f"[{time.monotonic() - self.began:5.0f} s] {text}"
@@ -777,11 +828,11 @@ class Session:
 
     def news(self):
         """Reads what the children have recorded since, and prints it."""
-        with open(self.results, "ab+") as file:
+        with self.reading, open(self.results, "ab+") as file:  # two threads do so
             file.seek(self.read)
             text = file.read()
-        text = text[: text.rfind(b"\n") + 1]
-        self.read += len(text)
+            text = text[: text.rfind(b"\n") + 1]
+            self.read += len(text)
         fresh = [json.loads(line) for line in text.splitlines()]
         self.rows += fresh
         for row in fresh:
@@ -798,8 +849,8 @@ class Session:
         self.news()
         with open(self.out / "gpu.log", "a") as file:
             file.write(f"--- {child.name}\n" + "\n".join(child.last_lines(40)) + "\n---\n")
-        if code == 0 or child.job["part"] == "tests" and code == 1:  # 1: some tests have failed
-            return True
+        if code == 0 or child.job["part"] == "tests" and code in (1, 5):
+            return True  # 1: some tests have failed; 5: none was left to run
         error = f"ended at its limit of {seconds:.0f} s" if code is None else f"exit status {code}"
         record(child.job["part"], process=child.name, error=error, last_lines=child.last_lines())
         self.news()
@@ -814,7 +865,8 @@ class Session:
     # The parts
     def tests(self):
         """The tests, and beside them the compiler, whose graphs are kept on disk."""
-        child = Child(self.job | {"part": "tests"}, self.temp)
+        passed_before = self.passed_before()
+        child = Child(self.job | {"part": "tests", "passed": passed_before}, self.temp)
         stop = threading.Event()
         compiler = threading.Thread(target=self.compile_all, args=(stop,))
         if not self.args.miniature and "steps" in self.args.only:
@@ -829,7 +881,8 @@ class Session:
         collected = sum(r.get("collected", 0) for r in self.rows)
         slowest = sorted(rows, key=lambda r: -r["seconds"])[:3]
         slowest = {r["test"].split("::")[-1]: round(r["seconds"]) for r in slowest}
-        record("tests", **counts, not_run=max(0, collected - len(rows)), slowest=slowest)
+        counts |= {"passed_before": len(passed_before), "not_run": max(0, collected - len(rows))}
+        record("tests", **counts, slowest=slowest)
         self.news()
 
     def compile_all(self, stop):
@@ -837,7 +890,7 @@ class Session:
             if stop.is_set() or self.left("tests") < 15:
                 return
             child = Child(self.step_job(model, ["compiled"]) | {"warm": True}, self.temp)
-            if child.wait(self.left("tests")) == 0:
+            if self.finish(child, self.left("tests")):
                 self.warmed.add(model)
             self.say(f"compiled ahead: {', '.join(sorted(self.warmed)) or 'nothing yet'}")
 
@@ -919,9 +972,8 @@ class Session:
         if not folder and not self.args.miniature:
             record("cifar", skipped="no folder cifar10 with train.npz and val.npz in --data-dir")
             return self.news()
-        known = [json.loads(line) for line in self.results.read_text().splitlines()]
         # Until other methods were trained, simclr was not named.
-        known = {row.get("method", "simclr") for row in known if "best_knn_top1" in row}
+        known = {r.get("method", "simclr") for r in self.recorded() if "best_knn_top1" in r}
         todo = [method for method in CIFAR if method not in known]
         if self.args.miniature:
             folder, todo = Path(self.temp, "data/cifar10"), todo[:1]
@@ -950,26 +1002,27 @@ class Session:
                           "mode": mode, "data_dir": str(folder.parent), "target": TARGET,
                           "name": method, "deadline": time.time() + seconds}  # fmt: skip
         self.finish(Child(job, self.temp), seconds)
-        for name in ("metrics.jsonl", "curves.png"):
-            file = Path(self.temp, f"cifar_{method}", name)
-            if file.exists():
-                shutil.copy(file, self.out / f"cifar10_{method}_{name}")
+        file = Path(self.temp, f"cifar_{method}", "metrics.jsonl")
+        if file.exists():
+            shutil.copy(file, self.out / f"cifar10_{method}_metrics.jsonl")
 
     def summary(self):
-        """gpu.md: the rows as tables."""
-        lines = [f"# benchmarks/gpu.py, {time.strftime('%Y-%m-%d %H:%M')}", ""]
-        gpu = next((r["gpu"] for r in self.rows if r.get("gpu")), None)
-        seconds = time.monotonic() - self.began
-        lines += [f"{gpu}, {os.cpu_count()} CPU cores, {seconds:.0f} s in all.", ""]
+        """gpu.md: the rows of all invocations as tables, of each test the last outcome."""
+        seconds, everything = time.monotonic() - self.began, self.recorded()
+        lines = ["# benchmarks/gpu.py", "", f"The last invocation took {seconds:.0f} s.", ""]
         columns = {
+            "machine": "date commit source gpu cpus torch command",
             "steps": "model mode batch ms ms_min images_per_s peak_gib reserved_gib "
-                     "gflop_per_image tflops matmul_tflops mfu views_share",
+                     "gflop_per_image tflops matmul_tflops mfu views_share source",
             "data": "model files mode batch workers images_per_s synthetic_images_per_s "
-                    "real_over_synthetic data_wait data_wait_logged",
-            "cifar": "evaluation method knn_top1 seconds training_seconds",
+                    "real_over_synthetic data_wait data_wait_logged source",
+            "cifar": "evaluation method knn_top1 seconds training_seconds source",
         }  # fmt: skip
-        for part in self.args.only:
-            rows = [r for r in self.rows if r["part"] == part]
+        for part in ("machine", *PARTS):
+            rows = [r for r in everything if r["part"] == part]
+            if not rows:
+                continue
+            rows = list({r.get("test", i): r for i, r in enumerate(rows)}.values())
             lines += [f"## {part}", ""]
             names = columns.get(part, "").split()
             table = [r for r in rows if names and names[0] in r and "error" not in r]
@@ -1020,6 +1073,10 @@ def main():
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     args.only = [part for part in PARTS if part in args.only]
+    needed = "torch", "torchvision", "numpy", "tokenizers", "PIL", "ftfy"
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        names = ", ".join(missing).replace("PIL", "pillow")
+        parser.error(f"install {names} first: pip install -r requirements.txt")
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")))
     )

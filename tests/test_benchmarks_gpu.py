@@ -2,11 +2,13 @@
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -50,6 +52,10 @@ subprocess.Popen = lambda command, **options: (Forked if "--job" in command else
 """
 
 
+DINOV2 = "--data imagenet --arch vit_micro_patch8 --image-size 32 --local-size 16 --local-crops 2 --drop-path 0 --out-dim 64"
+DINOV2 = [*DINOV2.split(), *"--hidden-dim 64 --koleo-group 2 --batch-size 8".split()]
+
+
 def rows_of(out):
     file = out / "gpu.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -89,9 +95,16 @@ def test_every_part_writes_its_result(server, tmp_path):
     assert cifar["best_knn_top1"] == max(found) and cifar["last_knn_top1"] == found[-1] and cifar["method"] == "simclr"
     reached = [row["seconds"] for row in of("cifar", "evaluation") if row["knn_top1"] >= cifar["target"]]
     assert cifar["seconds_to_target"] == (reached[0] if reached else None)
-    for name in ("gpu.md", "gpu.log", "cifar10_simclr_metrics.jsonl"):
-        assert (tmp_path / "out" / name).stat().st_size > 0
+    files = {"gpu.jsonl", "gpu.md", "gpu.log", "cifar10_simclr_metrics.jsonl"}
+    assert {file.name for file in (tmp_path / "out").iterdir() if file.stat().st_size} == files
     assert "| clip_b16 | eager | 4 |" in (tmp_path / "out/gpu.md").read_text()
+
+    done = server.run("benchmarks/gpu.py", "--out", tmp_path / "out", "--miniature", "--only", "tests", before=FORKED)
+    again = rows_of(tmp_path / "out")[len(rows) :]  # the same code, so that no test is left to run
+    assert done.returncode == 0 and not [row for row in again if "error" in row], done.stdout + done.stderr
+    assert again[-1]["passed_before"] == 2 and again[-1]["passed"] == again[-1]["not_run"] == 0
+    page = (tmp_path / "out/gpu.md").read_text()  # has what is older too
+    assert "| clip_b16 | eager | 4 |" in page and page.count("--miniature") == 2
 
 
 @pytest.fixture
@@ -133,9 +146,7 @@ def test_operations_are_those_of_the_paper_s_model(gpu, tmp_path, monkeypatch):
 
 def test_operations_that_are_done_again_are_not_counted(gpu, tmp_path):
     """With "selective" there are none, as matrix products are kept; DINOv2's recipe for ImageNet has "full"."""
-    flags = "--data imagenet --arch vit_micro_patch8 --image-size 32 --local-size 16 --local-crops 2 --drop-path 0 --out-dim 64"
-    flags = [*flags.split(), *"--hidden-dim 64 --koleo-group 2 --batch-size 8".split()]
-    selective, full = (steps_row(gpu, tmp_path, "dinov2", [*more, *flags]) for more in (["--grad-checkpointing", "selective"], []))
+    selective, full = (steps_row(gpu, tmp_path, "dinov2", [*more, *DINOV2]) for more in (["--grad-checkpointing", "selective"], []))
     assert selective["grad_checkpointing"] == "selective" and full["grad_checkpointing"] == "full" and full["batch"] == 8
     assert full["gflop_per_image"] == pytest.approx(selective["gflop_per_image"], rel=0.05)
 
@@ -162,14 +173,123 @@ def test_no_model_outlives_its_measurement(gpu, tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_cifar_goes_on_where_an_earlier_record_ends(gpu, tmp_path, monkeypatch):
+@pytest.fixture
+def session(gpu, tmp_path, monkeypatch):
+    """-> function: a new Session, as of another invocation that continues the record, in the folder it was started in."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(*only):
+        args = argparse.Namespace(out=".", minutes=10, only=only, miniature=False, data_dir=str(tmp_path), models=[])
+        return gpu.Session(args, str(tmp_path))
+
+    return begin
+
+
+def test_a_relative_out_is_that_of_the_caller(gpu, session, tmp_path, monkeypatch):
+    """The tests run in the folder of the repository."""
+    begun = session("tests")
+    monkeypatch.chdir(ROOT)
+    gpu.record("tests", collected=3)
+    begun.news()
+    assert rows_of(tmp_path) == begun.rows == [{"part": "tests", "collected": 3}]
+
+
+def test_a_record_says_what_code_it_is_of(gpu, session, tmp_path, monkeypatch):
+    for folder in ("code", "code/tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "code/clip.py").write_text("1")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "code")  # .git is not there
+    sources = []
+    for number in range(3):
+        (tmp_path / "code/clip.py").write_text(str(number // 2))
+        session("steps").machine()
+        gpu.record("steps", model="clip_b16", mode="eager", batch=number)
+        sources.append(rows_of(tmp_path)[-2]["source"])
+    assert sources[0] == sources[1] != sources[2] and len(sources[0]) == 8
+    assert [row["source"] for row in session("steps").recorded() if row["part"] == "steps"] == sources
+    machine = rows_of(tmp_path)[0]
+    assert machine["date"].startswith("20") and "commit" in machine
+
+
+def test_tests_that_have_passed_are_not_run_again(gpu, session, monkeypatch):
+    def invocation(**outcomes):
+        begun = session("tests")
+        begun.machine()
+        found = begun.passed_before()
+        for test, outcome in outcomes.items():
+            gpu.record("tests", test=test, outcome=outcome)
+        return found
+
+    assert invocation(a="passed", b="failed", c="passed", d="skipped") == []
+    assert invocation(b="passed", c="failed") == ["a", "c"]
+    assert invocation() == ["a", "b"]
+    monkeypatch.setattr(gpu, "checksum", lambda pattern: "other code")
+    assert invocation(d="passed") == []
+    assert invocation() == ["d"]
+
+
+def test_a_compilation_that_fails_or_is_too_slow_is_a_result(gpu, session, monkeypatch):
+    class Child:
+        def __init__(self, job, temp):
+            self.job, self.name = job, f"steps_{job['model']}_warm"
+
+        def wait(self, seconds):
+            return {"clip_b16": 0, "dino_s16": 1, "ibot_s16": None}[self.job["model"]]
+
+        def last_lines(self, number=12):
+            return ["the last line"]
+
+    begun = session("tests", "steps")
+    begun.args.models = ["clip_b16", "dino_s16", "ibot_s16"]
+    monkeypatch.setattr(gpu, "Child", Child)
+    monkeypatch.setattr(begun, "left", lambda part: 60)
+    begun.compile_all(threading.Event())
+    assert begun.warmed == {"clip_b16"}
+    errors = {row["process"]: row["error"] for row in begun.rows}
+    assert errors == {"steps_dino_s16_warm": "exit status 1", "steps_ibot_s16_warm": "ended at its limit of 60 s"}
+
+
+def test_a_package_that_is_missing_is_named_at_once(gpu, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("ftfy", "PIL") else find(name))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2 and "install pillow, ftfy first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", ["synthetic_loader", "real_loader"])
+def test_a_measured_loader_does_not_wait_for_the_device(gpu, make):
+    """As Loader.check_bad would after each epoch."""
+    loader = getattr(gpu, make)(None, {})
+    assert loader.check_bad(None) is None
+
+
+def test_operations_that_cannot_be_counted_are_a_result_beside_the_time(gpu, tmp_path, monkeypatch):
+    """Without activation checkpointing a quarter of the batch may not fit."""
+    import torch
+
+    attempt = gpu.attempt
+
+    def out_of_memory(job, loader, flags, meter):
+        if "--grad-checkpointing" in flags:
+            raise torch.OutOfMemoryError("out of memory")
+        return attempt(job, loader, flags, meter)
+
+    monkeypatch.setattr(gpu, "attempt", out_of_memory)
+    row = steps_row(gpu, tmp_path, "dinov2", DINOV2)
+    assert row["ms"] > 0 and "mfu" not in row and "error" not in row
+    assert rows_of(tmp_path)[0]["error"] == "operations were not counted: out of memory"
+
+
+def test_cifar_goes_on_where_an_earlier_record_ends(gpu, session, tmp_path, monkeypatch):
     """A method that has no last row was cut off and is trained again. Each has the time of the part, or its share of more."""
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10/train.npz").touch()
     earlier = [{"best_knn_top1": 5.0}, {"method": "byol", "evaluation": 1}, {"method": "moco", "best_knn_top1": 5.0}]
     (tmp_path / "gpu.jsonl").write_text("".join(json.dumps({"part": "cifar"} | row) + "\n" for row in earlier))
-    args = argparse.Namespace(out=tmp_path, minutes=10, only=["cifar"], miniature=False, data_dir=str(tmp_path), models=[])
-    session, trained = gpu.Session(args, str(tmp_path)), []
+    session, trained = session("cifar"), []
     monkeypatch.setattr(session, "train_cifar", lambda method, folder, seconds: trained.append((method, seconds)))
     for left, expected in (([603, 403, 203], [200, 200, 200]), ([163, 60, 20], [100, 57])):
         monkeypatch.setattr(session, "left", lambda part, left=left: left.pop(0))
