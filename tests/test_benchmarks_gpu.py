@@ -259,6 +259,13 @@ def test_a_package_that_is_missing_is_named_at_once(gpu, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
+def test_gpu_tests_need_no_other_project(server):
+    """Of several that are not there, none keeps them from running."""
+    absent = "timm", "sklearn", "open_clip", "transformers", "lightly", "matplotlib"
+    done = server.run("tests/test_gpu.py", before=f"sys.modules.update(dict.fromkeys({absent}))\nimport test_gpu\nsys.exit()")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("make", ["synthetic_loader", "real_loader"])
 def test_a_measured_loader_does_not_wait_for_the_device(gpu, make):
     """As Loader.check_bad would after each epoch."""

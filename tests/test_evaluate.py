@@ -39,7 +39,7 @@ from evaluation.weights import open_network
 from knn import extract, knn, knn_eval, knn_sweep, linear, linear_eval, ridge
 from monitor import EvalView, language_eval, recall, zeroshot_weights
 from run import parse_args
-from sources import Sample
+from toys import Toy
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -225,24 +225,6 @@ def test_recall_reference(n, t, ties, monkeypatch):
 
 
 # ------------------------------------------------ features ------------------------------------------------
-class Toy(torch.utils.data.Dataset):
-    """Noise whose brightest channel is the class; every fifth image is broken on request."""
-
-    name, classes, captioned = "toy", ["red", "green", "blue"], True
-
-    def __init__(self, n, first=0, broken=False):
-        self.n, self.first, self.broken = n, first, broken
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        pixels = np.random.default_rng(self.first + i).integers(0, 120, (12, 14, 3)).astype(np.uint8)
-        pixels[..., i % 3] += 100
-        image = b"not an image" if self.broken and i % 5 == 3 else pixels
-        return Sample(image, [f"{Toy.classes[i % 3]} {i}", " ", *["again"] * (i % 2)], i % 3, str(i))
-
-
 class Net(nn.Module):
     """A language-image model of two linear maps, with a batch norm and a dropout that only eval mode makes harmless."""
 

@@ -30,15 +30,9 @@ from data import decode
 from evaluation import finetune
 from knn import extract
 from monitor import EvalView
-from test_evaluate import Toy
+from toys import QUICK, TRANSFORMER, VIEW, Toy, vit
 
 CPU = torch.device("cpu")
-VIEW = EvalView(16)
-
-
-def vit():
-    torch.manual_seed(0)
-    return slip.VisionTransformer(16, 8, 64, 3, 2)
 
 
 def resnet18():
@@ -334,11 +328,6 @@ def test_few_labels_say_what_they_passed_over(capsys):
 
 
 # ------------------------------------------------ training ------------------------------------------------
-QUICK = dict(train_batch=16, epochs=4, workers=0, dtype="fp32")
-TRANSFORMER = dict(optimizer="adamw", base_lr=0.016, weight_decay=0.05, layer_decay=0.9, warmup_epochs=1.0, drop_path=0.1,
-                   mixup=0.2, cutmix=0.2, label_smoothing=0.1, randaugment=2, erase=0.1)  # fmt: skip
-
-
 def top1(model, data):
     logits, labels = extract(model, data, VIEW, CPU)
     return (logits.argmax(1) == labels).float().mean().item()

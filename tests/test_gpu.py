@@ -5,8 +5,10 @@ sense, so that their code can be checked without a GPU."""
 
 import copy
 import functools
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +26,11 @@ import mocov3
 import simclr
 import simsiam
 import slip
-import test_finetune
 from command import Args
 from evaluation import finetune
 from runs import METHODS, environment, make_photos, module_of, rows, train_here
 from test_resume import assert_same_run
+from toys import QUICK, TRANSFORMER, VIEW, Toy, vit
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 GPU = DEVICE == "cuda"
@@ -45,14 +47,8 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def full_precision(monkeypatch):
-    """float32 in every multiplication: TF32, which a run allows, has 10 bits."""
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda *_: None)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    monkeypatch.undo()
-    torch.backends.cudnn.allow_tf32 = before[1]
-    torch.set_float32_matmul_precision(before[0])
+    """float32 in every convolution too: PyTorch's TF32 has 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def losses(name, photos, directory, *flags):
@@ -65,6 +61,15 @@ def peak(function):
     """Bytes that function() allocates at most beyond what was there. The CPU does not tell, so there it is
     what autograd keeps for the backward pass."""
     if GPU:
+        # The signal handlers of the last Run hold its model, which the next Run would free.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        gc.collect()
+        # cuBLAS takes up to 32 MiB for the first product of a thread, and the backward pass has one of its own.
+        a, b = (torch.ones(8, 8, device=DEVICE, requires_grad=True) for _ in range(2))
+        (a @ b).sum().backward()
+        del a, b
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -103,6 +108,7 @@ def test_automatic_precision():
 CALM = {"clip": ["--lr", "1e-4"], "clip_resnet": ["--lr", "1e-4"], "slip": ["--lr", "3e-5"],
         "declip": ["--lr", "3e-5"], "align": ["--lr", "1e-4"]}  # fmt: skip
 CALM |= {name: [] for name in METHODS if name not in CALM}
+ATOL = {"simsiam": 1e-4}  # a negative cosine, which begins at 0, where no relative error is small enough
 TWENTY = ["--batch-size", "16", "--epochs", "8", "--max-steps", "20"]
 
 
@@ -143,7 +149,7 @@ def test_compiled_is_the_same(name, photos, tmp_path, full_precision):
     torch._dynamo.reset()
     plain = losses(name, photos, tmp_path / "plain", "--max-steps", "10")
     compiled = losses(name, photos, tmp_path / "compiled", "--max-steps", "10", "--compile")
-    torch.testing.assert_close(compiled, plain, rtol=2e-3, atol=0)
+    torch.testing.assert_close(compiled, plain, rtol=2e-3, atol=ATOL.get(name, 0))
     saved = [
         torch.load(tmp_path / d / "checkpoint.pt", weights_only=True)["model"] for d in ("plain", "compiled")
     ]
@@ -273,7 +279,8 @@ def gather_and_run(photos, directory):
     world, rank = common.world_size(), common.rank()
     backend = torch.distributed.get_backend_config()
     x = torch.arange(6.0, device=device).view(3, 2).add(10 * rank).requires_grad_()
-    gathered = common.all_gather(x)
+    gathered = common._AllGather.apply(x)  # NCCL with one process too, to which all_gather() returns x
+    assert world == 1 or torch.equal(common.all_gather(x), gathered)
     expected = torch.cat([torch.arange(6.0).view(3, 2) + 10 * r for r in range(world)])
     assert torch.equal(gathered.detach().cpu(), expected)
     weight = torch.arange(6.0 * world, device=device).view(3 * world, 2)
@@ -292,6 +299,7 @@ def gather_and_run(photos, directory):
 def test_torchrun(photos, tmp_path, processes):
     """NCCL on one process and, where there are as many GPUs, on two: the losses of a run without torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher += ["--local-addr=127.0.0.1"]  # the machine's name may not be known to it
     done = python(*launcher, __file__, photos, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
@@ -299,7 +307,7 @@ def test_torchrun(photos, tmp_path, processes):
     for name in METHODS:
         alone = losses(name, photos, tmp_path / f"{name}_alone", "--max-steps", "5")
         together = [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
-        torch.testing.assert_close(torch.tensor(together), alone, rtol=5e-3, atol=0)  # TF32
+        torch.testing.assert_close(torch.tensor(together), alone, rtol=5e-3, atol=ATOL.get(name, 0))  # TF32 in convolutions
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -336,9 +344,6 @@ def loss_memory(monkeypatch, name, local, world, dim=128):
     monkeypatch.setattr(module, "all_gather", lambda x: torch.cat([x, others]))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     scale = 14.0 if name == "clip_loss" else 0.1
-    if GPU:  # cuBLAS takes up to 32 MiB for each thread's first product, which are no part of the loss
-        getattr(module, name)(a[:8], b[:8], scale).backward()
-        a.grad = b.grad = None
     return peak(lambda: getattr(module, name)(a, b, scale).backward())
 
 
@@ -374,9 +379,8 @@ def test_peak_memory_of_a_step(name, photos, tmp_path, record_property):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_fine_tuning(dtype):
     """Mixing, erasing, drop path and averages on the device; the gradient scaler with fp16."""
-    flags = {**test_finetune.QUICK, **test_finetune.TRANSFORMER, "dtype": dtype, "epochs": 6, "ema": 0.5}
-    encoder, toy, view = test_finetune.vit().to(DEVICE), test_finetune.Toy(160), test_finetune.VIEW
-    model, rows = finetune.fine_tune(encoder, toy, view, 3, Args(**flags), torch.device(DEVICE))
+    flags = {**QUICK, **TRANSFORMER, "dtype": dtype, "epochs": 6, "ema": 0.5}
+    model, rows = finetune.fine_tune(vit().to(DEVICE), Toy(160), VIEW, 3, Args(**flags), torch.device(DEVICE))
     assert rows[-1]["loss"] < 0.85 * rows[0]["loss"] and next(model.parameters()).dtype == torch.float32
 
 

@@ -23,7 +23,8 @@ from evaluation.probes import logistic_regression, principal_axes
 from knn import extract
 from monitor import EvalView, evaluation_set
 from sources import Sample
-from test_evaluate import CPU, FLAGS, LINEAR, Toy, folder, results  # noqa: F401
+from test_evaluate import CPU, FLAGS, LINEAR, folder, results  # noqa: F401
+from toys import Toy
 
 
 # ------------------------------------------------ labels ------------------------------------------------

@@ -576,7 +576,7 @@ def test_every_family_has_its_method():
 
 def test_published_weights_on_the_command_line(tmp_path):
     """kNN of a bare backbone, with the number of its checkpoint."""
-    from test_evaluate import Toy
+    from toys import Toy
     from PIL import Image
 
     for split, n in (("train", 30), ("val", 9)):
