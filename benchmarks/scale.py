@@ -48,11 +48,15 @@ PLANS = [
 
 def measured():
     """-> {model: its last eager row of results/gpu/gpu.jsonl}, ms of a worker for two views."""
-    lines = (ROOT / "results/gpu/gpu.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["part"] == "steps"]
-    rows = [row for row in rows if row.get("mode") == "eager"]
+    rows, source = {}, {}
+    for line in (ROOT / "results/gpu/gpu.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["part"] == "machine":  # begins what one invocation has recorded
+            source = {"source": row["source"]} if "source" in row else {}
+        elif row["part"] == "steps" and row.get("mode") == "eager" and "error" not in row:
+            rows[row["model"]] = row | source
     cases = json.loads((ROOT / "results/augment.json").read_text())["results"]
-    return {row["model"]: row for row in rows}, cases["slip"]["ms"]["worker"][0]
+    return rows, cases["slip"]["ms"]["worker"][0]
 
 
 # -------------------------------------------- formulas --------------------------------------------
@@ -60,6 +64,13 @@ def forward_flops(layers, width, tokens):
     """Of a transformer, two for each multiplication and addition: four D x D and two D x 4 D
     products for each token, and two N x N x D for all."""
     return layers * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def saved_flops(width, tokens, each):
+    """In training the last block of an image encoder computes the class token alone: without each
+    other token's queries (clip.py) and attention, its output and MLP. each: D x D, 20 in clip.py,
+    18 in slip.py, where queries are a part of one product for all tokens."""
+    return (tokens - 1) * (each * width**2 + 4 * tokens * width)
 
 
 def states(parameters, gpus):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
 import clip
 import slip
@@ -17,6 +18,7 @@ from copies import ROOT
 from run import parse_args
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
 import scale  # noqa: E402
 
 PAGE = (ROOT / "docs/scale.md").read_text()
@@ -66,17 +68,55 @@ def test_features_on_the_wire(eight):
         assert sum(eight) == scale.feature_bytes(8, 8 * b, sum(widths))
 
 
+SIDES = {"clip_b32": (32, 12, 768, 512, 1, 20), "clip_b16": (16, 12, 768, 512, 1, 20),
+         "clip_l14": (14, 24, 1024, 768, 1, 20), "slip_b16": (16, 12, 768, 512, 3, 18)}  # fmt: skip
+
+
+def forward_flops(name, saves):
+    """Of a pair, by the formulas of the page."""
+    patch, layers, width, text_width, images, each = SIDES[name]
+    grid = (224 // patch) ** 2
+    image = scale.forward_flops(layers, width, grid + 1) + 2 * grid * 3 * patch**2 * width
+    image -= saves * scale.saved_flops(width, grid + 1, each)
+    return images * image + scale.forward_flops(12, text_width, 77)
+
+
 def test_operations_are_those_that_were_counted():
+    """Records that do not name their source are of a time when the last block computed all tokens."""
     rows, _ = scale.measured()
-    sides = {"clip_b32": (32, 12, 768, 512, 1), "clip_b16": (16, 12, 768, 512, 1),
-             "clip_l14": (14, 24, 1024, 768, 1), "slip_b16": (16, 12, 768, 512, 3)}  # fmt: skip
-    assert len(rows.keys() & sides.keys()) >= 3
-    for name in rows.keys() & sides.keys():
-        patch, layers, width, text_width, images = sides[name]
-        grid = (224 // patch) ** 2
-        image = scale.forward_flops(layers, width, grid + 1) + 2 * grid * 3 * patch**2 * width
-        forward = images * image + scale.forward_flops(12, text_width, 77)
+    assert len(rows.keys() & SIDES.keys()) >= 3
+    for name in rows.keys() & SIDES.keys():
+        forward = forward_flops(name, saves="source" in rows[name])
         assert 3e-9 * forward == pytest.approx(rows[name]["gflop_per_image"], rel=0.02), name
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_operations_are_those_of_the_code(name):
+    method, flags = gpu.MODELS[name]
+    args = parse_args(MODULES[method].Args, MODULES[method].RECIPES, flags.split())
+    with torch.device("meta"):
+        model, pixels = MODULES[method].build_model(args), torch.rand(1, 3, 224, 224)
+        ids = torch.zeros(1, 77, dtype=torch.long)
+        with FlopCounterMode(display=False) as image:
+            model.encode_image(pixels)
+        with FlopCounterMode(display=False) as text:
+            model.encode_text(ids)
+    found = SIDES[name][4] * image.get_total_flops() + text.get_total_flops()
+    assert forward_flops(name, saves=True) == pytest.approx(found, rel=1e-3)
+    assert forward_flops(name, saves=False) > 1.02 * found  # so that it makes a difference
+
+
+def test_a_record_that_is_continued_names_the_source_of_each_step(tmp_path, monkeypatch):
+    """The last step of a model that was measured counts, and one without memory is none."""
+    (tmp_path / "results/gpu").mkdir(parents=True)
+    (tmp_path / "results/augment.json").symlink_to(ROOT / "results/augment.json")
+    step = {"part": "steps", "mode": "eager", "images_per_s": 1.0}
+    rows = [{"part": "machine"}, step | {"model": "clip_b16"}, step | {"model": "clip_b32"},
+            {"part": "machine", "source": "abcd"}, step | {"model": "clip_b32"},
+            {"part": "steps", "mode": "eager", "model": "clip_b16", "error": "out of memory"}]  # fmt: skip
+    (tmp_path / "results/gpu/gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(scale, "ROOT", tmp_path)
+    assert scale.measured()[0] == {"clip_b16": rows[1], "clip_b32": rows[4] | {"source": "abcd"}}
 
 
 def test_one_gpu_is_what_was_measured():
