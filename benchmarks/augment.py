@@ -33,7 +33,6 @@ import torchvision  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 
-from common import init_distributed  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, decode  # noqa: E402
 from clip import LanguageView  # noqa: E402
 from dino import DINOView  # noqa: E402
@@ -174,7 +173,6 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="samples per round")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     args = parser.parse_args()
-    init_distributed("cpu")  # whatever a run sets
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     random.seed(0)

@@ -4,8 +4,8 @@ clip.py against open_clip and, where it is installed, transformers (the same ViT
 simclr.py against lightly's modules and loss, put together as in its examples/pytorch/simclr.py
 (ResNet-18, 64 px). Both sides have the same weights, batch and precision. Nothing is timed before
 two steps of each gave the same losses, to 1e-4: two, so that gradient and optimizer are compared
-too. On the CPU the clock counts work of this process only. Rows in between say where a difference
-comes from:
+too. With --compile these two steps are not compiled, while those that are timed are. On the CPU the
+clock counts work of this process only. Rows in between say where a difference comes from:
 
     here, 77 tokens                open_clip pads all captions to 77, clip.py to a batch's longest
     open_clip, fused AdamW         its script has PyTorch's default, transformers' and clip.py fused
@@ -244,7 +244,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
     args = parser.parse_args()
-    device = init_distributed("")  # the first there is; sets whatever a run sets
+    device = init_distributed("")  # the first there is, as in a run
     torch.set_num_threads(args.threads)
     dtype = computed_in(args.dtype, device)
     clip_pairs = [("open_clip", "here"), ("open_clip", "here, 77 tokens")]

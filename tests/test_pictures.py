@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
 
@@ -22,6 +23,7 @@ from command import Args, main
 from common import UserError, init_distributed, user_errors
 from data import open_dataset
 from evaluation import pictures
+from evaluation.weights import open_network
 from sources import Sample
 from test_golden import close, golden
 
@@ -279,16 +281,23 @@ def test_samples_are_chosen(folder):
 
 
 def test_neighbors_are_nearest(folder, monkeypatch):
-    """With the pictures themselves as features: the nearest is the one that looks most alike, never itself."""
-    rows = []
+    """In a cell stand the number of a sample and the cosine of its features with the query's, which is no neighbour of itself."""
+    rows, net = [], open_network(folder / "dino", CPU)
     monkeypatch.setattr(pictures, "neighbors_page", lambda r: rows.extend(r) or Image.new("RGB", (1, 1)))
     for data, k in (("classes", 12), ("photos", 5)):
         rows.clear()
         run(folder, "neighbors", "dino", "--samples", "0,3", data=data)
         assert [len(row) for row in rows] == [1 + k, 1 + k]  # all of them, as k is larger than the set
-        for (query, *_), *cells in rows:
+        splits = ("val", "train") if data == "classes" else ("train", "train")
+        sets = (open_dataset(str(folder / data), split=split) for split in splits)
+        queries, bank = (pictures.extract_features(net.encoder, net.encoder, x, net.view, CPU) for x in sets)
+        of_query, of_bank = ({int(i): x for i, x in zip(f.index, F.normalize(f.images, dim=1))} for f in (queries, bank))
+        for number, ((query, *_), *cells) in zip((0, 3), rows):
             cosines = [float(text.split("\n")[0]) for _, text, _ in cells]
             assert cosines == sorted(cosines, reverse=True)
+            numbers = [int(text.split("\n")[1].split(",")[0]) for _, text, _ in cells]
+            assert len({*numbers}) == k
+            assert cosines == pytest.approx([float(of_query[number] @ of_bank[i]) for i in numbers], abs=6e-4)
             if data == "photos":
                 assert not any(np.array_equal(np.asarray(query), np.asarray(cell)) for cell, _, _ in cells)
             else:

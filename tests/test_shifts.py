@@ -221,4 +221,4 @@ def test_prefix_of_captions(folder):  # noqa: F811
             row["captions"] = ["a photo of " + caption if caption.strip() else caption for caption in row["captions"]]
         (copy / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["retrieval", str(folder / "clip"), "--data", str(copy), *FLAGS])
-    assert results(folder / "clip")[-1]["metrics"] == prefixed and prefixed.keys() == plain.keys()
+    assert results(folder / "clip")[-1]["metrics"] == prefixed != plain and prefixed.keys() == plain.keys()
