@@ -81,6 +81,8 @@ def cached_features(encoder, dataset, view, device, cache="", **options):
             os.replace(whole, file)
         except (OSError, RuntimeError) as error:
             print(f"features are not kept: {error}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                whole.unlink(missing_ok=True)
     return found.images, found.labels, found.index
 
 

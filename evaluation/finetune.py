@@ -21,6 +21,7 @@ import contextlib
 import copy
 import functools
 import math
+import os
 import random
 import re
 import sys
@@ -421,8 +422,12 @@ def save_classifier(model, file):
     head = "head." if is_transformer(model.encoder) else "fc."
     state = {f"{head}{name}": value.cpu() for name, value in model.head.state_dict().items()}
     state |= {name: value.cpu() for name, value in model.encoder.state_dict().items()}
+    whole = file.with_name(f"{file.name}.tmp")  # part of a file would be refused as there already
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, file)
+        torch.save(state, whole)
+        os.replace(whole, file)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            whole.unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written ({error}), use another --out") from error

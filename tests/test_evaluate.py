@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from common import LARS, UserError, init_distributed, rank, user_errors
 from data import Loader, Tokenizer, decode
 from evaluation import pictures, probes
 from evaluation.features import LastBlocks, block_features, cached_extract
-from evaluation.protocols import chosen_names
+from evaluation.protocols import chosen_names, logreg
 from evaluation.probes import best_exponent, fit_heads, linear_probe, logistic_regression
 from evaluation.results import table
 from evaluation.scores import classification_metrics
@@ -39,7 +40,7 @@ from evaluation.weights import open_network
 from knn import extract, knn, knn_eval, knn_sweep, linear, linear_eval, ridge
 from monitor import EvalView, language_eval, recall, zeroshot_weights
 from run import parse_args
-from toys import Toy
+from toys import Toy, full_disk
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -423,6 +424,11 @@ def test_features_are_kept(tmp_path, capsys, monkeypatch):
     options["cache"] = str(tmp_path / "nowhere")
     cached_extract(Net(), data, VIEW, CPU, **options)
     assert "features are not kept" in capsys.readouterr().err
+    options["cache"] = str(tmp_path / "full")
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert torch.equal(first[0], cached_extract(Net(), data, VIEW, CPU, **options)[0])
+    assert "features are not kept: no space is left" in capsys.readouterr().err and not [*(tmp_path / "full").iterdir()]
 
 
 def test_what_is_left_out_is_counted_each_time(tmp_path, capsys):
@@ -438,6 +444,26 @@ def test_what_is_left_out_is_counted_each_time(tmp_path, capsys):
 
 
 # ------------------------------------------------ logistic regression ------------------------------------------------
+def test_what_chose_C_is_gone_in_the_last_fit(monkeypatch):
+    axes, fit, kept, alive = probes.principal_axes, logistic_regression, [], []
+
+    def watched_axes(x):
+        found = axes(x)
+        kept.append(weakref.ref(found.x))
+        return found
+
+    def watched_fit(x, *args, **options):
+        if torch.is_tensor(x):  # the last one
+            alive.extend(ref() for ref in kept)
+        return fit(x, *args, **options)
+
+    monkeypatch.setattr("evaluation.protocols.principal_axes", watched_axes)
+    monkeypatch.setattr("evaluation.protocols.logistic_regression", watched_fit)
+    net, options = types.SimpleNamespace(encoder=Net().eval()), {"view": VIEW, "device": CPU}
+    metrics = logreg(net, Toy(60), Toy(30, first=900), Args(), options)
+    assert metrics["C"] > 0 and alive == [None]
+
+
 @pytest.mark.parametrize("C", [1e-4, 0.316, 100.0])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_logistic_regression_equals_scikit_learn(C, classes, monkeypatch):

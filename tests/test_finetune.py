@@ -30,7 +30,7 @@ from data import decode
 from evaluation import finetune
 from knn import extract
 from monitor import EvalView
-from toys import QUICK, TRANSFORMER, VIEW, Toy, vit
+from toys import QUICK, TRANSFORMER, VIEW, Toy, full_disk, vit
 
 CPU = torch.device("cpu")
 
@@ -474,6 +474,18 @@ def test_out_is_checked_first_and_the_score_recorded(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="use another --out"):
         run(folder, "finetune", "slip", *flags, "--out", str(tmp_path / "out"))
     assert len(lines.read_text().splitlines()) == before + 1 and "slip" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_part_of_a_classifier(tmp_path, monkeypatch):
+    """Which the next command would refuse as there already."""
+    model, _ = finetune.classifier(small_resnet(), 3, VIEW, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(UserError, match="cannot be written .no space is left., use another --out"):
+            finetune.save_classifier(model, tmp_path / "finetune_simclr.pt")
+    assert not [*tmp_path.iterdir()]
+    finetune.save_classifier(model, tmp_path / "finetune_simclr.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["finetune_simclr.pt"]
 
 
 def test_classifiers_of_one_command_have_files_of_their_own(folder, tmp_path):

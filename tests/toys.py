@@ -1,5 +1,7 @@
 """A small dataset and network for tests of evaluation and fine-tuning, which need no other project: those on a GPU too."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -34,3 +36,9 @@ class Toy(torch.utils.data.Dataset):
 def vit():
     torch.manual_seed(0)
     return slip.VisionTransformer(16, 8, 64, 3, 2)
+
+
+def full_disk(state, file):
+    """torch.save where there is no space for all of a file."""
+    Path(file).write_bytes(b"PK")
+    raise RuntimeError("no space is left")
