@@ -220,6 +220,8 @@ def labelled(dataset, features, labels):
         raise UserError(f"{dataset.name} has no labels")
     say_without("label", dataset.name, int((labels < 0).sum()), len(labels))
     refuse_labels_beyond(dataset, int(labels.max()))
+    if (labels >= 0).all():  # without a copy: they may be gigabytes
+        return features, labels
     return features[labels >= 0], labels[labels >= 0]
 
 

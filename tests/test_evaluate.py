@@ -443,6 +443,15 @@ def test_what_is_left_out_is_counted_each_time(tmp_path, capsys):
     assert printed.count("left out 4 of 23 samples, sample ") == 1 and f"could not be read when {file} was written" in printed
 
 
+def test_labelled_copies_only_where_labels_are_missing():
+    features, labels = torch.randn(4, 3), torch.tensor([2, 0, 1, 1])
+    found = monitor.labelled(Toy(4), features, labels)
+    assert found[0] is features and found[1] is labels
+    labels = torch.tensor([2, -1, 1, -1])
+    found = monitor.labelled(Toy(4), features, labels)
+    assert torch.equal(found[0], features[::2]) and found[1].tolist() == [2, 1]
+
+
 # ------------------------------------------------ logistic regression ------------------------------------------------
 def test_what_chose_C_is_gone_in_the_last_fit(monkeypatch):
     axes, fit, kept, alive = probes.principal_axes, logistic_regression, [], []
