@@ -3,6 +3,7 @@ results/METHOD_NAME.json.
 
     python benchmarks/figure.py shapes      # zero-shot accuracy of the language-image files
     python benchmarks/figure.py flocks      # kNN accuracy of the self-supervised files
+    python benchmarks/figure.py cifar10_cpu # over minutes, by the rates of end_to_end.json
     python benchmarks/figure.py simsiam_ablation    # a run on flocks beside those without a part
     python benchmarks/figure.py speed       # steps beside other libraries, of side_by_side.json
     python benchmarks/figure.py drawings    # scenes of both drawn sets
@@ -70,6 +71,13 @@ def save(figure, path):
     figure.savefig(path, dpi=110, metadata=about)
 
 
+def idle_rates():
+    """-> images per second of each method's whole loop on two idle cores, by end_to_end.py. The
+    minutes of the runs themselves are those of cores that did other work too."""
+    found = json.loads((ROOT / "results/end_to_end.json").read_text())["results"]
+    return {method: row["rows"]["here"]["images_per_second"] for method, row in found.items()}
+
+
 def draw_curves(data, path):
     import matplotlib
 
@@ -83,8 +91,11 @@ def draw_curves(data, path):
     runs = [record for record in runs if accuracy(record)[0] == kind]
     figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
     colours = plt.get_cmap("tab10").colors
+    rates = idle_rates() if data == "cifar10_cpu" else {}
     for record, colour in zip(runs, colours):
         points = accuracy(record)[1]
+        if rates:
+            points = [(images / rates[record["method"]] / 60, score) for images, score in points]
         axis.plot(*zip(*points), color=colour, marker=".", label=methods()[record["method"]][0])
         if points[0][0] == 0:
             axis.axhline(points[0][1], color=colour, linestyle="--", linewidth=0.8, alpha=0.6)
@@ -94,7 +105,8 @@ def draw_curves(data, path):
     axis.axhline(chance, color="grey", linestyle=":", label=f"chance, {chance:.3g}")
     if any(accuracy(record)[1][0][0] == 0 for record in runs):
         axis.plot([], [], "--", color="grey", linewidth=0.8, label="random weights")
-    axis.set(xlabel="images seen", ylabel=f"{IN_LOOP[kind]}, %", title=data)
+    seen = "minutes of training on two idle cores" if rates else "images seen"
+    axis.set(xlabel=seen, ylabel=f"{IN_LOOP[kind]}, %", title=data)
     axis.set(xlim=(0, None), ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -162,7 +174,8 @@ def draw_speed(path):
     if whole.exists():
         for method, found in json.loads(whole.read_text())["results"].items():
             label = f"{methods()[method][0]} with its data beside lightly"
-            bars.append((label, found["rows"]["lightly"]["here_over"]))
+            if lightly := found["rows"].get("lightly"):
+                bars.append((label, lightly["here_over"]))
     names, ratios = zip(*reversed(bars))
     figure, axis = plt.subplots(figsize=(SIZE[0], 0.6 + 0.28 * len(bars)), layout="constrained")
     colours = ["tab:blue" if ratio >= 1 else "tab:orange" for ratio in ratios]

@@ -540,6 +540,8 @@ def speed(prefix):
             elif kind == "end":
                 what = f"training of {name} with its data, {r['data']}, two cores of {machine}"
                 ours = f"{found['rows']['here']['images_per_second']:.0f} images/s"
+                if len(found["rows"]) == 1:
+                    rows.append([link, what, "", ours, ""])
                 for peer, theirs in found["rows"].items():
                     if peer != "here":
                         there = f"{peer} {theirs['images_per_second']:.0f} images/s"
