@@ -193,7 +193,7 @@ class Loader:
             except (OSError, ValueError) as error:
                 bad[where] = f"{name}: {error}"
         else:
-            raise UserError(f"a hundred samples of {dataset.name} in a row are bad: {bad[index]}")
+            raise UserError(f"none of {len(bad)} samples of {dataset.name} is usable: {bad[index]}")
 
         def rng(use):
             return random.Random(f"{self.seed} {epoch} {index} {use}")

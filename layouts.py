@@ -856,10 +856,16 @@ class Rows:
         path = os.path.join(self.root, name)
         archive, zipped, member = name.partition(".zip/")
         archive = os.path.join(self.root, archive + ".zip")
-        if zipped and not os.path.isdir(archive):
-            image = read_zip(archive, member)
-        else:
-            image = read_file(path)
+        try:
+            if zipped and not os.path.isdir(archive):
+                image = read_zip(archive, member)
+            else:
+                image = read_file(path)
+        except FileNotFoundError as error:
+            if isinstance(self.rows, bytes):  # its path is no table's
+                raise
+            begin = f"paths in its table are relative to {self.root}"
+            raise FileNotFoundError(f"there is no {path}, {begin} (docs/data.md)") from error
         label = label_number(row.get("label"), self.classes, path)
         return self.Sample(image, captions_of(row), label, path)
 

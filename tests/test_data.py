@@ -1528,7 +1528,7 @@ def test_more_than_one_percent_of_bad_samples(n, broken, stops, capfd):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_but_bad_samples(workers):
     with pytest.raises(
-        UserError, match="a hundred samples of toy in a row are bad: toy-[0-9]+: broken image"
+        UserError, match="none of 100 samples of toy is usable: toy-[0-9]+: broken image"
     ) as error:
         list(loader_of(Toy(200, broken=range(200)), workers=workers).batches(0, 3))
     assert "\n" not in str(error.value)
