@@ -324,8 +324,8 @@ def say_evaluation(text):
 
 def evaluation_set(args, split="val", dataset=None):
     """Collective. `dataset`, or a split of --eval-data, which may be a file, or of --data. None,
-    with a line that says why, if it is missing. UserError if processes find different ones: they
-    would wait for ever."""
+    with a line that says why, if it is missing. UserError if an --eval-data that no recipe names is
+    missing, or if processes find different ones: they would wait for ever."""
     part = "train" if os.path.isfile(args.eval_data) else split  # what a file holds is called so
     try:
         dataset = dataset or open_dataset(args.eval_data or args.data, args.data_dir, part)
@@ -334,7 +334,6 @@ def evaluation_set(args, split="val", dataset=None):
         found += " with captions" * dataset.captioned
     except UserError as error:
         found = f"none, because {error}"
-        say_evaluation(found)
     if dataset and (lack := what_classes_lack(dataset, words=True)):  # a node may lack the pictures
         found += f" ({lack})"
     every = [found] * world_size()
@@ -343,6 +342,12 @@ def evaluation_set(args, split="val", dataset=None):
     if other := next((text for text in every if text != every[0]), ""):
         differ = f"processes differ in the {split} data of the evaluation, one finds {every[0]}"
         raise UserError(f"{differ}, another {other}: give all nodes the same --eval-data")
+    if not dataset:
+        recipes = getattr(sys.modules[type(args).__module__], "RECIPES", {})  # of the method's file
+        recipe = recipes.get(args.recipe or args.data, {})
+        if args.eval_data not in ("", recipe.get("eval_data")):  # the user named it
+            raise UserError(f"--eval-data {args.eval_data}: {found.removeprefix('none, because ')}")
+        say_evaluation(found)
     return dataset
 
 

@@ -1,5 +1,6 @@
 """The pictures of a training run, views.png and curves.png, the boards that draw its log, the
-versions that env.json keeps, and what its last lines say. run.py imports this when a run begins."""
+versions that env.json keeps, and what its last lines and warnings say. run.py imports this when a
+run begins."""
 
 import contextlib
 import importlib.metadata
@@ -34,6 +35,29 @@ def environment():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of pillow-simd
             env[name] = importlib.metadata.version(name)
     return env
+
+
+def as_utf8(args):
+    """The values of args. Bytes in names of files that are not UTF-8 become U+FFFD: with these a
+    checkpoint could not be read."""
+    good = {}
+    for name, value in args.items():
+        if isinstance(value, str):
+            value = value.encode(errors="surrogateescape").decode(errors="replace")
+        good[name] = value
+    return good
+
+
+def warnings(run):
+    """What is odd about a run that begins -> sentences."""
+    args, found = run.args, []
+    if args.warmup_epochs > args.epochs:
+        found.append("the warm-up is longer than the run: the rate never reaches its peak")
+    load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
+    if run.loader.device.type == "cpu" and torch.get_num_threads() > 1 and load > 2 * cores:
+        wait = f"{load:.0f} processes want {cores} cores, and threads will wait for each other"
+        found.append(f"{wait}: OMP_NUM_THREADS=1 avoids that")
+    return found
 
 
 def boards(run, args):

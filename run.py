@@ -186,11 +186,6 @@ def replace_text(path: Path, text: str):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def replace_escaped(text):
-    """A name as the system gave it, where bytes that are not UTF-8 become U+FFFD."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
 def directory_of(method, args) -> Path:
     """Where a run with these arguments writes, and has written if torchrun starts it again."""
     when, run_id = time.strftime("%Y%m%d-%H%M%S"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -245,15 +240,11 @@ class Run:
         self.say(f"{loader.dataset.name}: {len(loader.dataset):,} samples")
         self.say(f"{method}: batch {size} = {world_size()} x {size // world_size()}, "
                  f"{self.epoch_steps} steps an epoch, {self.last} steps{at}, writing to {self.dir}")
-        if args.warmup_epochs > args.epochs:
-            self.say("warning: the warm-up is longer than the run: the rate never reaches its peak")
         # Small images have small networks, of which threads share little: one core is for workers
         if loader.small and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(min(torch.get_num_threads(), max(1, THREADS - 1)))
-        load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count() or 1
-        if loader.device.type == "cpu" and torch.get_num_threads() > 1 and load > 2 * cores:
-            self.say(f"warning: {load:.0f} processes want {cores} cores, and threads will wait for "
-                     "each other: OMP_NUM_THREADS=1 avoids that")
+        for text in self.pictures.warnings(self):
+            self.say(f"warning: {text}")
         if args.profile and rank() == 0:
             self.profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=8, warmup=1, active=5, repeat=1),
@@ -514,8 +505,7 @@ class Run:
         if dist.is_initialized():
             dist.all_gather_object(rngs, rngs[0])
         if rank() == 0:
-            args = vars(self.args)  # with names of files that are not UTF-8 they could not be read
-            args = {k: replace_escaped(v) if isinstance(v, str) else v for k, v in args.items()}
+            args = self.pictures.as_utf8(vars(self.args))
             content |= {"method": self.method, "args": args, "step": self.step}
             content |= {"rng": rngs, "data": self.data, **self.extra}
             try:

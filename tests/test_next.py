@@ -100,10 +100,22 @@ def test_next_line_of_simclrv2(train, folder):
     assert paste(line)[0] == "knn"
 
 
-def test_next_line_without_what_is_evaluated(train, folder):
+@pytest.mark.parametrize("name", ["clip", "dino", "simclrv2"])
+def test_evaluation_data_that_the_user_names_must_be_there(name, train, folder):
+    """A run without them would go on to its end, and nothing would have measured it."""
+    init = ["--init", "no such/weights", "--arch", "resnet18"] if name == "simclrv2" else []
+    with pytest.raises(UserError, match="--eval-data cifr10: there is no data at .*/cifr10, did you mean cifar10?"):
+        train(name, "--data", "with classes/redcaps", "--eval-data", "cifr10", "--output-dir", "runs/misspelt", *init)
+    with pytest.raises(UserError, match="--eval-data with classes/redcaps/train: .* has no val split"):
+        train(name, "--data", "with classes/redcaps", "--eval-data", "with classes/redcaps/train", "--output-dir", "runs/misspelt", *init)
+    assert not (folder / "runs/misspelt").exists()
+
+
+def test_next_line_without_what_is_evaluated(train, folder, monkeypatch):
     """Evaluation data that are not there are not named, and what has neither classes nor captions is not retrieved."""
     data = "with captions/flickr8k"
-    evaluation, line = train("clip", "--data", data, "--eval-data", "no such/data", "--output-dir", "runs/no data")
+    monkeypatch.setitem(module_of("clip").RECIPES, "ours", {"eval_data": "imagenet"})
+    evaluation, line = train("clip", "--data", data, "--recipe", "ours", "--output-dir", "runs/no data")
     assert len(evaluation) == 1 and evaluation[0].startswith("none, because there is no data at ")
     assert paste(line) == ["retrieval", "runs/no data", "--data", data, "--split", "train"]
     evaluation, line = train("dino", "--data", data, "--output-dir", "runs/no classes")
@@ -119,7 +131,7 @@ def said(tmp_path, capsys):
     """-> function that opens evaluation data, a folder below tmp_path -> (line it prints, the sets)."""
 
     def ask(sets, data, probe="knn"):
-        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir="", probe=probe, workers=3))
+        found = sets(types.SimpleNamespace(data="shapes", eval_data=str(tmp_path / data), data_dir="", recipe="", probe=probe, workers=3))
         (line,) = capsys.readouterr().out.splitlines()
         return line.removeprefix("evaluation: "), found
 
@@ -163,8 +175,8 @@ def test_what_will_be_evaluated(said, tmp_path, capsys):
     text, (probe, bank, val) = said(probe_sets, "numbers")
     assert text == "none, because numbers has labels but its classnames.txt is missing, see docs/data.md"
     assert bank is None and val is None
-    text, val = said(language_set, "nowhere")
-    assert text.startswith(f"none, because there is no data at {tmp_path}/nowhere") and val is None
+    with pytest.raises(UserError, match=f"--eval-data .*: there is no data at {tmp_path}/nowhere"):
+        said(language_set, "nowhere")
 
 
 def test_a_single_file_may_be_evaluated(said, tmp_path, capsys, monkeypatch):
