@@ -188,8 +188,10 @@ def command(run, launcher, script, *words) -> str:
     return shlex.join(map(str, [launcher, path, *words]))
 
 
-def next_command(run, protocol, dataset) -> str:
-    """The command of evaluate.py that measures a finished run, see Run.finish."""
+def next_command(run, protocol, dataset, then=()) -> str:
+    """The command of evaluate.py that measures a finished run, or a better one, see Run.finish."""
+    if then:
+        return command(run, *then)
     if not dataset and len(run.loader.dataset) > 100_000:  # too many to compare all with each other
         return command(run, "python", "evaluate.py", protocol, run.dir, "--data", "cifar10")
     tested, words = dataset or run.loader.dataset, ["--data", run.args.data]

@@ -548,9 +548,7 @@ class Run:
             for line in self.pictures.accuracies(self.dir):
                 self.say(line)
             self.lock.close()
-        hint = self.pictures.next_command(self, protocol, dataset)
-        if then:
-            hint = self.pictures.command(self, *then)
+        hint = self.pictures.next_command(self, protocol, dataset, then)
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         self.say(f"done in {minutes}m{seconds:02d}s: checkpoint, log, pictures in {self.dir}")
         if Path(__file__).with_name("evaluate.py").exists():
