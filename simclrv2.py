@@ -362,7 +362,10 @@ def earlier_stages(args):
     if args.stage == "finetune" and args.teacher:
         raise UserError("--teacher is for distilling: choose a --recipe NAME-distill")
     if args.stage == "finetune" and not (args.checkpoint or args.init):
-        raise UserError("fine-tuning needs --checkpoint, a run of simclr.py, or --init")
+        raise UserError(
+            "fine-tuning needs --checkpoint, a run of simclr.py, or --init; without any flag this "
+            "file runs all three stages"
+        )
     if args.checkpoint and args.init:
         raise UserError("--checkpoint and --init both say where training starts: give one of them")
     if args.stage == "distill" and not args.teacher:
@@ -573,7 +576,8 @@ def whole_sequence():
     """The three stages on the drawn scenes, one process after the other: simclr.py with version
     2's head of three layers (Sec. 3.1), this file with 10% of the labels, and a student of the same
     size that goes on from the first stage's weights without labels. Ends with the exit status of a
-    stage that fails or is stopped. Raises UserError without simclr.py beside this file."""
+    stage that fails or is stopped, and says how to go on with it and with those behind it. Raises
+    UserError without simclr.py beside this file."""
     here = Path(__file__)
     first = here.with_name("simclr.py")
     if not first.exists():
@@ -589,12 +593,15 @@ def whole_sequence():
          "--output-dir", folder / "distill"],
     ]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the stage too, which saves
-    for stage in stages:
-        words = [str(word) for word in stage]
+    stages = [[str(word) for word in stage] for stage in stages]
+    for number, words in enumerate(stages):
         print(f"\n$ python {shlex.join(words)}", flush=True)
         process = subprocess.Popen([sys.executable, *words])
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         if status := process.wait():
+            print("\nTo go on with this stage and those that remain, run these, one by one:")
+            for left in stages[number:]:
+                print(f"python {shlex.join(left)}")
             sys.exit(status if status > 0 else 128 - status)  # killed by a signal
 
 

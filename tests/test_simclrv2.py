@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -511,7 +512,14 @@ def test_whole_sequence(server, photos, monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(subprocess, "Popen", lambda argv: start([sys.executable, "-c", "raise SystemExit(3)"]))
     with pytest.raises(SystemExit) as stopped:  # a stage that fails is the last one
         simclrv2.whole_sequence()
-    assert stopped.value.code == 3 and capfd.readouterr().out.count("$ python") == 1
+    said = capfd.readouterr().out
+    assert stopped.value.code == 3 and said.count("$ python") == 1
+    started = [line.removeprefix("$ ") for line in said.splitlines() if line.startswith("$ python ")]
+    remaining = said.split("To go on with this stage and those that remain, run these, one by one:\n")[1].splitlines()
+    assert remaining[:1] == started and len(remaining) == 3
+    words = [shlex.split(line) for line in remaining]
+    folders = [command[command.index("--output-dir") + 1] for command in words]
+    assert folders[0] in words[1] and folders[0] in words[2] and folders[1] in words[2]  # each needs those before it
     killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"]
     monkeypatch.setattr(subprocess, "Popen", lambda argv: start(killed))
     with pytest.raises(SystemExit) as stopped:
@@ -598,7 +606,8 @@ def test_what_the_user_can_mend_is_one_sentence(photos, stages, tmp_path):
     assert "was not written by simclr.py" in refused("finetune", "--checkpoint", str(stages / "finetune"))
     assert "was not written by simclrv2.py" in refused("distill", "--teacher", str(stages / "simclr"))
     assert "there is no checkpoint" in refused("finetune", "--checkpoint", str(tmp_path / "nothing"))
-    assert "needs --checkpoint" in refused("finetune", "--checkpoint", "")
+    assert "needs --checkpoint" in (text := refused("finetune", "--checkpoint", ""))
+    assert "without any flag this file runs all three stages" in text
     assert "--teacher" in refused("distill", "--teacher", "")
     assert "--teacher" in refused("finetune", "--teacher", str(stages / "finetune"))
     assert "shapes-distill" in refused("finetune", "--stage", "distill")
