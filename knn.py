@@ -160,10 +160,13 @@ def probe_features(encoder, train_set, val_set, view, device, max_train=BANK, ma
 
 def knn_eval(encoder, train_set, val_set, view, device, k=20, temperature=0.07, **options):
     """Collective. -> {"knn_top1", "knn_top5", "knn_chance"} and rank_scores of the validation
-    images. options: those of `probe_features`."""
+    images; top5 from five classes on. options: those of `probe_features`."""
     inputs = probe_features(encoder, train_set, val_set, view, device, **options)
-    top1, top5 = knn(*inputs, k, temperature, len(train_set.classes))
-    scores = {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / len(train_set.classes)}
+    classes = len(train_set.classes)
+    top1, top5 = knn(*inputs, k, temperature, classes)
+    scores = {"knn_top1": top1, "knn_top5": top5, "knn_chance": 100 / classes}
+    if classes < 5:  # each image would be a hit
+        del scores["knn_top5"]
     return scores | rank_scores(inputs[2])
 
 
@@ -171,7 +174,9 @@ def linear_eval(encoder, train_set, val_set, view, device, **options):
     """Collective. knn_eval's twin for --probe linear -> {"linear_top1", "linear_top5",
     "linear_chance"} and rank_scores of the validation images."""
     inputs = probe_features(encoder, train_set, val_set, view, device, **options)
-    top1, top5 = linear(*inputs, len(train_set.classes))
-    chance = 100 / len(train_set.classes)
-    scores = {"linear_top1": top1, "linear_top5": top5, "linear_chance": chance}
+    classes = len(train_set.classes)
+    top1, top5 = linear(*inputs, classes)
+    scores = {"linear_top1": top1, "linear_top5": top5, "linear_chance": 100 / classes}
+    if classes < 5:
+        del scores["linear_top5"]
     return scores | rank_scores(inputs[2])

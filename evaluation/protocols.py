@@ -162,7 +162,8 @@ def retrieval(net, train, test, args, options):
 # -------------------------------------------- frozen features -------------------------------------
 def knn(net, train, test, args, options):
     """DINO's vote of the nearest neighbours (knn.knn_sweep). One k and one temperature give
-    top1 and top5; several give the top1 of each pair, and none of them is chosen."""
+    top1 and, from five classes on, top5; several give the top1 of each pair, and none of them is
+    chosen."""
     inputs = []
     for dataset in (train, test):
         inputs += labelled(dataset, *cached_extract(net.encoder, dataset, **options))
@@ -175,6 +176,8 @@ def knn(net, train, test, args, options):
     if len(found) == 1:
         (top1, top5), *_ = found.values()
         metrics = {"top1": top1, "top5": top5}
+        if len(train.classes) < 5:  # each image would be a hit
+            del metrics["top5"]
     else:
         metrics = {f"top1_k{k}_T{t:g}": top1 for (k, t), (top1, _) in found.items()}
     return {**metrics, "chance": 100 / len(train.classes)}

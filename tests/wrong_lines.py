@@ -355,6 +355,7 @@ OWN = {
         ("x.T @ (y - bias)", "x.T @ y + bias"),
         ("dim=1) - mean) @ weight + bias", "dim=1) - mean) @ weight"),
         ("ranks < 1), percent(ranks < 5)", "ranks < 1), percent(ranks < 1)"),
+        ("    if classes < 5:  # each", "    if classes < 6:  # each"),
     ],
 }  # fmt: skip
 
