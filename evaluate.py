@@ -39,6 +39,7 @@ from evaluation.protocols import PROTOCOLS, parse_numbers
 from evaluation.results import check_folder, environment, export_folder, folder_of, names_of
 from evaluation.results import save_picture, save_result, table
 from evaluation.weights import open_network
+from knn import refuse_other_classes
 from monitor import what_classes_lack
 from recognise import file_of
 from run import parse_args
@@ -167,8 +168,10 @@ def open_splits(protocol, args):
     named = protocol == "zeroshot" and args.classnames  # which may name the classes of any labels
     if protocol != "retrieval" and not (test.classes or named):
         raise UserError(f"{protocol} needs classes: {what_classes_lack(test)}")
-    if train and (args.split == "train" or train.classes != test.classes):
-        raise UserError(f"{protocol} needs a --split other than train, with the same classes")
+    if train and args.split == "train":
+        raise UserError(f"{protocol} needs a --split other than train")
+    if train:
+        refuse_other_classes(train, test, args.split, "or use another --split or other --data")
     return WithinClasses(train) if train else None, test
 
 

@@ -123,10 +123,7 @@ def probe_sets(args, dataset=None):
         if lack := what_classes_lack(dataset):
             say_evaluation(f"none, because {lack}")
             return None, None, None
-    if bank.classes != val.classes:
-        odd = sorted(set(bank.classes) ^ set(val.classes))[:3] or ["their order"]
-        raise UserError(f"train and val of {val.name} differ in their classes ({', '.join(odd)}): "
-                        "give both the same ones, or use other --eval-data")  # fmt: skip
+    refuse_other_classes(bank, val, "val", "or use other --eval-data")
     tested = f"{min(MOST, len(val)):,} validation images"
     known = f"{min(BANK, len(bank)):,} training images of {bank.name}"
     if args.probe == "linear":
@@ -134,6 +131,14 @@ def probe_sets(args, dataset=None):
         return functools.partial(linear_eval, workers=args.workers), bank, val
     say_evaluation(f"kNN of {tested} among {known}")
     return functools.partial(knn_eval, workers=args.workers), bank, val
+
+
+def refuse_other_classes(train, test, split, advice):
+    """Raises UserError if a split has other classes than the train split: labels count classes."""
+    if train.classes != test.classes:
+        odd = sorted({*(train.classes or ())} ^ {*(test.classes or ())})[:3] or ["their order"]
+        differ = f"train and {split} of {test.name} differ in their classes ({', '.join(odd)})"
+        raise UserError(f"{differ}: give both the same ones, {advice}")
 
 
 def workers_with_room(workers, view):

@@ -939,6 +939,16 @@ def test_weights_are_loaded_or_random(folder):
     assert not net.model.training and not net.encoder.training
 
 
+def test_splits_of_different_classes_are_told_apart(folder, tmp_path):
+    """A class folder that the val split lacks would shift all labels behind it."""
+    shutil.copytree(folder / "classes", tmp_path / "fold")
+    shutil.rmtree(tmp_path / "fold/val" / Toy.classes[1])
+    for split, sentence in (("val", rf"train and val of fold differ in their classes \({Toy.classes[1]}\): give both the same"),
+                            ("train", "knn needs a --split other than train$")):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            main(["knn", str(folder / "simclr"), "--data", str(tmp_path / "fold"), "--split", split, *FLAGS])
+
+
 ERRORS = [
     ("nothing clip", "use: evaluate.py zeroshot"),
     ("knn", "use: evaluate.py zeroshot"),
