@@ -202,6 +202,16 @@ def label_number(value, classes, name):
     return max(-1, int(number))
 
 
+def is_unlisted(label, classes):
+    """Whether a label is a text, neither a number nor the name of a class."""
+    if not isinstance(label, str) or not label.strip() or label.strip() in (classes or []):
+        return False
+    with contextlib.suppress(ValueError):
+        float(label)
+        return False
+    return True
+
+
 def json_object(text):
     row = json.loads(text)
     if not isinstance(row, dict):
@@ -831,6 +841,9 @@ class Rows:
                 row = self.row(i)
                 self.captioned = self.captioned or bool(captions_of(row))
                 keys.update([key for key in IMAGE_KEYS if row.get(key)][:1])
+                if is_unlisted(row.get("label"), classes):
+                    names = f"list the names in {root}/classnames.txt"
+                    self.labels_lack = f"labels such as {row['label']!r} are no numbers: {names}"
         if isinstance(rows, Path):
             say_lost(rows.name.removesuffix(".idx"), lost)
             if self.captioned and keys and rank() == 0:

@@ -375,7 +375,7 @@ def what_classes_lack(dataset, words=False):
         with contextlib.suppress(OSError, ValueError):  # the loader will name unreadable samples
             labels.append(dataset[i].label)
     if max(labels, default=-1) < 0:
-        return f"{dataset.name} has no classes"
+        return getattr(dataset, "labels_lack", f"{dataset.name} has no classes")
     if not dataset.classes:
         return f"{dataset.name} has labels but its classnames.txt is missing, see docs/data.md"
     if words and all(re.fullmatch(r"n\d{8}", str(name)) for name in dataset.classes):

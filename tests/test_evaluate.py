@@ -896,6 +896,9 @@ def test_class_names_for_labels_without_any(folder, tmp_path):
               "--split", "train", *FLAGS])  # fmt: skip
     with pytest.raises(UserError, match="zeroshot needs classes: number.csv has labels but its classnames.txt is missing, see"):
         main(["zeroshot", str(folder / "clip"), "--data", str(tmp_path / "number.csv"), "--split", "train", *FLAGS])
+    lack = f"zeroshot needs classes: labels such as '.*' are no numbers: list the names in {tmp_path}/classnames.txt"
+    with pytest.raises(UserError, match=lack):
+        main(["zeroshot", str(folder / "clip"), "--data", str(tmp_path / "name.csv"), "--split", "train", *FLAGS])
 
 
 def test_rows_before_an_error_are_shown(folder, capsys):

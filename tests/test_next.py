@@ -175,6 +175,12 @@ def test_what_will_be_evaluated(said, tmp_path, capsys):
     text, (probe, bank, val) = said(probe_sets, "numbers")
     assert text == "none, because numbers has labels but its classnames.txt is missing, see docs/data.md"
     assert bank is None and val is None
+    for split in ("train", "val"):
+        (tmp_path / "numbers" / f"{split}.csv").write_text(f"file,label\n{split}/1.5/0.png,dog\n")
+    lack = f"labels such as 'dog' are no numbers: list the names in {tmp_path}/numbers/classnames.txt"
+    assert said(probe_sets, "numbers")[0] == f"none, because {lack}"
+    (tmp_path / "numbers" / "classnames.txt").write_text("cat\ndog\n")
+    assert said(probe_sets, "numbers")[1][1].classes == ["cat", "dog"]
     with pytest.raises(UserError, match=f"--eval-data .*: there is no data at {tmp_path}/nowhere"):
         said(language_set, "nowhere")
 
