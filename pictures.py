@@ -37,6 +37,27 @@ def environment():
     return env
 
 
+def read_args(directory):
+    """args.json of a run. Raises UserError if it is damaged."""
+    path, advice = Path(directory) / "args.json", "bring it back or use another --output-dir"
+    try:
+        args = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {advice}") from error
+    if not isinstance(args, dict):
+        raise UserError(f"{path} is damaged: {advice}")
+    return args
+
+
+def instead_of_damaged(directory):
+    """What to do where a run is to go on from a checkpoint.pt that cannot be read."""
+    kept = [path for path in directory.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
+    if not kept:
+        return "remove it to begin again, or use another --output-dir"
+    latest = max(kept, key=lambda path: int(path.stem[11:]))
+    return f"copy {latest.name} over it to go on from there, or use another --output-dir"
+
+
 def as_utf8(args):
     """The values of args. Bytes in names of files that are not UTF-8 become U+FFFD: with these a
     checkpoint could not be read."""
@@ -136,7 +157,7 @@ def accuracies(directory):
     rows, lines = [row for row in read_log(directory) if "loss" not in row], []
     evaluations = [row for row in rows if any(name.endswith("_chance") for name in row)]
     last = evaluations[-1] if evaluations else {}
-    args = json.loads((Path(directory) / "args.json").read_text(encoding="utf-8"))
+    args = read_args(directory)
     start = "weights of --init" if args.get("init") else "random weights"
     for name, value in last.items():
         chance = re.split("_top1|@", name)[0] + "_chance"

@@ -224,6 +224,7 @@ class Run:
         other = self.data != self._first_does(lambda: self.data)
         if all_reduce_mean(torch.tensor(float(other))) > 0:  # all of them end
             raise UserError("processes find different training data: give all machines the same")
+        self.pictures = importlib.import_module("pictures")  # not above: no number depends on it
         self.pending, self.warned, self.evaluation, self.began = [], set(), {}, time.perf_counter()
         self.recent = []  # (seconds, steps) between the last ten rows of the log
         for name in filter(vars(args).get, ("tensorboard", "wandb")):
@@ -232,7 +233,6 @@ class Run:
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=rank() > 0 or None)  # None: unless stderr is a terminal
         self.writers = []
-        self.pictures = importlib.import_module("pictures")  # not above: no number depends on it
         self.evaluation = self._first_does(self._start_log)
         size, at = args.batch_size, f", continued at {self.step}" if self.step else ""
         at += ", which leaves nothing to do" if self.step >= self.last else ""
@@ -280,7 +280,10 @@ class Run:
         path = self.dir / "checkpoint.pt"
         if not self._first_does(path.exists):
             return
-        saved = load_checkpoint(self.dir)
+        try:
+            saved = load_checkpoint(self.dir)
+        except UserError as error:
+            raise UserError(f"{error}: {self.pictures.instead_of_damaged(self.dir)}") from error
         try:
             for name, item in self.state.items():
                 if saved[name] or name != "scaler":  # {}: the run began in bf16 or fp32
@@ -309,9 +312,7 @@ class Run:
         path = directory_of(self.method, self.args)
         path.mkdir(parents=True, exist_ok=True)
         if (path / "args.json").exists():
-            before = json.loads((path / "args.json").read_text(encoding="utf-8"))
-            if not isinstance(before, dict):
-                raise UserError(f"{path}/args.json is damaged: choose another --output-dir")
+            before = self.pictures.read_args(path)
             before = vars(type(self.args)()) | before  # flags that are newer than the run
             changed = [k for k in args if k not in self.MAY_CHANGE and before.get(k) != args[k]]
             if changed:

@@ -138,7 +138,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("simclr", "--data {0}/gone --workers 1", ".jpg, paths in its table are relative to {0}/gone (docs/data.md)"),
     ("slip", "--output-dir {0}/file", "{0}/file "),
     ("slip", "--output-dir {0}/full", "{0}/full is not empty and holds no run"),
-    ("slip", "--output-dir {0}/half", "{0}/half "),
+    ("slip", "--output-dir {0}/half", "{0}/half/args.json is damaged ("),
     ("slip", "--output-dir /dev/null/run", "/dev/null/run "),  # not even root may write there
 ]
 
@@ -333,8 +333,30 @@ def test_no_checkpoint_to_continue(server, photos, finished, tmp_path, name):
     shutil.copy(finished / f"{name}.pt", tmp_path / "run" / "checkpoint.pt")
     with unchanged(tmp_path):
         done = server.run(*run_of("slip", photos, tmp_path / "run"))
-        assert_sentence(done, "slip.py", f"{tmp_path}/run/checkpoint.pt")
+        mend = ": remove it to begin again, or use another --output-dir" if name in ("empty", "cut", "code") else ""
+        assert_sentence(done, "slip.py", f"{tmp_path}/run/checkpoint.pt", mend)
     assert not (finished / "executed").exists()
+
+
+def test_what_mends_a_damaged_checkpoint(server, photos, tmp_path):
+    """The sentence says what works: a copy of the latest checkpoint that was kept, or to begin again."""
+    argv = run_of("simclr", photos, tmp_path / "run", "--keep-every 1 --max-steps 2")
+    assert server.run(*argv).returncode == 0
+    saved = tmp_path / "run/checkpoint.pt"
+    saved.unlink()  # it is the same file as the one that was kept
+    saved.write_bytes(b"junk")
+    done = server.run(*argv, "--max-steps", 3)
+    assert_sentence(done, "simclr.py", "checkpoint.pt cannot be read", ": copy checkpoint_2.pt over it to go on from there, or")
+    shutil.copy(tmp_path / "run/checkpoint_2.pt", saved)
+    done = server.run(*argv, "--max-steps", 3)
+    assert done.returncode == 0 and "continued at 2" in done.stdout
+    for path in (tmp_path / "run").glob("checkpoint*.pt"):
+        path.unlink()
+    saved.write_bytes(b"junk")
+    done = server.run(*argv)
+    assert_sentence(done, "simclr.py", ": remove it to begin again, or use another --output-dir")
+    saved.unlink()
+    assert server.run(*argv).returncode == 0 and [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2]
 
 
 def test_a_finished_run_stays_as_it_is(server, photos, finished):

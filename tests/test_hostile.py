@@ -817,7 +817,8 @@ def trained(server, photos, tmp_path_factory):
 
 @pytest.mark.parametrize("file, content, sentence", [
     ("args.json", "[1, 2]", "args.json is damaged"),
-    ("args.json", "{", "can hold no run"),
+    ("args.json", "{", "run/args.json is damaged (Expecting property name"),
+    ("args.json", "{", "): bring it back or use another --output-dir"),
     ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl is damaged"),
     ("metrics.jsonl", "[3]}\n", "metrics.jsonl is damaged"),
     ("metrics.jsonl", '{"step": "one"}\n', "metrics.jsonl is damaged"),
