@@ -196,7 +196,20 @@ def open_splits_for_picture(protocol, args):
 
 def say(text):
     if rank() == 0:
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_start(protocol, name, train, test, args):
+    """One line where no terminal shows the bars of what goes on for minutes. Fine-tuning has its
+    own."""
+    if sys.stderr.isatty() or protocol in ("finetune", "semi"):
+        return
+    counts = [f"{len(test):,} {args.split} images"]
+    if train:
+        counts.insert(0, f"{len(train):,} train images")
+    if protocol == "linear":
+        counts[0] = f"{args.epochs} epochs of {counts[0]}"
+    say(f"{protocol} of {name}: {' and '.join(counts)} of {args.data}")
 
 
 def export(args, path, *others):
@@ -267,13 +280,15 @@ def main(argv: list[str]):
                 options |= {"batch_size": args.batch_size, "workers": args.workers}
                 if keeps_features and args.cache:
                     options["cache"] = str(folder_of(path))
+                name = f"{path}, {kind}" if random_weights else str(path)
+                if protocol in PROTOCOLS or protocol in ("neighbors", "search"):  # take all images
+                    say_start(protocol, name, train, test, args)
                 if protocol in PICTURES:
                     net.path = path
                     picture = PICTURES[protocol](net, train, test, args, options)
                     save_picture(picture, path, protocol, kind, args, own_name)
                     continue
                 result[kind] = PROTOCOLS[protocol](net, train, test, args, options)
-                name = f"{path}, {kind}" if random_weights else str(path)
                 found = result[kind]
                 per_set = {f"{name}, {data}": row for data, row in found.items()}  # of robustness
                 rows |= per_set if protocol == "robustness" else {name: found}

@@ -364,6 +364,8 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
     peak, chance = args.base_lr * args.train_batch / 256, math.log(num_classes)
     title = f"{train_set.name}, {len(train_set):,} images, batch {args.train_batch}, lr {peak:g}"
     bar = tqdm(total=total, desc=title, leave=False, disable=rank() > 0 or not sys.stderr.isatty())
+    if bar.disable and rank() == 0:
+        print(f"{title}, {loader.steps_per_epoch} steps an epoch", file=sys.stderr, flush=True)
 
     model.train()
     losses, counts, rows, clock = [], [], [], time.time()
@@ -408,8 +410,7 @@ def fine_tune(encoder, train_set, view, num_classes, args, device):
             text = f"loss {loss:.3f} (chance {chance:.3f}), {speed:.0f} images/s"
             bar.set_postfix_str(text)
             if bar.disable and rank() == 0:
-                head = f"{title}\n" if len(rows) == 1 else ""
-                print(f"{head}epoch {len(rows)}/{args.epochs} {text}", file=sys.stderr, flush=True)
+                print(f"epoch {len(rows)}/{args.epochs} {text}", file=sys.stderr, flush=True)
             losses, counts, clock = [], [], time.time()
     bar.close()
     return ema or model, rows

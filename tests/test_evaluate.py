@@ -843,11 +843,15 @@ def test_commands(folder, tmp_path, capsys):
     assert list(sweep["metrics"]) == ["top1_k1_T0.07", "top1_k1_T1", "top1_k3_T0.07", "top1_k3_T1", "chance"]
     assert sweep["metrics"]["top1_k3_T0.07"] == knn["metrics"]["top1"]
     assert len(list((folder / "simclr").glob("features_*.pt"))) == 4  # both splits, trained and random; not the last one's
+    capsys.readouterr()
     (logreg,) = run(folder, "logreg", "simclr", "--random")
+    sets = f": 40 train images and 11 val images of {folder}/classes"
+    assert capsys.readouterr().err.splitlines() == [f"logreg of {folder}/simclr{w}{sets}" for w in ("", ", random weights")]
     assert logreg["metrics"].keys() == {"top1", "mean_per_class", "chance", "C"} and logreg["metrics"]["top1"] > 60
     assert len(list((folder / "simclr").glob("features_*.pt"))) == 4  # taken from there
     assert run(folder, "logreg", "clip", "--C", "0.316")[0]["metrics"]["C"] == 0.316
     cached, plain = run(folder, "linear", "simclr", "--cached", *LINEAR), run(folder, "linear", "simclr", *LINEAR)
+    assert capsys.readouterr().err.count(f"linear of {folder}/simclr: 2 epochs of 40 train images and 11 val") == 2
     assert cached[0]["metrics"]["base_lr"] in probes.LRS and plain[0]["metrics"]["base_lr"] == 0.1
     deeper = run(folder, "knn", "simclr", "--head-layer", "1")
     assert deeper[0]["metrics"].keys() == {"top1", "chance"}

@@ -526,6 +526,8 @@ def trained(folder):
 def test_world_size(server, folder):
     done = server.together("tests/test_finetune.py", folder)
     assert done.stderr.count("epoch 1/2") == 3  # of the first process alone
+    starts = [line for line in done.stderr.splitlines() if re.search(r", \d+ images, batch \d+, lr .*, \d+ steps an epoch$", line)]
+    assert len(starts) == 3 and done.stderr.index(starts[0]) < done.stderr.index("epoch 1/2")
     both, one = json.loads((folder / "out.json").read_text()), trained(folder)
     assert both.keys() == one.keys()
     for name, value in one.items():
