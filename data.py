@@ -166,7 +166,7 @@ class Loader:
         if (worst := int(bad.max())) > max(1, 0.01 * self.steps_per_epoch * self.batch_size):
             example = next(iter(self.named.values()), "other processes name them")
             found = f"{worst} samples of {self.dataset.name} are bad, over 1% of an epoch"
-            raise UserError(f"{found}: {example}")
+            raise UserError(f"{found}: {example}; remove such rows or files")
 
     def order(self, start, stop):
         """The (epoch, index) pairs of this process, a list per step."""

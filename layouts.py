@@ -4,6 +4,7 @@ sources.py uses it when a run reads files at all, align.py for what its filters 
 evaluation/ for its names of endings and lists. What it leaves out it counts, in `left_out`."""
 
 import ast
+import codecs
 import contextlib
 import csv
 import errno
@@ -42,7 +43,7 @@ TABLES = (".npz", ".csv", ".tsv", ".jsonl")
 IMAGE_KEYS = ("image", "filepath", "image_path", "path", "file_name", "filename", "file")  # of rows
 DOWNLOADED = ("cifar-10", "stl10_binary", "food-101")  # how torchvision's own files begin
 CAPTION_KEYS = ("captions", "caption", "text")
-INDEX_VERSION = 4  # an index that an older version of this file wrote is made again
+INDEX_VERSION = 5  # an index that an older version of this file wrote is made again
 
 # Pillow reads .avif not everywhere, and the last three only with a plugin.
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
@@ -274,12 +275,22 @@ def table_rows(path):
     """.csv and .tsv with a header. Rows of one picture that follow each other become one sample.
     Read strictly, as a stray quote would swallow the rows behind it."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = strict_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        if file.buffer.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is UTF-16, as Excel's Unicode text: save it as UTF-8")
+        rows = strict_rows(file, delimiter)
         header = [name.strip() for name in next(rows, [])]
+        if not header:
+            raise UserError(f"{path} is empty: its first line names the columns (docs/data.md)")
+        known = (*IMAGE_KEYS, *CAPTION_KEYS, "title", "description", "label")
+        header = [name.lower() if name.lower() in known else name for name in header]
         twice = [name for name, count in Counter(header).items() if name and count > 1]
         if twice:
             raise UserError(f"{path} has two columns {twice[0]}: rename one of them")
         key = next((key for key in IMAGE_KEYS if key in header), None)
+        if key is None and len(header) == 1:
+            advice = "separate columns with " + ("tabs" if delimiter == "\t" else "commas")
+            raise UserError(f"{path} has the one column {header[0]}: {advice}")
         if key is None:
             raise UserError(f"the columns of {path} are {header}, none of {', '.join(IMAGE_KEYS)}")
         table = (dict(zip(header, fields)) for fields in rows)

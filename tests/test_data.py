@@ -662,7 +662,16 @@ def damaged(name, root):
         return path, r"a.csv are \['url', 'words'\], none of image, filepath"
     if name == "csv empty":
         (path / "a.csv").write_text("")
-        return path, r"a.csv are \[\]"
+        return path, "a.csv is empty: its first line names the columns"
+    if name == "csv of semicolons":
+        (path / "a.csv").write_text("image;caption\nx.jpg;a dog\n")
+        return path, "a.csv has the one column image;caption: separate columns with commas"
+    if name == "tsv of commas":
+        (path / "a.tsv").write_text("image,caption\nx.jpg,a dog\n")
+        return path, "a.tsv has the one column image,caption: separate columns with tabs"
+    if name == "utf-16":
+        (path / "a.tsv").write_text("image\tcaption\nx.jpg\ta dog\n", encoding="utf-16")
+        return path, "a.tsv is UTF-16, as Excel's Unicode text: save it as UTF-8"
     if name == "csv unbalanced":
         (path / "a.csv").write_text('image,caption\nx,"' + "y\n" * 100000)
         return path, r"a.csv cannot be read: line .*field larger than field limit \(131072\): shorten that text, or close the quote that"
@@ -730,7 +739,7 @@ def damaged(name, root):
     return path, "a.tar cannot be read"
 
 
-DAMAGES = """missing/missing name/misspelt/no name/empty/no pickle/csv columns/csv empty/csv unbalanced/two columns/folders like splits/two tables/
+DAMAGES = """missing/missing name/misspelt/no name/empty/no pickle/csv columns/csv empty/csv of semicolons/tsv of commas/utf-16/csv unbalanced/two columns/folders like splits/two tables/
 empty jsonl/npz arrays/npz offsets/npz too short/npz labels/npz broken/class names/json/coco/pickle/
 pickle of something else/tar cut in a picture/tar cut in a header/tar cut between members/tar without an end/tar empty/
 tar of something else"""
@@ -744,6 +753,17 @@ def test_one_sentence(name, tmp_path):
         open_dataset(str(opened), tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     assert sorted(tmp_path.rglob("*")) == before  # nothing half made is left
+
+
+def test_columns_in_any_case(tmp_path):
+    """As spreadsheets write them; all others keep their names."""
+    (tmp_path / "1.jpg").write_bytes(JPEG[0])
+    (tmp_path / "a.csv").write_text("Image,CAPTION,Label,Source\n1.jpg,a dog,3,web\n")
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.captioned and dataset[0].captions == ["a dog"] and dataset[0].label == 3
+    (tmp_path / "a.csv").write_text("Image,image\n1.jpg,2.jpg\n")
+    with pytest.raises(UserError, match="a.csv has two columns image"):
+        open_dataset(str(tmp_path))
 
 
 def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
@@ -1518,7 +1538,7 @@ def test_more_than_one_percent_of_bad_samples(n, broken, stops, capfd):
         pass
     if stops:
         with pytest.raises(
-            UserError, match=rf"{broken} samples of toy are bad, over 1% of an epoch: toy-\d+: bro"
+            UserError, match=rf"{broken} samples of toy are bad, over 1% of an epoch: toy-\d+: bro.*; remove such rows or files"
         ):
             loader.check_bad()
     else:
