@@ -102,7 +102,7 @@ class Loader:
             raise UserError(f"batch size {batch_size} cannot be divided among {world} processes")
         if len(dataset) < batch_size:
             few = f"{dataset.name} has {len(dataset)} samples, less than a batch of {batch_size}"
-            raise UserError(f"{few}: lower --batch-size, or choose a --recipe for small data")
+            raise UserError(f"{few}: lower --batch-size, as recipes for small data do")
         if texts and not dataset.captioned:
             raise UserError(f"{dataset.name} has no captions, docs/data.md says where to put them")
         self.dataset, self.views, self.texts, self.batch_size = dataset, views, texts, batch_size
@@ -470,7 +470,8 @@ class Tokenizer:
                 raise ValueError("it has no start and end token")
         except Exception as error:  # tokenizers raises nothing narrower
             name = spec if len(spec) < 200 else "of the checkpoint"
-            advice = "raise it" if "--vocab-size" in str(error) else "use train or a tokenizer.json"
+            other = "use --tokenizer train, a tokenizer.json or bpe_simple_vocab_16e6.txt.gz"
+            advice = "raise it" if "--vocab-size" in str(error) else other
             raise UserError(f"tokenizer {name}: {error}; {advice}") from error
         self.bpe.no_truncation()
         self.bpe.no_padding()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from common import UserError
 from data import at_most_cores, has_shm, processes_here
 from monitor import MOST, chunks, evaluation_set, extract_features, hit_rank, labelled, percent
-from monitor import rank_scores, say_evaluation, subset_indices, what_classes_lack
+from monitor import rank_scores, say_evaluation, some_images, subset_indices, what_classes_lack
 
 BANK = 5000  # training images among which an evaluation looks for neighbours
 PENALTY = 0.01  # of the linear classifier, see ridge
@@ -124,8 +124,8 @@ def probe_sets(args, dataset=None):
             say_evaluation(f"none, because {lack}")
             return None, None, None
     refuse_other_classes(bank, val, "val", "or use other --eval-data")
-    tested = f"{min(MOST, len(val)):,} validation images"
-    known = f"{min(BANK, len(bank)):,} training images of {bank.name}"
+    tested = some_images(min(MOST, len(val)), "validation")
+    known = f"{some_images(min(BANK, len(bank)), 'training')} of {bank.name}"
     if args.probe == "linear":
         say_evaluation(f"linear classifier of {tested}, fitted to {known}")
         return functools.partial(linear_eval, workers=args.workers), bank, val

@@ -316,6 +316,10 @@ def recall(image_features, text_features, image_of_text, ks=(1, 5, 10)):
 MOST = 1000  # validation images that an evaluation takes
 
 
+def some_images(count, kind):
+    return f"{count:,} {kind} image" + ("s" if count != 1 else "")
+
+
 def say_evaluation(text):
     """The line at a run's start that says what is evaluated while it trains, or why nothing is."""
     if rank() == 0:
@@ -363,7 +367,7 @@ def language_set(args):
     if not kinds:
         say_evaluation(f"none, because {lack}, and there are no captions")
         return None
-    size = f"{min(MOST, len(val)):,} validation images"
+    size = some_images(min(MOST, len(val)), "validation")
     say_evaluation(f"{' and '.join(kinds)} of {size} of {val.name}")
     return val
 

@@ -191,7 +191,7 @@ def directory_of(method, args) -> Path:
     when, run_id = time.strftime("%Y%m%d-%H%M%S"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # it is to find the same folder
         when = run_id if run_id != "none" else f"torchrun{os.getppid()}"
-    name = f"{method}_{Path(args.data).stem}_{args.arch}_s{args.seed}_{when}"
+    name = f"{method}_{Path(os.path.abspath(args.data)).stem}_{args.arch}_s{args.seed}_{when}"
     return Path(args.output_dir or f"runs/{name}").expanduser()
 
 

@@ -64,6 +64,7 @@ def open_dataset(name, data_dir=None, split="train"):
     if name in NAMES:
         folder = name.split("-")[0] if name in (*MULTI30K, "stl10-unlabeled") else name
         root = base if base.name == folder else base / folder
+    root = root if root.name.strip(".") else root.resolve()  # . and .. are no names
     if not name or not (root.exists() or name in (*DRAWN, *TORCHVISION)):
         near = [] if name in NAMES else difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "see docs/data.md for how to get it there"

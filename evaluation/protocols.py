@@ -170,8 +170,8 @@ def knn(net, train, test, args, options):
     inputs = [x.to(options["device"]) for x in inputs]
     ks, temperatures = parse_numbers(args.k, int), parse_numbers(args.temperature)
     if max(ks) > len(inputs[0]) and rank() == 0:
-        few = f"{train.name} has {len(inputs[0])} samples with a label"
-        print(f"{few}, so that of --k {max(ks)} neighbours only these vote", file=sys.stderr)
+        few = f"the {len(inputs[0])} labelled samples of {train.name}"
+        print(f"--k {max(ks)} is more than {few}: all of them vote", file=sys.stderr)
     found = knn_sweep(*inputs, ks, temperatures, len(train.classes))
     if len(found) == 1:
         (top1, top5), *_ = found.values()

@@ -35,7 +35,10 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def shown(number):
-    """Percent with two decimals; three digits of a learning rate or C that these would hide."""
+    """Percent with two decimals; three digits of a learning rate or C that these would hide; a
+    count as it is."""
+    if isinstance(number, int):
+        return f"{number:,}"
     return f"{number:.3g}" if 0 < abs(number) < 0.1 else f"{number:.2f}"
 
 
@@ -71,9 +74,13 @@ def names_of(paths):
 
 
 def slug(words):
-    """Texts as a part of a file's name: their letters and digits, and from 40 on a checksum."""
-    text = re.sub(r"\W+", "-", " ".join(words)).strip("-")
-    return text if len(text) <= 40 else f"{text[:40]}-{zlib.crc32(text.encode()):08x}"
+    """Texts as a part of a file's name: their letters and digits. Where more than 40 of them, or
+    signs beyond ASCII, as emoji, are left out, a checksum stands for these."""
+    whole = " ".join(words)
+    text = re.sub(r"\W+", "-", whole).strip("-")
+    if len(text) <= 40 and not re.search(r"[^\w\s!-~]", whole):
+        return text
+    return f"{text[:40]}-{zlib.crc32(whole.encode(errors='replace')):08x}"
 
 
 def check_folder(folder):

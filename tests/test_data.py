@@ -36,6 +36,7 @@ import sources
 from common import UserError
 from data import Loader, Tokenizer, decode, open_dataset
 from monitor import EvalView
+from run import directory_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -764,6 +765,18 @@ def test_columns_in_any_case(tmp_path):
     (tmp_path / "a.csv").write_text("Image,image\n1.jpg,2.jpg\n")
     with pytest.raises(UserError, match="a.csv has two columns image"):
         open_dataset(str(tmp_path))
+
+
+def test_a_folder_named_by_a_dot(tmp_path, monkeypatch):
+    """Sentences and run directories have its own name."""
+    image_folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path / "photos")
+    with pytest.raises(UserError, match=f"{tmp_path}/photos has no val split"):
+        open_dataset(".", split="val")
+    assert open_dataset(".").name == "photos"
+    for path, name in ((".", "photos"), ("..", tmp_path.name), ("cifar10", "cifar10"), ("../photos/", "photos")):
+        args = types.SimpleNamespace(data=path, arch="resnet18", seed=0, output_dir="")
+        assert directory_of("simclr", args).name.startswith(f"simclr_{name}_resnet18_s0_")
 
 
 def test_folder_that_may_not_be_read(tmp_path, monkeypatch):

@@ -711,8 +711,8 @@ def test_workers_of_an_evaluation_are_copies():
 
 
 def test_a_table_hides_no_setting():
-    text = table({"run": {"top1": 51.234, "base_lr": 0.001, "C": 10**-3.125, "alpha": 0.0}})
-    assert text.splitlines()[1].split() == ["run", "51.23", "0.001", "0.00075", "0.00"]
+    text = table({"run": {"top1": 51.234, "base_lr": 0.001, "C": 10**-3.125, "alpha": 0.0, "images": 20000}})
+    assert text.splitlines()[1].split() == ["run", "51.23", "0.001", "0.00075", "0.00", "20,000"]
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -838,7 +838,7 @@ def test_commands(folder, tmp_path, capsys):
     assert len(retrieval["metrics"]) == 8 and retrieval["metrics"]["chance@1"] == 100 / 11
     capsys.readouterr()
     run(folder, "knn", "simclr", "--k", "1000", "--no-cache")
-    assert "so that of --k 1000 neighbours only these vote" in capsys.readouterr().err
+    assert "--k 1000 is more than the 40 labelled samples of classes: all of them vote" in capsys.readouterr().err
     (sweep,) = run(folder, "knn", "simclr", "--k", "1,3", "--temperature", "0.07,1", "--no-cache")
     assert list(sweep["metrics"]) == ["top1_k1_T0.07", "top1_k1_T1", "top1_k3_T0.07", "top1_k3_T1", "chance"]
     assert sweep["metrics"]["top1_k3_T0.07"] == knn["metrics"]["top1"]

@@ -866,5 +866,5 @@ def test_tampered_checkpoint(server, photos, trained, tmp_path, name, value):
 
 
 def test_more_samples_are_needed_or_a_smaller_batch(photos):
-    with pytest.raises(UserError, match="less than a batch of 99: lower --batch-size, or choose a --recipe"):
+    with pytest.raises(UserError, match="less than a batch of 99: lower --batch-size, as recipes for small data do"):
         Loader(open_dataset(str(photos)), {}, {}, 99)

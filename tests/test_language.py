@@ -305,6 +305,8 @@ def test_search_of_a_real_network(folder, capsys):
 def test_texts_are_in_the_name_and_may_be_long(folder):
     assert command(folder, "search", "clip", "a dog", "--minus", "snow!").name == "clip_search_photos_a-dog-minus-snow.png"
     names = [command(folder, "search", "clip", "a dog, " * 50 + last).name for last in ("", "snow")]
+    emoji = [command(folder, "search", "clip", text).name for text in ("a dog", "a dog \N{DOG FACE}", "a dog \N{CAT FACE}")]
+    assert len(set(emoji)) == 3 and emoji[0] == "clip_search_photos_a-dog.png"
     assert names[0] != names[1] and all(name.startswith("clip_search_photos_a-dog-a-dog") and len(name) < 85 for name in names)
     assert command(folder, "explain", "clip", "--text", "a dog", "--images", "1").name == "clip_explain_photos_a-dog.png"
 

@@ -190,6 +190,8 @@ def test_a_single_file_may_be_evaluated(said, tmp_path, capsys, monkeypatch):
     pictures(tmp_path / "words", ["cat", "dog"])
     (tmp_path / "held.csv").write_text("file,caption,label\n" + "".join(f"words/val/{x}/{i}.png,a {x},{i}\n" for i, x in enumerate(["cat", "dog"])))
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "one.csv").write_text("file,caption\nwords/val/cat/0.png,a cat\n")
+    assert said(language_set, "one.csv")[0] == "retrieval of 1 validation image of one.csv"
     text, val = said(language_set, "held.csv")
     assert text == "zero-shot classification and retrieval of 2 validation images of held.csv" and len(val) == 2
     opened = open_dataset(str(tmp_path / "words"))

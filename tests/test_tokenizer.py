@@ -256,6 +256,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(spec, reason, tmp_path, mon
     with pytest.raises(UserError, match=reason) as error:
         Tokenizer(spec)
     assert spec in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("; use --tokenizer train, a tokenizer.json or bpe_simple_vocab_16e6.txt.gz")
 
 
 def test_vocabulary_larger_than_the_model_s_is_refused(trained):
