@@ -58,17 +58,6 @@ def instead_of_damaged(directory):
     return f"copy {latest.name} over it to go on from there, or use another --output-dir"
 
 
-def as_utf8(args):
-    """The values of args. Bytes in names of files that are not UTF-8 become U+FFFD: with these a
-    checkpoint could not be read."""
-    good = {}
-    for name, value in args.items():
-        if isinstance(value, str):
-            value = value.encode(errors="surrogateescape").decode(errors="replace")
-        good[name] = value
-    return good
-
-
 def warnings(run):
     """What is odd about a run that begins -> sentences."""
     args, found = run.args, []

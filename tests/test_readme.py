@@ -426,6 +426,14 @@ def test_every_demo_learns(name):
     assert sum(gains) / 3 >= 25 and min(gains) >= (24.5 if name == "dinov2" else 25)
 
 
+def test_the_demo_of_all_three_stages_learns():
+    """simclrv2.py's stages on flocks, as they are without flags: with a tenth of the labels, and then without any."""
+    tuned, student = (json.loads((ROOT / f"results/simclrv2_flocks{end}.json").read_text()) for end in ("", "_distilled"))
+    assert tuned["args"]["label_fraction"] == 0.1 and student["args"]["stage"] == "distill" and student["args"]["alpha"] == 1
+    first, second = (run["metrics"]["training"]["val_top1"] for run in (tuned, student))
+    assert first >= 60 and second >= first  # chance is 10
+
+
 def test_longer_runs_and_other_seeds_have_columns_of_their_own(monkeypatch):
     def run(method, name, *points):
         curve = [[step, {"knn_top1": value}] for step, value in points]
