@@ -144,7 +144,7 @@ def test_predicted_is_what_real_tensors_take(words, monkeypatch):
 
 
 def test_a_prediction_is_recorded_and_is_what_the_record_says(tmp_path, monkeypatch, capsys):
-    """One of the documented commands again: only its row is replaced. Since the record was made, pixels live shorter."""
+    """One of the documented commands again: only its row is replaced."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import memory
 
@@ -158,7 +158,7 @@ def test_a_prediction_is_recorded_and_is_what_the_record_says(tmp_path, monkeypa
     after = json.loads(path.read_text())["rows"]
     assert len(after) == len(before) and after[:at] + after[at + 1 :] == before[:at] + before[at + 1 :]
     assert after[at]["gib"] == printed and list(printed) == list(before[at]["gib"])
-    assert printed == pytest.approx(before[at]["gib"], abs=0.02) and after[at]["batch"] == before[at]["batch"]
+    assert printed == pytest.approx(before[at]["gib"], abs=0.006) and after[at]["batch"] == before[at]["batch"]
     assert after[at]["torch"] == torch.__version__ and after[at]["commit"]
     for more in ({"gpus": 2}, {"command": "moco.py --data flickr8k"}):  # other rows
         memory.write_row(path, after[at] | more)
