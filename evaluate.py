@@ -204,7 +204,8 @@ def say_start(protocol, name, train, test, args):
     own."""
     if sys.stderr.isatty() or protocol in ("finetune", "semi"):
         return
-    counts = [f"{len(test):,} {args.split} images"]
+    split = f"{args.split} " if protocol in PROTOCOLS else ""  # pictures say theirs
+    counts = [f"{len(test):,} {split}images"]
     if train:
         counts.insert(0, f"{len(train):,} train images")
     if protocol == "linear":

@@ -15,8 +15,8 @@ B global batch, b = B / processes, N images, D features of the backbone, T teach
 
 Laptop     python simclrv2.py (without flags: all three stages, see whole_sequence)
            torchrun simclrv2.py --checkpoint runs/simclr_flocks_...
-           torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_... \
-               --checkpoint runs/simclr_flocks_... (without it the student starts at random)
+           torchrun simclrv2.py --recipe flocks-distill --teacher runs/simclrv2_flocks_...
+           (and --checkpoint runs/simclr_flocks_..., or the student's weights are random)
 1 GPU      torchrun simclrv2.py --data cifar10 --checkpoint RUN
 8 GPUs     torchrun --nproc_per_node=8 simclrv2.py --data imagenet --checkpoint RUN
            (then with --recipe cifar10-distill or imagenet-self-distill, and --teacher RUN)

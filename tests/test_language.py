@@ -274,7 +274,9 @@ def test_search_finds_the_colour(folder, words, first, monkeypatch, capsys):
     printed = capsys.readouterr()
     hits = json.loads(printed.out)["hits"]  # lines of JSON alone, the picture's path is beside them
     assert [hit["sample"] for hit in hits][0] == first and len(hits) == 3
-    assert printed.err.endswith(f": the picture is of the split train\n{file}\n") and printed.err.count("\n") == 2
+    split, begun, written = printed.err.splitlines()
+    assert split.endswith(": the picture is of the split train") and written == str(file)
+    assert begun.startswith("search of ") and begun.endswith(f": 5 images of {folder / 'photos'}")
     assert [hit["cosine"] for hit in hits] == sorted((hit["cosine"] for hit in hits), reverse=True)
     assert hits[0]["key"].endswith(f"{first}.png")
     file = command(folder, "search", "clip", *words, "--k", "3", "--no-cache")
