@@ -528,13 +528,5 @@ class Tokenizer:
         ids = [self.sot, *self.encode(caption), self.eot][: self.context_length]
         return [*ids[:-1], self.eot]
 
-    def batch(self, captions):
-        """-> int64 (n, context_length), padded with 0."""
-        rows = [row + [0] * (self.context_length - len(row)) for row in map(self, captions)]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, self.context_length)
-
-    def decode(self, ids):
-        return self.bpe.decode(list(ids), skip_special_tokens=False)
-
     def to_json(self):
         return self.bpe.to_str()

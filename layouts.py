@@ -1,7 +1,23 @@
 """How the files of a layout become samples: reads them all once for an index, then one at a time.
 
 sources.py uses it when a run reads files at all, align.py for what its filters read and leave, and
-evaluation/ for its names of endings and lists. What it leaves out it counts, in `left_out`."""
+evaluation/ for its names of endings and lists. What it leaves out it counts, in `left_out`.
+
+Only the index is held in memory, and all of an .npz, of CIFAR and of STL-10; other pictures and
+captions are read when a sample is asked for.
+Layouts, told apart by looking at the files (docs/data.md: how to make each):
+
+    *.tar                             WebDataset shards of img2dataset: 0.jpg, 0.txt, 0.json, 0.cls
+    *.csv *.tsv *.jsonl               image path, caption(s), label
+    *.npz                             JPEG files end to end: arrays jpeg, offsets, labels
+    dataset_*.json + pictures         Karpathy's splits of coco, flickr30k and flickr8k
+    captions.txt + Images/            flickr8k as Kaggle has it
+    annotations/captions_*2017.json   coco as published
+    *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's code keeps it
+    raw/val.de + image_splits/        multi30k, a caption in each of four languages
+    class/picture.jpg, picture.jpg    ImageFolder, or just pictures
+    cifar10 cifar100 stl10 food101    the files that torchvision downloads, stl10-unlabeled too
+"""
 
 import ast
 import codecs
@@ -700,6 +716,20 @@ class Torchvision:
 
 
 # ---------------------------------------- folders ----------------------------------------
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
+              csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
+              zipfile.BadZipFile)  # fmt: skip
+
+
+@contextlib.contextmanager
+def refuse_unreadable(root):
+    """Around the opening of a dataset: raises UserError for files that are damaged."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"{root} cannot be read: {error}") from error
+
+
 def open_root(root, split, words, kind, whole, Sample):
     """Tells which layout a folder (or a single file) has, and which of its files are the split.
     words: names of the split, the first that is there counts; kind: torchvision's class of this

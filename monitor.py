@@ -249,9 +249,9 @@ def percent(hits):
 def tokenize(tokenizer, texts, device):
     """T strings -> int64 (T, L), where L is the longest text's length rounded up to a multiple of
     8; shorter texts are padded with 0."""
-    ids = tokenizer.batch(texts)
-    longest = int(ids.ne(0).any(0).nonzero().max()) + 1
-    return ids[:, : 8 * math.ceil(longest / 8)].to(device)
+    rows = [tokenizer(text) for text in texts]
+    length = min(8 * math.ceil(max(map(len, rows)) / 8), tokenizer.context_length)
+    return torch.tensor([ids + [0] * (length - len(ids)) for ids in rows], device=device)
 
 
 @torch.no_grad()
@@ -269,9 +269,10 @@ def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu"
     return F.normalize(torch.stack([e.mean(0) for e in per_class]), dim=1)
 
 
-def effective_rank(features):
+def rank_scores(features):
     """RankMe (arXiv 2210.02885, Eq. 1; Roy and Vetterli 2007): over how many directions features
-    spread. (N, D) -> a number from 1 (all on one line: collapsed) to min(N, D), without a unit.
+    spread. (N, D) -> {"effective_rank", "full_rank"}, which stand beside an accuracy: a number from
+    1 (all on one line: collapsed) to min(N, D), without a unit, and this largest value.
 
     exp(-sum_k p_k ln p_k), p_k = s_k / sum_j s_j, s the singular values of the features, which are
     not centred. The paper takes projector outputs, and adds 1e-7 to p_k; here values below 5e-7 of
@@ -281,12 +282,8 @@ def effective_rank(features):
     squares = torch.linalg.eigvalsh(gram)
     values = squares.where(squares > 2.5e-13 * squares.max(), 0).sqrt()
     shares = values / values.sum().clamp(min=1e-300)
-    return round(torch.special.entr(shares).sum().exp().item(), 3)
-
-
-def rank_scores(features):
-    """What stands beside an accuracy; full_rank is the most that (N, D) features can have."""
-    return {"effective_rank": effective_rank(features), "full_rank": min(features.shape)}
+    spread = round(torch.special.entr(shares).sum().exp().item(), 3)
+    return {"effective_rank": spread, "full_rank": min(features.shape)}
 
 
 @torch.no_grad()

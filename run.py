@@ -186,11 +186,6 @@ def replace_text(path: Path, text: str):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def replace_escaped(text):
-    """A name as the system gave it, where bytes that are not UTF-8 become U+FFFD."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
 def directory_of(method, args) -> Path:
     """Where a run with these arguments writes, and has written if torchrun starts it again."""
     when, run_id = time.strftime("%Y%m%d-%H%M%S"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -511,8 +506,10 @@ class Run:
         if dist.is_initialized():
             dist.all_gather_object(rngs, rngs[0])
         if rank() == 0:
-            args = vars(self.args)  # with names of files that are not UTF-8 they could not be read
-            args = {k: replace_escaped(v) if isinstance(v, str) else v for k, v in args.items()}
+            args = dict(vars(self.args))
+            for name, value in args.items():
+                if isinstance(value, str):  # names of files that are not UTF-8 could not be read
+                    args[name] = value.encode(errors="surrogateescape").decode(errors="replace")
             content |= {"method": self.method, "args": args, "step": self.step}
             content |= {"rng": rngs, "data": self.data, **self.extra}
             try:

@@ -1,31 +1,9 @@
-"""Where samples come from: finds out how a dataset is stored and indexes it. data.py does the rest.
+"""Where samples come from: finds a dataset by its name or path. scenes.py draws its samples, or
+layouts.py finds out how its files are stored and reads them; data.py does the rest."""
 
-Only the index is held in memory, and all of an .npz, of CIFAR and of STL-10; other pictures and
-captions are read when a sample is asked for.
-Layouts, told apart by looking at the files (docs/data.md: how to make each):
-
-    shapes flocks                     drawn here, need no files
-    *.tar                             WebDataset shards of img2dataset: 0.jpg, 0.txt, 0.json, 0.cls
-    *.csv *.tsv *.jsonl               image path, caption(s), label
-    *.npz                             JPEG files end to end: arrays jpeg, offsets, labels
-    dataset_*.json + pictures         Karpathy's splits of coco, flickr30k and flickr8k
-    captions.txt + Images/            flickr8k as Kaggle has it
-    annotations/captions_*2017.json   coco as published
-    *.pkl + images/AA/BBB.zip         yfcc15m as SLIP's code keeps it
-    raw/val.de + image_splits/        multi30k, a caption in each of four languages
-    class/picture.jpg, picture.jpg    ImageFolder, or just pictures
-    cifar10 cifar100 stl10 food101    the files that torchvision downloads, stl10-unlabeled too
-"""
-
-import csv
 import difflib
 import os
-import pickle
-import struct
 import sys
-import tarfile
-import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +19,6 @@ MULTI30K = [f"multi30k-{language}" for language in ("en", "de", "fr", "cs")]
 NAMES = [*DRAWN, *TORCHVISION, *FOLDERS, *SHIFTED, *MULTI30K]
 VAL, TEST = ["val", "validation", "valid"], ["test", "testing"]
 SPLITS = {"train": ["train", "training"], "val": VAL + TEST, "test": TEST + VAL}
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
-              csv.Error, struct.error, zlib.error, pickle.UnpicklingError, tarfile.TarError,
-              zipfile.BadZipFile)  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -69,20 +44,19 @@ def open_dataset(name, data_dir=None, split="train"):
         near = [] if name in NAMES else difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else "see docs/data.md for how to get it there"
         raise UserError(f"there is no data at {root.absolute() if name else repr(name)}, {hint}")
-    try:
-        if name in DRAWN:  # imports stand where they are needed: few runs need both of these files
-            import scenes
-            dataset = scenes.SETS[name](split, Sample)
-        elif name in MULTI30K:
-            from layouts import Rows, multi30k_rows
-            dataset = Rows(root, multi30k_rows(root, split, name[-2:]), None, Sample)
-        else:
-            import layouts
-            kind = TORCHVISION.get(name, TORCHVISION.get(root.name))
-            whole = split == "train" or root.name in SHIFTED  # may be a folder without splits
-            dataset = layouts.open_root(root, split, SPLITS[split], kind, whole, Sample)
-    except UNREADABLE as error:
-        raise UserError(f"{root} cannot be read: {error}") from error
+    if name in DRAWN:  # imports stand where they are needed: few runs need both of these files
+        import scenes
+        dataset = scenes.SETS[name](split, Sample)
+    else:
+        import layouts
+        kind = TORCHVISION.get(name, TORCHVISION.get(root.name))
+        whole = split == "train" or root.name in SHIFTED  # may be a folder without splits
+        with layouts.refuse_unreadable(root):
+            if name in MULTI30K:
+                rows = layouts.multi30k_rows(root, split, name[-2:])
+                dataset = layouts.Rows(root, rows, None, Sample)
+            else:
+                dataset = layouts.open_root(root, split, SPLITS[split], kind, whole, Sample)
     left_out = +getattr(dataset, "left_out", Counter())
     kinds = ", ".join(f"{count} {why}" for why, count in left_out.most_common(8))
     left_out = f"{left_out.total()} left out ({kinds})" if kinds else ""

@@ -244,7 +244,10 @@ def queue_picture(net, train, test, args, options):
     captions = [next(filter(str.strip, sample.captions)) for _, sample, _ in samples]
     texts = embedded_texts(net, captions, options["device"]).cpu()
     cosines, nearest = (texts @ saved["queue"]["features"][known].T).max(1)
-    found = [net.tokenizer.decode(ids[int(row)][1:-1]).strip() for row in known[nearest]]
+    found = []
+    for row in known[nearest].tolist():
+        caption = net.tokenizer.bpe.decode(ids[row][1:-1], skip_special_tokens=False)
+        found.append(caption.strip())
     if rank() == 0:
         for caption, other, cosine in zip(captions, found, cosines.tolist()):
             pair = {"caption": caption, "found": other, "cosine": round(cosine, 4)}

@@ -382,7 +382,7 @@ def test_its_checkpoints_are_evaluated(photos, tmp_path):
         flags = [*VARIANTS[variant], "--max-steps", "1", "--eval-every", "0"]
         train_here(NAME, photos, tmp_path / variant, *flags)
     net = open_network(tmp_path / "mocov3", torch.device("cpu"))
-    assert net.tokenizer and net.model.encode_text(net.tokenizer.batch(["a red star"])).shape == (1, 32)
+    assert net.tokenizer and net.model.encode_text(torch.tensor([net.tokenizer("a red star")])).shape == (1, 32)
     first = open_network(tmp_path / "first", torch.device("cpu"))
     assert first.tokenizer is None and not hasattr(first.model, "text_projection")
     assert first.encoder(torch.zeros(2, 3, 32, 32)).shape == net.encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
