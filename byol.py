@@ -395,8 +395,16 @@ def train(args: Args) -> dict:
     warmup = round(args.warmup_epochs * loader.steps_per_epoch)
     ddp = DistributedDataParallel(model) if world_size() > 1 else model
     chance = 4.0
+
+    def evaluate():
+        metrics = probe(image_encoder(model), bank, val, eval_view(args), device)
+        if args.target == "random":  # the online network should surpass it
+            target = probe(model.target.backbone, bank, val, eval_view(args), device)
+            metrics |= {f"target_{name}": value for name, value in target.items()}
+        return metrics
+
     if val and not run.evaluation and run.due(args.eval_every):  # random weights, or one cut off
-        run.log_evaluation(probe(image_encoder(model), bank, val, eval_view(args), device))
+        run.log_evaluation(evaluate())
 
     for step, batch in run.batches():
         view1, view2 = batch["view1"], batch["view2"]
@@ -424,11 +432,7 @@ def train(args: Args) -> dict:
         if run.agree_to_stop() or run.due(args.save_every, args.keep_every):
             run.save()
         if val and run.due(args.eval_every):
-            metrics = probe(image_encoder(model), bank, val, eval_view(args), device)
-            if args.target == "random":  # the online network should surpass it
-                target = probe(model.target.backbone, bank, val, eval_view(args), device)
-                metrics |= {f"target_{name}": value for name, value in target.items()}
-            run.log_evaluation(metrics)
+            run.log_evaluation(evaluate())
 
     return run.finish("knn", val)
 

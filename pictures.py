@@ -152,7 +152,7 @@ def accuracies(directory):
         chance = re.split("_top1|@", name)[0] + "_chance"
         if chance in last:
             first = evaluations[0]
-            known = first["step"] == 0 and name in first  # byol.py's random target comes later
+            known = first["step"] == 0 and name in first  # older logs lack byol.py's random target
             random = f"{start} {first[name]:.1f}, " if known else ""
             title = name.removesuffix("_top1").replace("knn", "kNN")
             lines.append(f"{title} {value:.1f} ({random}chance {last[chance]:.3g})")
