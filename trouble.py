@@ -20,6 +20,7 @@ import torch.distributed as dist
 MEMORY = "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
 MEMORY += "|numel: integer multiplication overflow|Unable to allocate|buffer size"
 FILES = "Too many open files|items of ancdata"  # the second where one is received
+ENDED = "gloo.*(Connection (closed|reset) by peer|Broken pipe)"
 
 
 def sentence(error):
@@ -47,6 +48,8 @@ def sentence(error):
         where = f"{error.filename}: " if error.filename else ""
         full = ", free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return f"{where}{error.strerror}{full}"
+    if isinstance(error, RuntimeError) and re.search(ENDED, first):
+        return "another process has ended, so this one ends too: see what the other one says"
     if isinstance(error, ValueError) and first.endswith("expected, but not set"):
         return f"{first}: start with torchrun"
     if isinstance(error, dist.DistError):

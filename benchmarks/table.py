@@ -57,8 +57,8 @@ SHARED = {
     "common.py": "what numbers depend on: processes, gathers, batch norm, precision, schedule, "
     "LARS",
     "data.py": "what numbers depend on: loader, batched image operations, tokenizer",
-    "sources.py": "where samples come from: folders, tables, shards, named layouts",
-    "layouts.py": "how the files of each layout are read, once, to index them",
+    "sources.py": "where samples come from: names and paths of datasets, their splits",
+    "layouts.py": "which layout files have (folders, tables, shards ...), and how they are read",
     "scenes.py": "the drawn sets, which need no download",
     "synonyms.py": "synonyms from a file or from WordNet, for declip.py alone",
     "run.py": "arguments that change no number, run directory, log, checkpoint",

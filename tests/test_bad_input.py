@@ -269,6 +269,24 @@ def test_processes_that_find_other_training_data_end(server, photos, tmp_path, n
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("lines, sentence", [
+    (3, "photos has 3 samples, less than a batch of 8: lower --batch-size, as recipes for small data do"),
+    (0, "there is no data at "),
+])  # fmt: skip
+def test_a_mistake_on_one_machine_alone(server, photos, tmp_path, lines, sentence):
+    """It says what is wrong; the other one, which waits for it then, neither waits for ever nor shows a traceback."""
+    other = tmp_path / "other" / photos.name
+    if lines:
+        shutil.copytree(photos, other)
+        train = (other / "train.jsonl").read_text().splitlines(keepends=True)
+        (other / "train.jsonl").write_text("".join(train[:lines]))
+    places = [f"os.symlink({str(folder)!r}, 'photos')\n{BRIEF}" for folder in (photos, other)]
+    first, second = server.run_on(2, *run_of("slip", "photos", tmp_path / "run"), before=places)
+    assert_sentence(first, "slip.py", "another process has ended, so this one ends too: see what the other one says")
+    assert_sentence(second, "slip.py", sentence)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_under_torchrun(photos):
     """It adds a report of its own below the sentence."""
     done = command(*run_of("slip", photos, flags="--batch-size 7"), processes=2)
