@@ -11,7 +11,8 @@ results/METHOD_NAME.json.
 
 A line is the accuracy in the training loop; a dashed line in its colour is the same network with
 random weights, which the loop measured before the first step. Older runs did not: there a ring at
-the left end is what evaluate.py gave random weights on the whole split. The dotted line is chance.
+the left end is what evaluate.py gave random weights on the whole split. The dotted line is chance,
+and the line of dots and dashes is kNN of the pixels themselves, by pixels.py.
 A PNG holds a checksum of what is drawn in it, by which a test knows figures of earlier records.
 Needs matplotlib.
 """
@@ -27,7 +28,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, results
+from table import IN_LOOP, PROTOCOLS, ROOT, START, chance_of, methods, of_pixels, results
 
 SIZE = (8.0, 3.6)  # inches
 INDICATORS = {
@@ -103,6 +104,10 @@ def draw_curves(data, path):
             axis.plot(0, start, "o", color=colour, fillstyle="none", clip_on=False)
     chance = chance_of(kind, runs[-1]["metrics"]["training"])
     axis.axhline(chance, color="grey", linestyle=":", label=f"chance, {chance:.3g}")
+    pixels = of_pixels(runs[0]["data"])
+    if pixels and kind == "knn_top1":
+        value = pixels["loop"]
+        axis.axhline(value, color="black", linestyle="-.", linewidth=1, label=f"pixels, {value:.3g}")
     if any(accuracy(record)[1][0][0] == 0 for record in runs):
         axis.plot([], [], "--", color="grey", linewidth=0.8, label="random weights")
     seen = "minutes of training on two idle cores" if rates else "images seen"

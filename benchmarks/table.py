@@ -280,6 +280,12 @@ def curves(prefix, method):
     return text or "No curve is recorded yet.\n"
 
 
+def of_pixels(data):
+    """What benchmarks/pixels.py measured without a network -> {"loop", "evaluate.py"} or None."""
+    path = ROOT / "results/pixels.json"
+    return json.loads(path.read_text()).get(data) if path.exists() else None
+
+
 def knn_of_all(prefix, data):
     """A row for each method's run NAME_DATA that has a kNN curve: the curve by the number of images
     seen, its last point with other seeds (the runs NAME_DATA_sSEED), what evaluate.py measured of
@@ -328,11 +334,12 @@ def knn_of_all(prefix, data):
             cells.append(", ".join(found[:1] if "random" in label else found))
         link = f"[{methods()[r['method']][0]}]({prefix}results/{r['name']}.json)"
         rows.append([link, *cells, f"{r['minutes']:.1f}"])
-    if runs and runs[0]["data"] == "cifar10" and "evaluate.py" in header:  # parity.py measures them
-        repeated = json.loads((ROOT / "results/parity.json").read_text())
+    if runs and (pixels := of_pixels(runs[0]["data"])):
         cells = [""] * len(header)
-        cells[0] = f"[pixels, averaged to 8 x 8]({prefix}results/parity.json)"
-        cells[header.index("evaluate.py")] = number(next(iter(repeated.values()))["pixels"])
+        cells[0] = f"[pixels, averaged to 8 x 8]({prefix}results/pixels.json)"
+        cells[len(seen)] = number(pixels["loop"])  # where the methods end
+        if "evaluate.py" in header:
+            cells[header.index("evaluate.py")] = number(pixels["evaluate.py"])
         rows.append(cells)
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
