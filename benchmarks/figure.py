@@ -106,8 +106,8 @@ def draw_curves(data, path):
     axis.axhline(chance, color="grey", linestyle=":", label=f"chance, {chance:.3g}")
     pixels = of_pixels(runs[0]["data"])
     if pixels and kind == "knn_top1":
-        value = pixels["loop"]
-        axis.axhline(value, color="black", linestyle="-.", linewidth=1, label=f"pixels, {value:.3g}")
+        label = f"pixels, {pixels['loop']:.3g}"
+        axis.axhline(pixels["loop"], color="black", linestyle="-.", linewidth=1, label=label)
     if any(accuracy(record)[1][0][0] == 0 for record in runs):
         axis.plot([], [], "--", color="grey", linewidth=0.8, label="random weights")
     seen = "minutes of training on two idle cores" if rates else "images seen"
