@@ -370,6 +370,8 @@ def earlier_stages(args):
         raise UserError("--checkpoint and --init both say where training starts: give one of them")
     if args.stage == "distill" and not args.teacher:
         raise UserError("distilling needs --teacher, a run of this file")
+    if args.teacher and not os.path.exists(args.teacher):
+        raise UserError(f"there is no --teacher {args.teacher}: a student needs it also to go on")
     pretrained = own_checkpoint(args) if args.checkpoint else None
     if args.checkpoint and not pretrained:
         pretrained = checkpoint_of("simclr", args.checkpoint)
@@ -558,8 +560,10 @@ def train(args: Args) -> dict:
             run.log_evaluation(accuracy(model, val, eval_view(args), device, args.workers))
 
     then = []
-    if not taught:  # the next stage teaches a student as large as this network
-        then = ["torchrun", "simclrv2.py", "--data", args.data, "--teacher", run.dir, "--recipe"]
+    if not taught:  # next: a student as large as this network, which starts from the same weights
+        start = ["--checkpoint", args.checkpoint] if args.checkpoint else ["--init", args.init]
+        then = ["torchrun", "simclrv2.py", "--data", args.data, "--teacher", run.dir, *start]
+        then += ["--recipe"]
         recipe = args.recipe or args.data
         if recipe in RECIPES and recipe.startswith("imagenet"):
             then += ["imagenet-self-distill"]

@@ -95,7 +95,8 @@ def test_next_line_of_simclrv2(train, folder):
     launcher, script, *words = shlex.split(line)
     assert launcher == "torchrun" and os.path.samefile(script, ROOT / "simclrv2.py")
     assert words[words.index("--data-dir") + 1] == "with classes" and words[words.index("--teacher") + 1] == "runs/fine tuned"
-    evaluation, line = train("simclrv2", *words, "--arch", "resnet18", "--output-dir", "runs/a student")
+    assert words[words.index("--checkpoint") + 1] == "runs/to fine-tune"
+    evaluation, line = train("simclrv2", *words, "--output-dir", "runs/a student")
     assert evaluation == ["accuracy of 9 validation images of redcaps"]
     assert paste(line)[0] == "knn"
 

@@ -107,6 +107,18 @@ def test_a_run_that_continues_does_not_need_its_start(photos, stages, tmp_path):
         train_here([*argv, "--output-dir", str(tmp_path / "new")])
 
 
+def test_a_student_that_continues_needs_its_teacher(photos, stages, tmp_path):
+    """It learns from it in each step. The sentence says so, and nothing of the run changes."""
+    shutil.copytree(stages / "finetune", tmp_path / "teacher")
+    argv = argv_for("distill", photos, stages, tmp_path / "run", "--teacher", str(tmp_path / "teacher"), "--eval-every", "0")
+    train_here([*argv, "--max-steps", "1"])
+    shutil.rmtree(tmp_path / "teacher")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match=f"there is no --teacher {tmp_path}/teacher: a student needs it also to go on"):
+        train_here([*argv, "--max-steps", "2"])
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_signal_saves_before_an_evaluation(photos, stages, tmp_path, monkeypatch):
     """The run that continues makes it."""
 
@@ -539,7 +551,15 @@ def test_the_next_line_names_the_recipe_that_distils(recipe, following, photos, 
     """That of the same data; ImageNet's where there is none, and then with the batch of the small data."""
     train_here(argv_for("finetune", photos, stages, tmp_path, "--recipe", recipe, "--max-steps", "1", "--eval-every", "0"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
-    assert line.endswith(following)
+    assert line.endswith(f"--teacher {tmp_path} --checkpoint {stages}/simclr {following}")
+
+
+def test_the_next_line_of_a_run_from_weights_alone(photos, stages, tmp_path, capsys):
+    """A student then starts from those weights, as its teacher did."""
+    flags = ["--init", str(stages / "simclr"), "--checkpoint", "", "--arch", "resnet10", "--width", "0.25", "--stem", "imagenet",
+             "--max-steps", "1", "--eval-every", "0"]  # fmt: skip
+    train_here(argv_for("finetune", photos, stages, tmp_path, *flags))
+    assert f" --teacher {tmp_path} --init {stages}/simclr --recipe " in capsys.readouterr().out
 
 
 def test_the_program_of_the_page(stages, tmp_path, monkeypatch, capsys):
