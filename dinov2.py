@@ -632,10 +632,10 @@ def train(args: Args) -> dict:
         raise UserError(f"--accum-steps {args.accum_steps} does not divide a process's {b} samples")
     piece = b // args.accum_steps
     if args.accum_steps > 1 and (not koleo_group or piece % koleo_group):  # KoLeo sees one piece
-        raise UserError(
-            f"--accum-steps {args.accum_steps} needs a --koleo-group that divides a piece of "
-            f"{piece} samples"
-        )
+        if args.koleo_weight:
+            raise UserError(f"--accum-steps {args.accum_steps} needs a --koleo-group that divides "
+                            f"a piece of {piece} samples")
+        koleo_group = 0  # it is only logged: the mean over pieces
     init_weights(model, args)
     checkpoint_blocks(model, args.grad_checkpointing, Block)
     if args.compile:
@@ -715,7 +715,7 @@ def train(args: Args) -> dict:
                 student, patches, features = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, p)
             patch = patch_loss(patches, p_patches, inputs[1])
-            koleo = sum(koleo_loss(f, args.koleo_group) for f in features.chunk(2))  # by crop
+            koleo = sum(koleo_loss(f, koleo_group) for f in features.chunk(2))  # by crop
             loss = cls + args.patch_weight * patch + args.koleo_weight * koleo
             losses = torch.stack([loss, cls, patch, koleo, entropy, kl]) / args.accum_steps
             scaler.scale(losses[0]).backward()

@@ -414,6 +414,18 @@ def test_fsdp_is_the_same_run(server, tmp_path):
     assert net.encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 
+def test_without_koleo_no_group_is_needed(photos, tmp_path):
+    """It is logged even then: the mean over pieces, where no group fits these."""
+    flags = ["--max-steps", "1", "--koleo-weight", "0", "--freeze-last-layer", "0", "--eval-every", "0"]
+    runs = [[], ["--accum-steps", "2"], ["--accum-steps", "2", "--koleo-group", "8"]]
+    whole, *others = [train_here("dinov2", photos, tmp_path / str(len(f)), *flags, *f) for f in runs]
+    for pieces in others:
+        for a, b in zip(whole, pieces, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    logged = [rows(tmp_path / str(len(f)))[0]["koleo"] for f in runs]
+    assert logged[1] == logged[2] != logged[0]
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--arch", "vit_huge_patch8"], "vit_huge_patch8 is unknown"),
     (["--image-size", "36"], "--image-size 36 is not a multiple of 8"),
