@@ -6,8 +6,10 @@ a description of the model; transformers gets a folder for from_pretrained; safe
 names used here, in model.safetensors. An export.json beside them says what the tensors do not, so
 that the weights can be read here again."""
 
+import contextlib
 import importlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -332,6 +334,19 @@ def refuse_to_overwrite(folder, to, weights, names):
         raise UserError(f"{folder} has a file {there[0]}, {what}: use another --out")
 
 
+def save_weights(state, path):
+    """Writes a state dict in the form that the ending of a path, before its .tmp, stands for.
+    Raises OSError or RuntimeError where the disk is full."""
+    if not path.stem.endswith(".safetensors"):
+        torch.save(state, path)
+        return
+    save_file = importlib.import_module("safetensors.torch").save_file
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except Exception as error:  # safetensors raises a class of its own
+        raise OSError(str(error)) from error
+
+
 def export(net, to, folder):
     """Writes the network in the form of `to` into `folder` -> the lines of Python that load it, and
     the preprocessing that it expects. Raises UserError."""
@@ -346,18 +361,21 @@ def export(net, to, folder):
     file = "model.safetensors" if to in ("transformers", "safetensors") else "model.pt"
     files = {**files, "export.json": described(net, to, file)}
     refuse_to_overwrite(folder, to, file, [*files, *["tokenizer.json"] * bool(net.tokenizer)])
+    texts = {name: json.dumps(content, indent=1) for name, content in files.items()}
+    if net.tokenizer:
+        texts["tokenizer.json"] = net.tokenizer.to_json()
+    whole = {name: folder / f"{name}.tmp" for name in [*texts, file]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():  # export.json marks the folder as ours
-            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        if file.endswith("safetensors"):
-            save_file = importlib.import_module("safetensors.torch").save_file
-            save_file(state, folder / file, metadata={"format": "pt"})
-        else:
-            torch.save(state, folder / file)
-        if net.tokenizer:
-            (folder / "tokenizer.json").write_text(net.tokenizer.to_json(), encoding="utf-8")
+        for name, text in texts.items():
+            whole[name].write_text(text, encoding="utf-8")
+        save_weights(state, whole[file])
+        for name, path in whole.items():  # a full disk leaves an earlier export as it is
+            os.replace(path, folder / name)
     except (OSError, RuntimeError) as error:
+        for path in whole.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         raise UserError(f"{folder} cannot be written ({error}), use another --out") from error
     return usage.replace("FOLDER", str(folder)) + "\n" + preprocessing(net.view)
 

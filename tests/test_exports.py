@@ -1,6 +1,8 @@
 """exports.py: the lines it prints load the weights strictly in the other project, where outputs are the same."""
 
 import math
+import resource
+import signal
 
 import pytest
 import torch
@@ -307,6 +309,31 @@ def test_files_of_others_stay(folder, tmp_path, capsys):
         main(["export", str(path), "--to", "safetensors", "--out", str(tmp_path / "new")])
     with pytest.raises(UserError, match="holds the checkpoint itself"):
         main(["export", str(tmp_path / "new"), "--to", "torchvision", "--out", str(tmp_path / "new")])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("no_draws")
+@pytest.mark.parametrize("to", ["timm", "safetensors"])
+def test_a_full_disk_leaves_the_earlier_export(to, folder, tmp_path, capsys):
+    """And no part of the weights, neither in a new folder."""
+    path = str(checkpoint(folder, "clip" if to == "safetensors" else "simclr"))
+    main(["export", path, "--to", to, "--out", str(tmp_path / "earlier")])
+    before = contents(tmp_path / "earlier")
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # which would end the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file can grow beyond that
+    try:
+        for name in ("earlier", "new"):
+            with pytest.raises(UserError, match=f"{name} cannot be written .*, use another --out"):
+                main(["export", path, "--to", to, "--out", str(tmp_path / name)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert contents(tmp_path / "earlier") == before and not contents(tmp_path / "new")
 
 
 @pytest.mark.usefixtures("no_draws")
