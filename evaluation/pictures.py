@@ -314,10 +314,11 @@ def framed(picture, right):
 
 
 # -------------------------------------------- of a network and a dataset --------------------------
-def chosen_samples(dataset, args, one_class=False):
+def chosen_samples(dataset, args, one_class=False, counted=False):
     """-> [(index, Sample, uint8 (3, H, W))] of the samples that --samples names, or else of
-    --images samples that can be read, the same in every run; how many cannot is printed. one_class:
-    all of the class of the first one, if there are classes. Raises UserError."""
+    --images samples that can be read, the same in every run; how many cannot is printed, unless
+    they are counted already. one_class: all of the class of the first one, if there are classes.
+    Raises UserError."""
     try:
         wanted = [int(word) for word in args.samples.split(",")] if args.samples else []
     except ValueError as error:
@@ -346,7 +347,7 @@ def chosen_samples(dataset, args, one_class=False):
     if not found:
         reason = errors[0] if errors else "there are none"
         raise UserError(f"none of {len(dataset)} samples of {dataset.name} can be read: {reason}")
-    if errors and rank() == 0:
+    if errors and not counted and rank() == 0:
         left_out = f"{dataset.name}: the picture leaves out {len(errors)} that cannot be read"
         print(f"{left_out}, {errors[0]}", file=sys.stderr)
     return found
@@ -414,7 +415,7 @@ def neighbors_picture(net, train, test, args, options):
         return picture, f"{text}{title(dataset, i, sample.label)}", right
 
     rows = []
-    for i, sample, _ in chosen_samples(test, args):
+    for i, sample, _ in chosen_samples(test, args, counted=bank is test):
         query = extract_features(net.encoder, net.encoder, test, **options, indices=[i]).images
         cosine = F.normalize(found_in_bank.images, dim=1) @ F.normalize(query, dim=1)[0]
         candidates = len(cosine)

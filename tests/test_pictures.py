@@ -348,6 +348,8 @@ def test_pictures_of_nothing(folder, tmp_path, capsys):
     capsys.readouterr()
     run(folder, "pca", "dino", "--images", "7", data="photos")
     assert capsys.readouterr().err.count("photos: the picture leaves out 1 that cannot be read, sample 6 (broken image") == 1
+    run(folder, "neighbors", "dino", "--images", "7", data="photos")  # the bank is all of them, and has counted it
+    assert (said := capsys.readouterr().err).count("broken image") == 1 and "photos: left out 1 of " in said
 
 
 def test_another_split_is_said(folder, tmp_path, capsys):
