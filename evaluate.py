@@ -281,7 +281,7 @@ def main(argv: list[str]):
                 options |= {"batch_size": args.batch_size, "workers": args.workers}
                 if keeps_features and args.cache:
                     options["cache"] = str(folder_of(path))
-                name = f"{path}, {kind}" if random_weights else str(path)
+                name = f"{path}, {kind} of seed 0" if random_weights else str(path)
                 if protocol in PROTOCOLS or protocol in ("neighbors", "search"):  # take all images
                     say_start(protocol, name, train, test, args)
                 if protocol in PICTURES:

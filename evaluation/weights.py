@@ -330,10 +330,10 @@ def open_network(path, device, head_layer=0, random_weights=False, heads=0, text
     Model and encoder are in evaluation mode.
 
     head_layer: how many layers of the projection head the encoder includes; random_weights: the
-    same network before training; heads, text_heads, gelu: of another project's transformer, as the
-    flags of evaluate.py (0 and empty: inferred); text: whether to look for the tokenizer of a
-    published language-image model; tokenizer, data_dir: another one than the published, and the
-    folder of CLIP's merges. Raises UserError."""
+    same network before training, of seed 0 whatever the run's was; heads, text_heads, gelu: of
+    another project's transformer, as the flags of evaluate.py (0 and empty: inferred); text:
+    whether to look for the tokenizer of a published language-image model; tokenizer, data_dir:
+    another one than the published, and the folder of CLIP's merges. Raises UserError."""
     file = file_of(path)
     saved = read(file)
     torch.manual_seed(0)

@@ -826,8 +826,7 @@ def test_commands(folder, tmp_path, capsys):
     assert len(table) == 6 and table[1].split() == ["top1", "chance"]
     assert table[3].split() == [
         f"{folder}/simclr,",
-        "random",
-        "weights",
+        *"random weights of seed 0".split(),
         *(f"{x:.2f}" for x in knn["random weights"].values()),
     ]
     assert knn["protocol"] == "knn" and knn["split"] == "val" and knn["method"] == "simclr" and knn["step"] == 3
@@ -853,7 +852,7 @@ def test_commands(folder, tmp_path, capsys):
     capsys.readouterr()
     (logreg,) = run(folder, "logreg", "simclr", "--random")
     sets = f": 40 train images and 11 val images of {folder}/classes"
-    assert capsys.readouterr().err.splitlines() == [f"logreg of {folder}/simclr{w}{sets}" for w in ("", ", random weights")]
+    assert capsys.readouterr().err.splitlines() == [f"logreg of {folder}/simclr{w}{sets}" for w in ("", ", random weights of seed 0")]
     assert logreg["metrics"].keys() == {"top1", "mean_per_class", "chance", "C"} and logreg["metrics"]["top1"] > 60
     assert len(list((folder / "simclr").glob("features_*.pt"))) == 4  # taken from there
     assert run(folder, "logreg", "clip", "--C", "0.316")[0]["metrics"]["C"] == 0.316
