@@ -49,12 +49,17 @@ def read_args(directory):
     return args
 
 
+def latest_kept(directory):
+    """The checkpoint_STEP.pt of the largest step in a directory, None where there is none."""
+    kept = [path for path in directory.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
+    return max(kept, key=lambda path: int(path.stem[11:]), default=None)
+
+
 def instead_of_damaged(directory):
     """What to do where a run is to go on from a checkpoint.pt that cannot be read."""
-    kept = [path for path in directory.glob("checkpoint_*.pt") if path.stem[11:].isdecimal()]
-    if not kept:
+    latest = latest_kept(directory)
+    if not latest:
         return "remove it to begin again, or use another --output-dir"
-    latest = max(kept, key=lambda path: int(path.stem[11:]))
     return f"copy {latest.name} over it to go on from there, or use another --output-dir"
 
 

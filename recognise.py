@@ -19,6 +19,7 @@ import torch
 
 import names
 from common import UserError
+from pictures import latest_kept
 from run import load_checkpoint
 
 # What a folder may hold, ours first and then as transformers and open_clip call their files
@@ -83,8 +84,13 @@ def read(path):
                 return torch.jit.load(path, map_location="cpu").state_dict()
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    with torch.serialization.safe_globals([argparse.Namespace, *map(stand_in, HARMLESS)]):
-        saved = load_checkpoint(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *map(stand_in, HARMLESS)]):
+            saved = load_checkpoint(path)
+    except UserError as error:
+        kept = latest_kept(Path(path).parent)
+        whole = f"take {kept}" if kept else "give a whole copy of it, or a state dict alone"
+        raise UserError(f"{error}: {whole}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
     return saved

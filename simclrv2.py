@@ -383,7 +383,10 @@ def own_checkpoint(args):
     """What a run that continues has saved, None in a new one. It holds the weights of --checkpoint
     as they are by now, and what --checkpoint said of the network, so that it may be gone."""
     path = Path(args.output_dir) / "checkpoint.pt"
-    saved = load_checkpoint(path) if args.output_dir and path.exists() else None
+    try:
+        saved = load_checkpoint(path) if args.output_dir and path.exists() else None
+    except UserError:  # Run says what to do about a damaged one
+        return None
     ours = isinstance(saved, dict) and saved.get("method") == "simclrv2"  # Run refuses others
     return saved if ours else None
 

@@ -105,6 +105,10 @@ def test_a_run_that_continues_does_not_need_its_start(photos, stages, tmp_path):
     assert rows(runs_of[0]) == rows(runs_of[1]) and len(rows(runs_of[0])) == 13
     with pytest.raises(UserError, match="there is no checkpoint at .*start"):
         train_here([*argv, "--output-dir", str(tmp_path / "new")])
+    shutil.copytree(stages / "simclr", tmp_path / "start")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"junk")
+    with pytest.raises(UserError, match="run/checkpoint.pt cannot be read.*: remove it to begin again"):
+        train_here([*argv, "--max-steps", "10"])
 
 
 def test_a_student_that_continues_needs_its_teacher(photos, stages, tmp_path):
