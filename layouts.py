@@ -229,6 +229,16 @@ def is_unlisted(label, classes):
     return True
 
 
+def label_of(dataset, value, folder, name):
+    """label_number of a sample. A text that is the name of no class is remembered in labels_lack,
+    for monitor.what_classes_lack, which reads samples before it asks."""
+    number = label_number(value, dataset.classes, name)
+    if number < 0 and is_unlisted(value, dataset.classes):
+        names = f"list the names in {folder}/classnames.txt"
+        dataset.labels_lack = f"labels such as {str(value).strip()!r} are no numbers: {names}"
+    return number
+
+
 def json_object(text):
     row = json.loads(text)
     if not isinstance(row, dict):
@@ -648,7 +658,7 @@ class Tars:
         captions = captions_of(json_object(meta)) if meta else []
         if text and not any(caption.strip() for caption in captions):
             captions = [text.decode("utf-8-sig", "replace").strip()]
-        label = label_number(label.decode(errors="replace"), self.classes, name)
+        label = label_of(self, label.decode(errors="replace"), path.parent, name)
         return self.Sample(data[512:], captions, label, name)
 
 
@@ -661,12 +671,15 @@ class Npz:
             with np.load(path) as arrays:
                 self.jpeg, self.offsets = arrays["jpeg"], arrays["offsets"]
                 self.labels = arrays["labels"]
+            if self.labels.dtype.kind == "S":  # names as bytes
+                self.labels = np.char.decode(self.labels, "utf-8")
             good = len(self.offsets) == len(self.labels) + 1 and (np.diff(self.offsets) >= 0).all()
             good = good and self.jpeg.dtype == np.uint8 and self.offsets[-1] <= len(self.jpeg)
         except Exception:  # numpy raises anything on a damaged file
             good = False
         if not good:
-            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1, rising), labels (n)")
+            labels = "labels (n, numbers or texts, no objects)"
+            raise UserError(f"{path} must hold jpeg (uint8), offsets (n + 1, rising), {labels}")
         numbers = self.labels if self.labels.dtype.kind in "iuf" else np.zeros(0)  # or names
         if classes and (largest := numbers.max(initial=0)) >= len(classes):
             lines = f"classnames.txt {len(classes)} lines"
@@ -679,7 +692,8 @@ class Npz:
     def __getitem__(self, i):
         data = self.jpeg[self.offsets[i] : self.offsets[i + 1]].tobytes()
         name = f"{self.path.name}[{i}]"
-        return self.Sample(data, [], label_number(self.labels[i], self.classes, name), name)
+        label = label_of(self, self.labels[i], self.path.parent, name)
+        return self.Sample(data, [], label, name)
 
 
 # ---------------------------------------- torchvision ----------------------------------------
@@ -882,9 +896,6 @@ class Rows:
                 row = self.row(i)
                 self.captioned = self.captioned or bool(captions_of(row))
                 keys.update([key for key in IMAGE_KEYS if row.get(key)][:1])
-                if is_unlisted(row.get("label"), classes):
-                    names = f"list the names in {root}/classnames.txt"
-                    self.labels_lack = f"labels such as {row['label']!r} are no numbers: {names}"
         if isinstance(rows, Path):
             say_lost(rows.name.removesuffix(".idx"), lost)
             if self.captioned and keys and rank() == 0:
@@ -920,7 +931,7 @@ class Rows:
                 raise
             begin = f"paths in its table are relative to {self.root}"
             raise FileNotFoundError(f"there is no {path}, {begin} (docs/data.md)") from error
-        label = label_number(row.get("label"), self.classes, path)
+        label = label_of(self, row.get("label"), self.root, path)
         return self.Sample(image, captions_of(row), label, path)
 
 

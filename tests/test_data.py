@@ -35,7 +35,7 @@ import scenes
 import sources
 from common import UserError
 from data import Loader, Tokenizer, decode, open_dataset
-from monitor import EvalView
+from monitor import EvalView, what_classes_lack
 from run import directory_of
 
 ROOT = Path(__file__).parent.parent
@@ -703,6 +703,9 @@ def damaged(name, root):
     if name == "npz labels":
         npz(path, labels=np.full(N, 6))
         return path, "label 6, but classnames.txt 6 lines"
+    if name == "npz labels of objects":  # as pandas has them
+        npz(path, labels=np.array(["a"] * N, object))
+        return path, r"labels \(n, numbers or texts, no objects\)"
     if name == "npz broken":
         (path / "a.npz").write_bytes(b"PK\3\4 and then nothing")
         return path, "a.npz must hold jpeg"
@@ -740,8 +743,27 @@ def damaged(name, root):
     return path, "a.tar cannot be read"
 
 
+@pytest.mark.parametrize("kind", ["tar", "npz", "npz of bytes", "csv"])
+def test_labels_that_are_names(kind, tmp_path):
+    """They stand for classes once classnames.txt lists them; without it a sentence says so, and not that there are none."""
+    names = ["cat", "dog", "cat", "dog", "cat", "dog"]
+    if kind == "tar":
+        write_tar(tmp_path / "train.tar", {f"{i:03d}": {"jpg": JPEG[i], "cls": f"{name}\n".encode()} for i, name in enumerate(names)})
+    elif kind == "csv":
+        pictures_in(tmp_path / "images", [f"{i}.png" for i in range(N)])
+        (tmp_path / "train.csv").write_text("file,label\n" + "".join(f"images/{i}.png,{name}\n" for i, name in enumerate(names)))
+    else:
+        npz(tmp_path, labels=np.array(names, "S" if "bytes" in kind else "U"))
+        (tmp_path / "classnames.txt").unlink()
+    lack = f"labels such as 'dog' are no numbers: list the names in {tmp_path}/classnames.txt"
+    assert what_classes_lack(open_dataset(str(tmp_path))) == lack
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    dataset = open_dataset(str(tmp_path))
+    assert [dataset[i].label for i in range(N)] == [0, 1] * 3 and not what_classes_lack(dataset)
+
+
 DAMAGES = """missing/missing name/misspelt/no name/empty/no pickle/csv columns/csv empty/csv of semicolons/tsv of commas/utf-16/csv unbalanced/two columns/folders like splits/two tables/
-empty jsonl/npz arrays/npz offsets/npz too short/npz labels/npz broken/class names/json/coco/pickle/
+empty jsonl/npz arrays/npz offsets/npz too short/npz labels/npz labels of objects/npz broken/class names/json/coco/pickle/
 pickle of something else/tar cut in a picture/tar cut in a header/tar cut between members/tar without an end/tar empty/
 tar of something else"""
 
