@@ -22,8 +22,7 @@ Own data      torchrun declip.py --data path/to/captions.csv --recipe flickr8k
 Official checkpoints load strictly (evaluation.weights.load_released). The default follows the text
 of the paper. With --released the following is done as in the released code:
  - C of all four pairs has the weight (1 - alpha - beta - gamma) / 4; beta has no other effect.
- - L_NNS goes from image to text only, and over N' too; the queue takes T' as well. In the paper
-   both directions and T alone.
+ - L_NNS goes from image to text only, and over N' too; the queue takes T' as well.
  - The masked text serves L_TSS and is also T, and a random token in it can be an end token, which
    the text encoder then pools at. By default T is the embedding of the text without masks.
  - s is at least exp(3) = 20, and a ViT's patch embedding is not trained.
@@ -432,9 +431,9 @@ class DeCLIP(nn.Module):
         """(B, 3, S, S) -> (B, E), not normalised."""
         return self.visual(image)
 
-    def forward(self, view1, view2, text, text_aug, masked, labels):
+    def forward(self, view1, view2, text, text_aug, masked, chosen):
         """-> (I1, I2), (T, T') each (B, E); (p1, p2), (z1, z2) each (B, ssl_dim); logits (M, V) of
-        the M tokens whose label, see masked_text, is not -100. text None: T is that of `masked`."""
+        the M tokens of `masked` at `chosen`, rows and columns. text None: T is that of `masked`."""
         image1 = self.visual(view1)
         image2 = self.visual(view2)
         z1 = self.projector(image1)
@@ -444,7 +443,7 @@ class DeCLIP(nn.Module):
         text_aug_embed = self.encode_text(text_aug)
         p1 = self.predictor(z1)
         p2 = self.predictor(z2)
-        logits = self.text_label_predictor(words[labels != -100])
+        logits = self.text_label_predictor(words[chosen])
         return (image1, image2), (text_embed, text_aug_embed), (p1, p2), (z1, z2), logits
 
 
@@ -664,6 +663,7 @@ def train(args: Args) -> dict:
         length = text.shape[1]  # of the longest caption, on a GPU rounded up
         masked = batch["masked"][:, :length]
         labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
+        chosen = torch.where(labels != -100)  # masked; the host waits for their number
         lr = warmup_cosine(
             step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr
         )
@@ -672,7 +672,7 @@ def train(args: Args) -> dict:
 
         seen = None if args.released else text
         with autocast:
-            outputs = ddp(view1, view2, seen, text_aug, masked, labels)
+            outputs = ddp(view1, view2, seen, text_aug, masked, chosen)
         image_embeds, text_embeds, p, z, word_logits = outputs
         known = text_embeds if args.released else text_embeds[:1]  # T, and T' with --released
         nearest = [queue.nearest(embed) for embed in known]
@@ -685,7 +685,7 @@ def train(args: Args) -> dict:
         neighbours = to_text if args.released else both
         nns = neighbours[:, 2:].mean()
         iss = simsiam_loss(*p, *z)
-        tss = mlm_loss(word_logits, labels[labels != -100])
+        tss = mlm_loss(word_logits, labels[chosen])
         loss = clip_weight * clip + mvs_weight * mvs + args.nns_weight * nns
         loss += args.ssl_weight * (iss + tss)
         scaler.scale(loss).backward()
