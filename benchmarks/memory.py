@@ -50,6 +50,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+import init  # noqa: E402
 from common import UserError, user_errors  # noqa: E402
 from data import Loader  # noqa: E402
 from evaluation.results import environment  # noqa: E402
@@ -246,6 +247,10 @@ def alone_among(module, gpus, device, marks, stages=()):
     """Replaces in a method file what needs data, runs, a run directory or other processes."""
     buckets = []
 
+    def start(model, args, tokenizer=None):  # no weights of --init are read
+        if getattr(args, "freeze", ""):
+            init.freeze(model, args.freeze)
+
     class Repeated(Loader):
         def batches(self, start, stop):
             for step in range(start, stop):
@@ -269,6 +274,7 @@ def alone_among(module, gpus, device, marks, stages=()):
         "evaluation_set": lambda *_: None,
         "captions": lambda *_: (),
         "open_synonyms": lambda *_: None,
+        "init_weights": start,
         "add_mask_token": lambda tokenizer: tokenizer,
         "earlier_stages": lambda *_: stages,
         "labelled_part": Labelled,

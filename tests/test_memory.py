@@ -173,6 +173,21 @@ def test_a_prediction_is_recorded_and_is_what_the_record_says(tmp_path, monkeypa
             memory.main()
 
 
+def test_frozen_weights_take_neither_gradients_nor_moments(monkeypatch):
+    """And need not be there."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    gib = []
+    for words in ([], ["--init", "not/there.pth"], ["--init", "not/there.pth", "--freeze", "image"]):
+        module, args = memory.resolve("slip", ["--recipe", "shapes", "--batch-size", "32", *words])
+        args.device, args.dtype = "cpu", "bf16"
+        gib.append(memory.predict(module, args, 1))
+    assert gib[0] == gib[1]
+    assert gib[2]["gradients"] < 0.7 * gib[0]["gradients"] and gib[2]["copies and buffers"] > gib[0]["copies and buffers"]
+    assert gib[2]["optimizer"] < 0.7 * gib[0]["optimizer"] and gib[2]["peak"] < gib[0]["peak"]
+
+
 def test_a_method_that_is_none_is_one_sentence():
     for name in ("clp", "common"):
         done = command("benchmarks/memory.py", name, "--gpus", "1")
