@@ -195,15 +195,16 @@ def test_a_method_that_is_none_is_one_sentence():
         assert done.stderr.endswith(f"error: {name} is not a method file: name one without .py, for example slip\n")
 
 
-NEUTRAL = {"--data-dir", "--output-dir", "--epochs", "--warmup-epochs", "--lr", "--weight-decay", "--init", "--clip-views", "--images"}
+NEUTRAL = {"--data-dir", "--output-dir", "--epochs", "--warmup-epochs", "--lr", "--weight-decay", "--init", "--clip-views", "--images",
+           "--eval-every", "--gelu"}  # fmt: skip
 
 
-def test_every_documented_command_for_eight_gpus_has_its_gib():
-    """But for flags that take no memory. --images decoupled shows a step as many images as --images all."""
-    recorded = {row["command"]: row["gib"]["peak"] for row in json.loads((ROOT / "results/memory.json").read_text())["rows"]}
-    documented = set()
-    for page in (ROOT / "docs").glob("*.md"):
-        for words in re.findall(r"(?:^|`)torchrun --nproc_per_node=8 ((?:\w+)\.py [^#`\n]*)", page.read_text(), re.M):
+def documented(launcher):
+    """-> commands of the pages behind this launcher, without flags that take no memory. --images decoupled shows a step as
+    many images as --images all."""
+    found = set()
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for words in re.findall(rf"(?:^|`){launcher} ((?:\w+)\.py --data [^#`\n]*)", page.read_text(), re.M):
             words, kept = words.split(), []
             while words:
                 word = words.pop(0)
@@ -211,8 +212,27 @@ def test_every_documented_command_for_eight_gpus_has_its_gib():
                     words.pop(0)
                 else:
                     kept.append(word)
-            if kept[0] != "evaluate.py":
-                documented.add(" ".join(kept))
-    assert len(documented) >= 44 and documented <= set(recorded), documented - set(recorded)
-    shown = [command for command, peak in recorded.items() if peak + 4 > 79.6]  # of an H100 or A100 of 80 GB
+            found.add(" ".join(kept))
+    return found
+
+
+def recorded(gpus):
+    rows = json.loads((ROOT / "results/memory.json").read_text())["rows"]
+    return {row["command"]: row["gib"]["peak"] for row in rows if row["gpus"] == gpus}
+
+
+def test_every_documented_command_for_one_gpu_has_its_gib():
+    """But for those of the small networks that the recipes for these sets have."""
+    small, commands = {"cifar10", "cifar10-cpu", "cifar10-distill", "flickr8k"}, set()
+    for line in documented("torchrun"):
+        recipe = re.search(r"--recipe (\S+)", line) or re.search(r"--data (\S+)", line)
+        if recipe[1] not in small:
+            commands.add(line)
+    assert len(commands) >= 10 and commands <= set(recorded(1)), commands - set(recorded(1))
+
+
+def test_every_documented_command_for_eight_gpus_has_its_gib():
+    gib, commands = recorded(8), documented("torchrun --nproc_per_node=8")
+    assert len(commands) >= 44 and commands <= set(gib), commands - set(gib)
+    shown = [command for command, peak in gib.items() if peak + 4 > 79.6]  # of an H100 or A100 of 80 GB
     assert shown == ["slip.py --data yfcc15m --grad-checkpointing none"]
