@@ -102,19 +102,16 @@ class Args(RunArgs):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 or fp16 on GPUs, else fp32
 
 
+SMALL = dict(arch="vit_nano_patch8", image_size=32, local_crops=0, blur=False, layer_scale=1.0,
+             freeze_last_layer=0.0, drop_path=0.0, centering="sinkhorn", layer_decay=1.0,
+             patch_embed_lr=1.0, batch_size=128, weight_decay_end=0.04)
 RECIPES = {  # our own, but for the last two
-    "flocks": dict(arch="vit_nano_patch8", image_size=32, local_crops=0, crop_split=0.7,
-                   jitter_strength=0.0, blur=False, layer_scale=1.0, hidden_dim=512, out_dim=64,
-                   freeze_last_layer=0.0, drop_path=0.0, centering="sinkhorn", teacher_temp=0.02,
-                   warmup_teacher_temp=0.02, teacher_momentum=0.95, koleo_weight=0.5,
-                   layer_decay=1.0, patch_embed_lr=1.0, epochs=3, batch_size=128,
-                   warmup_epochs=0.2, weight_decay_end=0.04),
-    "cifar10-cpu": dict(arch="vit_nano_patch8", image_size=32, local_crops=0, crop_split=0.3,
-                        jitter_strength=0.25, blur=False, layer_scale=1.0, hidden_dim=1024,
-                        out_dim=512, freeze_last_layer=0.0, drop_path=0.0, centering="sinkhorn",
+    "flocks": dict(SMALL, crop_split=0.7, jitter_strength=0.0, hidden_dim=512, out_dim=64,
+                   teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.95,
+                   koleo_weight=0.5, epochs=3, warmup_epochs=0.2),
+    "cifar10-cpu": dict(SMALL, crop_split=0.3, jitter_strength=0.25, hidden_dim=1024, out_dim=512,
                         teacher_temp=0.03, warmup_teacher_temp=0.03, teacher_momentum=0.97,
-                        layer_decay=1.0, patch_embed_lr=1.0, epochs=10, batch_size=128,
-                        warmup_epochs=0.3, weight_decay_end=0.04),
+                        epochs=10, warmup_epochs=0.3),
     "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2,
                    layer_scale=1.0, blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0,
                    drop_path=0.0, teacher_temp=0.02, warmup_teacher_temp=0.02,

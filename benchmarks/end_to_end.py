@@ -11,7 +11,8 @@ of the model (one). The first ten steps are not timed: workers start, buffers ar
 other round goes backwards, so that no loop always follows the same. A row is the median of the
 rounds and the median ratio of a round; data_wait is the share of the time in which the network
 here waited for its data, the mean of the rounds. What the views are is in parity.py; there is no
-blur. mocov3 has no loop of lightly's in parity.py and is timed alone. With --out, methods that were
+blur. mocov3
+and dinov2 have no loop of lightly's in parity.py and are timed alone. With --out, methods that were
 measured before stay in the file.
 
 Needs lightly (pip install -r requirements-test.txt).
@@ -42,7 +43,7 @@ from record import warn_of  # noqa: E402
 from run import parse_args  # noqa: E402
 from step import environment  # noqa: E402
 
-METHODS = "simclr", "moco", "mocov3", "byol", "simsiam", "dino"
+METHODS = "simclr", "moco", "mocov3", "byol", "simsiam", "dino", "dinov2"
 UNTIMED = 10  # steps
 
 
