@@ -11,9 +11,8 @@ of the model (one). The first ten steps are not timed: workers start, buffers ar
 other round goes backwards, so that no loop always follows the same. A row is the median of the
 rounds and the median ratio of a round; data_wait is the share of the time in which the network
 here waited for its data, the mean of the rounds. What the views are is in parity.py; there is no
-blur. mocov3
-and dinov2 have no loop of lightly's in parity.py and are timed alone. With --out, methods that were
-measured before stay in the file.
+blur. mocov3 and dinov2 have no loop of lightly's in parity.py and are timed alone. With --out,
+methods that were measured before stay in the file.
 
 Needs lightly (pip install -r requirements-test.txt).
 """
