@@ -265,7 +265,7 @@ class Block(nn.Module):
     def add(self, x, branch, u):
         if u is None:
             return x + branch(x)
-        kept = (u >= self.drop_path).nonzero().squeeze(1)  # rows of x
+        kept = (u >= self.drop_path).nonzero().squeeze(1).to(x.device)  # rows of x
         if len(kept) == 0:  # flash attention refuses an empty batch: compute one row, add nothing
             return x + 0 * branch(x[:1])
         y = branch(x[kept]) / (1 - self.drop_path)
@@ -677,7 +677,7 @@ def train(args: Args) -> dict:
         params = batch["params"]
         drop_path = []
         if depth:
-            drop_path = [params[name]["drop_path"] for name in views]
+            drop_path = [params[name]["drop_path"].cpu() for name in views]  # or each branch waits
         masks = [params[name]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         start, end = args.weight_decay, args.weight_decay_end

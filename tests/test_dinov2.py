@@ -191,6 +191,13 @@ def test_draws_do_not_depend_on_the_batch():
 
 
 # ------------------------------------------------ model ------------------------------------------------
+def test_stochastic_depth_makes_no_gpu_wait():
+    """How many samples a branch keeps is known on the CPU; a tensor without content cannot tell it."""
+    block = dinov2.Block(12, 3, drop_path=0.5).to("meta")
+    x = block(torch.empty(4, 5, 12, device="meta"), torch.tensor([[0.1, 0.9], [0.7, 0.2], [0.8, 0.8], [0.3, 0.4]]))
+    assert x.is_meta and x.shape == (4, 5, 12)
+
+
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_stochastic_depth_by_subset(swiglu):
     """What is left out is not computed, the rest is scaled, and each sample's numbers are its own."""
