@@ -663,7 +663,7 @@ def train(args: Args) -> dict:
         length = text.shape[1]  # of the longest caption, on a GPU rounded up
         masked = batch["masked"][:, :length]
         labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
-        chosen = torch.where(labels != -100)  # masked; the host waits for their number
+        chosen = torch.where(labels != -100)  # the CPU waits for the number of masked tokens
         lr = warmup_cosine(
             step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr
         )

@@ -271,8 +271,8 @@ def zeroshot_weights(encode_text, tokenizer, classnames, templates, device="cpu"
 
 def rank_scores(features):
     """RankMe (arXiv 2210.02885, Eq. 1; Roy and Vetterli 2007): over how many directions features
-    spread. (N, D) -> {"effective_rank", "full_rank"}, which stand beside an accuracy: a number from
-    1 (all on one line: collapsed) to min(N, D), without a unit, and this largest value.
+    spread. (N, D) -> {"effective_rank": from 1 (all on one line: collapsed) to min(N, D), without a
+    unit, "full_rank": min(N, D)}, which stand beside an accuracy.
 
     exp(-sum_k p_k ln p_k), p_k = s_k / sum_j s_j, s the singular values of the features, which are
     not centred. The paper takes projector outputs, and adds 1e-7 to p_k; here values below 5e-7 of

@@ -88,9 +88,10 @@ def read(path):
         with torch.serialization.safe_globals([argparse.Namespace, *map(stand_in, HARMLESS)]):
             saved = load_checkpoint(path)
     except UserError as error:
-        kept = latest_kept(Path(path).parent)
-        whole = f"take {kept}" if kept else "give a whole copy of it, or a state dict alone"
-        raise UserError(f"{error}: {whole}") from error
+        own = Path(path).name == "checkpoint.pt"  # of a run, which may have kept earlier ones
+        kept = latest_kept(Path(path).parent) if own else None
+        advice = f"give {kept} instead" if kept else "give an undamaged copy, or a state dict alone"
+        raise UserError(f"{error}: {advice}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
     return saved

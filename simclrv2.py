@@ -373,7 +373,8 @@ def earlier_stages(args):
     if args.stage == "distill" and not args.teacher:
         raise UserError("distilling needs --teacher, a run of this file")
     if args.teacher and not os.path.exists(args.teacher):
-        raise UserError(f"there is no --teacher {args.teacher}: a student needs it also to go on")
+        need = "give the run that teaches, which a student needs in every step, also to continue"
+        raise UserError(f"there is no --teacher {args.teacher}: {need}")
     pretrained = own_checkpoint(args) if args.checkpoint else None
     if args.checkpoint and not pretrained:
         pretrained = checkpoint_of("simclr", args.checkpoint)

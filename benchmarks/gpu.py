@@ -20,9 +20,9 @@ The parts, in this order. Each runs in processes of its own and has a time limit
 
 An invocation continues a gpu.jsonl that is already in --out. Of the tests it leaves out those that
 have passed on the same GPU with the same code and versions, and of the last part the methods that
-have been trained with the same code. The first that is left gets all the time of that part, as 25
-epochs reach 80% with none. SimSiam may not reach it at all: after 200 epochs with this batch
-lightly publishes 76.4.
+have been trained with the same code. The first that is left gets all the time of that part, because
+a run that is cut short does not tell how long 80% takes. SimSiam may never reach it: after 200
+epochs with this batch lightly publishes 76.4.
 
 Every result is a line of gpu.jsonl, written at once, so that a machine that goes away leaves what
 it has measured. What fails is a line too, and the next part starts. gpu.md has the same as tables,
@@ -34,9 +34,9 @@ MFU counts the matrix products and convolutions of an eager step, two operations
 multiplication, against what a bfloat16 matrix product of 8192 x 8192 x 8192 reaches in the same
 process. What activation checkpointing computes again takes its time and is not counted. Compilation
 is not in any time: while the tests run, which leave the GPU mostly idle, it fills a cache on disk.
-Without the tests nothing is compiled ahead, and few compiled rows fit: name fewer --models then.
 Nor is compiling again, which flatters the compiled rows of ibot and dinov2: the one batch comes
 with its masks, so that no shape changes, while in training the number of masked patches does.
+Without the tests nothing is compiled ahead, and few compiled rows fit: name fewer --models then.
 """
 
 import argparse

@@ -58,7 +58,7 @@ SHARED = {
     "LARS",
     "data.py": "what numbers depend on: loader, batched image operations, tokenizer",
     "sources.py": "where samples come from: names and paths of datasets, their splits",
-    "layouts.py": "which layout files have (folders, tables, shards ...), and how they are read",
+    "layouts.py": "layouts of files (folders, tables, shards): tells them apart, and reads them",
     "scenes.py": "the drawn sets, which need no download",
     "synonyms.py": "synonyms from a file or from WordNet, for declip.py alone",
     "run.py": "arguments that change no number, run directory, log, checkpoint",

@@ -343,7 +343,7 @@ def test_no_checkpoint_to_evaluate(server, photos, finished, name, reason):
         done = server.run("evaluate.py", "retrieval", path, "--data", photos, "--device", "cpu")
     assert_sentence(done, "evaluate.py", str(path), reason)
     if "damaged" in reason or "code" in reason:
-        assert ": give a whole copy of it, or a state dict alone" in done.stderr
+        assert ": give an undamaged copy, or a state dict alone" in done.stderr
     assert not (finished / "executed").exists()
 
 
@@ -368,7 +368,12 @@ def test_what_mends_a_damaged_checkpoint(server, photos, tmp_path):
     done = server.run(*argv, "--max-steps", 3)
     assert_sentence(done, "simclr.py", "checkpoint.pt cannot be read", ": copy checkpoint_2.pt over it to go on from there, or")
     done = server.run("evaluate.py", "retrieval", tmp_path / "run", "--data", photos, "--device", "cpu")
-    assert_sentence(done, "evaluate.py", "checkpoint.pt cannot be read", f": take {tmp_path}/run/checkpoint_2.pt")
+    assert_sentence(done, "evaluate.py", "checkpoint.pt cannot be read", f": give {tmp_path}/run/checkpoint_2.pt instead")
+    kept = tmp_path / "run/checkpoint_3.pt"  # a kept one that is damaged is not its own remedy
+    kept.write_bytes(b"junk")
+    done = server.run("evaluate.py", "retrieval", kept, "--data", photos, "--device", "cpu")
+    assert_sentence(done, "evaluate.py", "checkpoint_3.pt cannot be read", ": give an undamaged copy, or a state dict alone")
+    kept.unlink()
     shutil.copy(tmp_path / "run/checkpoint_2.pt", saved)
     done = server.run(*argv, "--max-steps", 3)
     assert done.returncode == 0 and "continued at 2" in done.stdout

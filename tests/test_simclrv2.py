@@ -118,7 +118,7 @@ def test_a_student_that_continues_needs_its_teacher(photos, stages, tmp_path):
     train_here([*argv, "--max-steps", "1"])
     shutil.rmtree(tmp_path / "teacher")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    with pytest.raises(UserError, match=f"there is no --teacher {tmp_path}/teacher: a student needs it also to go on"):
+    with pytest.raises(UserError, match=f"there is no --teacher {tmp_path}/teacher: give the run that teaches, which"):
         train_here([*argv, "--max-steps", "2"])
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
