@@ -114,7 +114,11 @@ def probe_sets(args, dataset=None):
     train and the val split it is called with, or None for all three. Says which of the two it is.
     dataset: the train split of --data, which an --eval-data of a single file is compared with too.
     Raises UserError if the splits have different classes, which would pair wrong labels."""
-    apart = args.eval_data and not os.path.isfile(args.eval_data)  # it has a train split of its own
+    one_file = os.path.isfile(args.eval_data)
+    if one_file and os.path.realpath(args.eval_data) == os.path.realpath(args.data):
+        raise UserError("--eval-data is the file of --data, in which every image would be its own "
+                        "neighbour: give images that are not trained on")  # fmt: skip
+    apart = args.eval_data and not one_file  # it has a train split of its own
     bank = evaluation_set(args, "train", None if apart else dataset)
     val = evaluation_set(args) if bank else None
     if not val:

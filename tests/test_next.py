@@ -206,6 +206,9 @@ def test_a_single_file_may_be_evaluated(said, tmp_path, capsys, monkeypatch):
     for protocol, words in (("knn", ["neighbors"]), ("zeroshot", ["zeroshot", "--split", "train"])):
         following = shlex.split(drawn.next_command(run, protocol, val))[2:]
         assert following == [words[0], "runs/x", "--data", args.eval_data, *words[1:]]
+    args.data = args.eval_data
+    with pytest.raises(UserError, match="in which every image would be its own neighbour"):
+        probe_sets(args, opened)
 
 
 def test_splits_of_different_classes_are_refused(tmp_path):
