@@ -117,6 +117,9 @@ RECIPES = {
     "cifar10-cpu": dict(SMALL, arch="resnet10", width=0.25, stem="small", mlp_dim=1024,
                         head_dim=128, key_momentum=0.95, epochs=10, batch_size=128, base_lr=0.3,
                         warmup_epochs=0.6),
+    "cifar10-cpu-vit": dict(arch="vit_nano_patch8", image_size=32, crop_min=0.2, blur=False,
+                            mlp_dim=1024, head_dim=128, key_momentum=0.95, epochs=10,
+                            batch_size=128, base_lr=2e-3, weight_decay=0.05, warmup_epochs=0.3),
     "imagenet": {},  # ViT-S: linear probe 73.2% (official code)
     "imagenet-vit-base": dict(arch="vit_base_patch16"),  # 76.7%
     "imagenet-resnet50": dict(RESNET, epochs=100, base_lr=0.6),  # 68.9%

@@ -85,6 +85,7 @@ class Args(RunArgs):
     width: float = 0.0  # factor of the channels of a ResNet (0: that of the earlier run)
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # auto: the earlier run's
     image_size: int | None = None  # side of a view in pixels (default: that of the earlier run)
+    crop_min: float = 0.08  # smallest area of a crop, as a share of the image (official code)
     epochs: int = 60  # passes over the data (Sec. 3.1); 30 with 10% or all labels, 400 to distill
     max_steps: int = 0  # stop after so many steps, without changing the schedule (0: run all of it)
     batch_size: int = 1024  # images of a step, over all processes (Sec. 3.1)
@@ -146,12 +147,13 @@ class CropFlipView:
 
     mean, std = (0, 0, 0), (1, 1, 1)
 
-    def __init__(self, size):
+    def __init__(self, size, crop_min=0.08):
         self.size = size
+        self.crop_min = crop_min
 
     def crop(self, image, rng):
         """In a loader worker: uint8 (3, H, W) -> uint8 (3, size, size). rng: random.Random."""
-        scale = (0.08, 1.0)
+        scale = (self.crop_min, 1.0)
         return random_resized_crop(image, rng, self.size, scale, interpolation="bicubic")
 
     def sample(self, rng):
@@ -463,7 +465,7 @@ def train(args: Args) -> dict:
         dataset = torch.utils.data.Subset(dataset, has_label.nonzero().flatten().tolist())
         dataset.name = name
         dataset.captioned = False
-    view = CropFlipView(args.image_size)
+    view = CropFlipView(args.image_size, args.crop_min)
     views = {"view": view}
     loader = Loader(dataset, views, {}, args.batch_size, args.seed, args.workers, device)
 

@@ -267,7 +267,8 @@ def test_the_only_view_is_a_crop_that_may_be_flipped(monkeypatch):
     monkeypatch.setattr(simclrv2, "random_resized_crop", crop)
     view, rng = simclrv2.CropFlipView(16), random.Random(0)
     view.crop(torch.zeros(3, 20, 20, dtype=torch.uint8), rng)
-    assert asked == [(16, (0.08, 1.0), {"interpolation": "bicubic"})]
+    simclrv2.CropFlipView(16, 0.5).crop(torch.zeros(3, 20, 20, dtype=torch.uint8), rng)
+    assert asked == [(16, (smallest, 1.0), {"interpolation": "bicubic"}) for smallest in (0.08, 0.5)]
     drawn = [view.sample(rng) for _ in range(4000)]
     assert {tuple(params) for params in drawn} == {("flip",)}
     assert sum(params["flip"] for params in drawn) / 4000 == pytest.approx(0.5, abs=0.03)
