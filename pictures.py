@@ -196,11 +196,13 @@ def save_curves(directory):
 
 def command(run, launcher, script, *words) -> str:
     """A command line that can be pasted where the run was started."""
+    n = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = [f"--nproc_per_node={n}"] if launcher == "torchrun" and n != "1" else []
     path = Path(__file__).with_name(script)
     path = path.name if path.parent == Path.cwd() else path
     if data_dir := run.args.data_dir or os.environ.get("DATA_DIR"):
         words += ("--data-dir", data_dir)
-    return shlex.join(map(str, [launcher, path, *words]))
+    return shlex.join(map(str, [launcher, *processes, path, *words]))
 
 
 def next_command(run, protocol, dataset, then=()) -> str:

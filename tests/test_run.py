@@ -18,6 +18,7 @@ from PIL import Image
 import pictures
 import run
 from common import UserError
+from pictures import command as command_line
 from pictures import next_command
 from run import Run, RunArgs, load_checkpoint, parse_args
 from runs import METHODS, ROOT, command, make_photos, module_of, train_here
@@ -111,6 +112,24 @@ def test_next_command(monkeypatch, protocol, trained_on, dataset, command, data_
     parse(words[1], words[2:])  # evaluate.py takes it
     monkeypatch.chdir(ROOT / "tests")
     assert shlex.split(next_command(run, protocol, dataset))[1] == str(ROOT / "evaluate.py")
+
+
+@pytest.mark.parametrize("environment, launcher", [
+    ({}, "torchrun"),  # started with python, or
+    ({"LOCAL_WORLD_SIZE": "1"}, "torchrun"),
+    ({"LOCAL_WORLD_SIZE": "8"}, "torchrun --nproc_per_node=8"),
+])  # fmt: skip
+def test_next_stage_runs_on_as_many_processes(monkeypatch, environment, launcher):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = Run.__new__(Run)
+    run.args = types.SimpleNamespace(data_dir="")
+    then = ["torchrun", "simclrv2.py", "--data", "imagenet", "--teacher", "runs/x"]
+    assert next_command(run, "knn", None, then) == f"{launcher} simclrv2.py --data imagenet --teacher runs/x"
+    assert command_line(run, "python", "evaluate.py", "knn") == "python evaluate.py knn"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory is private")
