@@ -179,7 +179,8 @@ def test_slurm_script(tmp_path, outcome):
     (run / "checkpoint.pt").write_text("of the time before")
     os.utime(run / "checkpoint.pt", (1, 1))
     save = f"sleep 0.05; touch {run}/checkpoint.pt; " if outcome == "saves" else ""
-    stubs = {"srun": f'echo "$@" > {tmp_path}/srun; {save}exit {0 if outcome == "ends" else 1}',
+    srun = f'echo "$@" > {tmp_path}/srun; echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT > {tmp_path}/seconds; {save}'
+    stubs = {"srun": f'{srun}exit {0 if outcome == "ends" else 1}',
              "scontrol": f'echo "$@" >> {tmp_path}/scontrol; [ $1 != show ] || printf "a1\\na2\\n"'}  # fmt: skip
     for name, text in stubs.items():
         (bin / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -190,6 +191,8 @@ def test_slurm_script(tmp_path, outcome):
     words = (tmp_path / "srun").read_text().split()
     assert "--rdzv_endpoint=a1:29500" in words and words[words.index("--output-dir") + 1] == str(run)
     assert words[0] == "--cpus-per-task=96"  # which Slurm 22.05 and later do not hand on to srun
+    seconds, warned = int((tmp_path / "seconds").read_text()), int(re.search("--signal=TERM@([0-9]+)", script)[1])
+    assert 30 < seconds < warned  # torchrun's 30 are too few for a large model, and afterwards Slurm kills it
     assert "\n#SBATCH --dependency=singleton\n" in script  # or a second job would come back while the first one saves
     assert ("requeue 7" in (tmp_path / "scontrol").read_text()) == (outcome == "saves")
     assert (done.returncode == 0) == (outcome != "fails")
