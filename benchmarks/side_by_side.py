@@ -12,7 +12,8 @@
 
 All rows of a method have the same weights, batch and precision. Nothing is timed before two steps
 of each gave the same losses, to 1e-4; the second one compares gradient, optimizer, running average
-and queue. On the CPU the clock counts work of this process only. With --out, methods that were
+and queue. On the CPU the clock counts work of this process only. On a GPU step_gib is the memory
+that a step takes at most, beyond what all rows keep between steps. With --out, methods that were
 measured before stay in the file. benchmarks/step.py holds the rows of clip and simclr, and says
 where their differences come from.
 
@@ -325,6 +326,8 @@ def compare(method, args, device):
             "over_here": min(taken) / min(ours),
             "over_here_median": statistics.median(ratios),
         }
+        if device.type == "cuda":
+            row["step_gib"] = step.peak_gib(rows[name], args.dtype)
         found["rows"][name] = row
         print(f"{method:8}{name:28}{row['ms_min']:10.1f} ms, {row['over_here']:.2f} times ours "
               f"(median of {row['over_here_median']:.2f})", flush=True)  # fmt: skip

@@ -232,6 +232,16 @@ def measure(rows, rounds, dtype, device):
     return {name: s[1:] for name, s in seconds.items()}  # the first round warms up
 
 
+def peak_gib(row, dtype):
+    """-> GiB that one more step on a GPU takes at most, beyond what all rows keep between steps."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    row.step(*mixed_precision(dtype, torch.device("cuda")))
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 def main():
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)

@@ -75,6 +75,18 @@ def test_step_compares_what_it_times(side_by_side, monkeypatch, tmp_path):
         assert row["first_two_losses"] == pytest.approx(rows["here"]["first_two_losses"], rel=1e-4)
 
 
+def test_memory_of_a_step_is_what_it_adds(side_by_side, monkeypatch):
+    """The weights of all rows are there before it."""
+    step, there, peak = side_by_side.step, 3 * 2**30, [9 * 2**30]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: there)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.append(there))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[-1])
+    weight = torch.ones((), requires_grad=True)
+    row = step.Row(None, torch.optim.SGD([weight], 0.1), lambda _: peak.append(there + 2**29) or 1 * weight)
+    assert step.peak_gib(row, "fp32") == 0.5 and weight < 1
+
+
 def test_whole_loops_and_steps_warn_of_an_uncommitted_tree(side_by_side, tmp_path, monkeypatch, capsys):
     """As record.py does: their numbers are of a tree that nobody else has."""
     import end_to_end
