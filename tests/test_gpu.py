@@ -28,7 +28,7 @@ import simsiam
 import slip
 from command import Args
 from evaluation import finetune
-from runs import METHODS, environment, make_photos, module_of, rows, train_here
+from runs import METHODS, environment, make_photos, rows, train_here
 from test_resume import assert_same_run
 from toys import QUICK, TRANSFORMER, VIEW, Toy, vit
 
@@ -361,13 +361,16 @@ def test_memory_of_a_loss_grows_with_local_times_global(monkeypatch, record_prop
     assert 0.8 < sizes[256, 32] / sizes[512, 8] < 1.25  # b halved, B doubled: the same product
 
 
+ACCUMULATES = {"clip": [], "slip": [], "align": ["--bn-group", "8"], "dino": [], "ibot": [], "dinov2": ["--koleo-group", "8"]}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_peak_memory_of_a_step(name, photos, tmp_path, record_property):
     """Recorded (pytest --junitxml keeps it); exact accumulation needs less than the batch at once."""
     sizes = {}
-    for accum in (1, 4) if hasattr(module_of(name), "replay_backward") else (1,):
+    for accum in (1, 4) if name in ACCUMULATES else (1,):
         flags = ["--batch-size", "32", "--image-size", "96", "--max-steps", "2", "--accum-steps", str(accum)]
-        flags += ["--bn-group", "8"] if name == "align" else []
+        flags += ACCUMULATES.get(name, [])
         sizes[accum] = peak(lambda f=flags, a=accum: losses(name, photos, tmp_path / f"accum{a}", *f))
         record_property(f"{name}, {accum} pieces: MiB", round(sizes[accum] / 2**20, 1))
         print(f"{name}, batch 32 of 96 pixels in {accum} pieces: {sizes[accum] / 2**20:.0f} MiB at most")
