@@ -291,24 +291,32 @@ def test_operations_that_cannot_be_counted_are_a_result_beside_the_time(gpu, tmp
 
 
 def test_cifar_goes_on_where_an_earlier_record_ends(gpu, session, tmp_path, monkeypatch):
-    """A method that has no last row was cut off and is trained again. Each has the time of the part, or its share of more."""
+    """A method that has no last row was cut off, and one with other code is another: both are trained again. The first that
+    is left gets all the time, and the next one what it leaves."""
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10/train.npz").touch()
-    earlier = [{"best_knn_top1": 5.0}, {"method": "byol", "evaluation": 1}, {"method": "moco", "best_knn_top1": 5.0}]
-    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps({"part": "cifar"} | row) + "\n" for row in earlier))
-    session, trained = session("cifar"), []
-    monkeypatch.setattr(session, "train_cifar", lambda method, folder, seconds: trained.append((method, seconds)))
-    for left, expected in (([603, 403, 203], [200, 200, 200]), ([163, 60, 20], [100, 57])):
-        monkeypatch.setattr(session, "left", lambda part, left=left: left.pop(0))
-        session.cifar()
-        assert trained == list(zip(["byol", "simsiam", "dino"], expected))
+
+    def trained_before(**rows):
+        session("cifar").machine()
+        for method, row in rows.items():
+            gpu.record("cifar", method=method, **row)
+
+    checksum = gpu.checksum
+    monkeypatch.setattr(gpu, "checksum", lambda pattern: "other code")
+    trained_before(simclr={"best_knn_top1": 5.0})
+    monkeypatch.setattr(gpu, "checksum", checksum)
+    trained_before(byol={"evaluation": 1}, moco={"best_knn_top1": 5.0})
+    begun, trained = session("cifar"), []
+    monkeypatch.setattr(begun, "train_cifar", lambda method, folder, seconds: trained.append((method, seconds)))
+    for left, expected in (([603, 20], {"simclr": 600}), ([603, 550, 42], {"simclr": 600, "byol": 547})):
+        monkeypatch.setattr(begun, "left", lambda part, left=left: left.pop(0))
+        begun.cifar()
+        assert trained == list(expected.items()) and not left
         trained.clear()
-    row = json.loads((tmp_path / "gpu.jsonl").read_text().splitlines()[-1])
-    assert row == {"part": "cifar", "skipped": "no time was left for dino"}
-    with open(tmp_path / "gpu.jsonl", "a") as file:
-        file.writelines(json.dumps({"part": "cifar", "method": method, "best_knn_top1": 5.0}) + "\n" for method in gpu.CIFAR)
-    session.cifar()
-    assert not trained and session.rows[-1]["skipped"] == f"{tmp_path}/gpu.jsonl has every method"
+    assert rows_of(tmp_path)[-1] == {"part": "cifar", "skipped": "no time was left for simsiam, dino"}
+    trained_before(**dict.fromkeys(gpu.CIFAR, {"best_knn_top1": 5.0}))
+    begun.cifar()
+    assert not trained and begun.rows[-1]["skipped"] == f"{tmp_path}/gpu.jsonl has every method"
 
 
 def test_without_time_every_part_says_so(tmp_path):
