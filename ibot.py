@@ -323,10 +323,10 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
         return torch.cat([of_class, grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def tokens(self, x, mask=None, drop_path=None):
-        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm. mask: of the
-        patches, (B, N) bool; drop_path: uniform numbers (B, depth, 2), which decide about
-        stochastic depth."""
+    def tokens(self, x, mask=None, drop_path=None, queries=None):
+        """(B, 3, H, W) -> (B, 1 + N, D), class token and patches after the last norm, or the first
+        `queries` of them: the last block computes nothing else. mask: of the patches, (B, N) bool;
+        drop_path: uniform numbers (B, depth, 2), which decide about stochastic depth."""
         x = self.patch_embed(x)  # (B, D, rows, columns)
         pos_embed = self.interpolate_pos_embed(*x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)
@@ -336,7 +336,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls_token, x], dim=1) + pos_embed
         for i, block in enumerate(self.blocks):
             u = None if drop_path is None else drop_path[:, i]
-            x = block(x, u)
+            last = i + 1 == len(self.blocks)
+            x = block(x, u, queries if last else None)
         return self.norm(x)
 
     def forward(self, x):
@@ -424,7 +425,7 @@ class IBOT(nn.Module):
         tokens = self.student.backbone.tokens(large, mask, drop_large)
         student, patches = self.student.head(tokens, mask)
         if small:  # never masked, and only their class tokens go through the head
-            tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small)
+            tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small, queries=1)
             student = torch.cat([student, self.student.head(tokens[:, 0])])
         return student, patches, teacher, teacher_patches
 

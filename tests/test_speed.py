@@ -73,6 +73,30 @@ def test_in_training_the_last_block_computes_the_class_token_alone(network):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_of_local_crops_the_last_block_computes_the_class_token_alone():
+    """Of ibot.py's student, as only their class tokens go on. All outputs and gradients are those with all tokens."""
+    torch.manual_seed(0)
+    args = ibot.Args(arch="vit_micro_patch8", image_size=32, local_size=16, out_dim=32, hidden_dim=32, drop_path=0.3)
+    model = ibot.build_model(args).double().train()
+    crops = [torch.randn(2, 3, size, size, dtype=torch.float64) for size in (32, 32, 16, 16)]
+    drop_path = [torch.rand(2, len(model.student.backbone.blocks), 2) for _ in crops]
+    mask, found, tokens = torch.rand(4, 16) < 0.4, [], ibot.VisionTransformer.tokens
+    for queries in (1, None):
+        seen, network = [], copy.deepcopy(model)
+        last = network.student.backbone.blocks[-1].mlp
+        last.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[1]))
+        with pytest.MonkeyPatch.context() as patch:
+            if queries is None:
+                patch.setattr(ibot.VisionTransformer, "tokens", lambda self, x, mask=None, u=None, queries=None: tokens(self, x, mask, u))
+            outputs = network(crops, mask, drop_path)
+        assert seen == [17, 1 if queries else 5]
+        sum(y.square().mean() for y in outputs[:2]).backward()
+        found.append([*outputs] + [p.grad for p in network.student.parameters() if p.grad is not None])
+    assert len(found[0]) > 20
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 class Enough(Exception):
     pass
 
