@@ -432,9 +432,9 @@ class DeCLIP(nn.Module):
         """(B, 3, S, S) -> (B, E), not normalised."""
         return self.visual(image)
 
-    def forward(self, view1, view2, text, text_aug, masked, labels):
+    def forward(self, view1, view2, text, text_aug, masked, chosen):
         """-> (I1, I2), (T, T') each (B, E); (p1, p2), (z1, z2) each (B, ssl_dim); logits (M, V) of
-        the M tokens whose label, see masked_text, is not -100. text None: T is that of `masked`."""
+        the tokens of `masked` (B, N) at the M places `chosen`. text None: T is that of `masked`."""
         image1 = self.visual(view1)
         image2 = self.visual(view2)
         z1 = self.projector(image1)
@@ -444,7 +444,7 @@ class DeCLIP(nn.Module):
         text_aug_embed = self.encode_text(text_aug)
         p1 = self.predictor(z1)
         p2 = self.predictor(z2)
-        logits = self.text_label_predictor(words[labels != -100])
+        logits = self.text_label_predictor(words.flatten(0, 1)[chosen])
         return (image1, image2), (text_embed, text_aug_embed), (p1, p2), (z1, z2), logits
 
 
@@ -602,9 +602,8 @@ def train(args: Args) -> dict:
     tokenizer = Tokenizer(args.tokenizer, args.context_length, source, vocab_size, args.data_dir)
     tokenizer = add_mask_token(tokenizer)
     if tokenizer.vocab_size > args.vocab_size:
-        raise UserError(
-            f"--vocab-size must be at least {tokenizer.vocab_size}, with the tokenizer's mask token"
-        )
+        least = f"--vocab-size must be at least {tokenizer.vocab_size}"
+        raise UserError(f"{least}, with the tokenizer's mask token")
     synonyms = open_synonyms(args.synonyms)
     views = {
         "view1": SSLView(args.image_size),
@@ -663,7 +662,8 @@ def train(args: Args) -> dict:
         text_aug = batch["text_aug"][:, : args.context_length]
         length = text.shape[1]  # of the longest caption, on a GPU rounded up
         masked = batch["masked"][:, :length]
-        labels = batch["masked"][:, args.context_length :][:, :length]  # see masked_row
+        labels = batch["masked"][:, args.context_length :][:, :length].flatten()  # see masked_row
+        chosen = (labels != -100).nonzero().squeeze(1)  # the host waits for their number
         lr = warmup_cosine(
             step, run.total - 1, warmup, args.lr, start=args.lr / 10, end=args.min_lr
         )
@@ -672,7 +672,7 @@ def train(args: Args) -> dict:
 
         seen = None if args.released else text
         with autocast:
-            outputs = ddp(view1, view2, seen, text_aug, masked, labels)
+            outputs = ddp(view1, view2, seen, text_aug, masked, chosen)
         image_embeds, text_embeds, p, z, word_logits = outputs
         known = text_embeds if args.released else text_embeds[:1]  # T, and T' with --released
         nearest = [queue.nearest(embed) for embed in known]
@@ -685,7 +685,7 @@ def train(args: Args) -> dict:
         neighbours = to_text if args.released else both
         nns = neighbours[:, 2:].mean()
         iss = simsiam_loss(*p, *z)
-        tss = mlm_loss(word_logits, labels[labels != -100])
+        tss = mlm_loss(word_logits, labels[chosen])
         loss = clip_weight * clip + mvs_weight * mvs + args.nns_weight * nns
         loss += args.ssl_weight * (iss + tss)
         scaler.scale(loss).backward()

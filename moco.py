@@ -338,9 +338,10 @@ class MoCo(nn.Module):
     def enqueue(self, keys):
         """The keys of the global batch (B, E), of unit length, take the place of the oldest
         (Sec. 3.2)."""
-        first = int(self.queue_ptr)
-        self.queue[:, first : first + len(keys)] = keys.T
-        self.queue_ptr[0] = (first + len(keys)) % self.queue.shape[1]
+        size = self.queue.shape[1]
+        places = torch.arange(len(keys), device=keys.device) + self.queue_ptr
+        self.queue[:, places % size] = keys.T
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
 @torch.no_grad()

@@ -95,8 +95,10 @@ def on_average(args):
     """{operation: what it returns}, for those whose result depends on values, which tensors without
     content do not have. A mask chooses as many rows as it does on average."""
     aten = torch.ops.aten
-    stays = 1 - getattr(args, "drop_path", 0.0)  # stochastic depth leaves out the rest (dinov2.py)
-    masked = 0.15  # tokens of a caption (declip.py)
+    found = 0.15  # share that nonzero() finds: masked tokens of captions (declip.py)
+    if hasattr(args, "drop_path"):
+        found = 1 - args.drop_path  # samples that stochastic depth keeps (dinov2.py)
+    masked = 0.0
     if hasattr(args, "mask_ratio"):
         masked = getattr(args, "mask_prob", 1.0) * args.mask_ratio  # slip_ablations.py masks all
 
@@ -104,7 +106,7 @@ def on_average(args):
         return 1.0 if x.is_floating_point() else 0  # False for a bool
 
     def nonzero(x):
-        return torch.empty(max(1, round(x.numel() * stays)), x.ndim, dtype=torch.int64)
+        return torch.empty(max(1, round(x.numel() * found)), x.ndim, dtype=torch.int64)
 
     def index(x, indices):
         mask = indices[0]

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import byol
 import clip
@@ -95,6 +96,46 @@ def test_of_local_crops_the_last_block_computes_the_class_token_alone():
     assert len(found[0]) > 20
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result the host has to know, for which it would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_moco_and_declip_do_not_wait_for_a_gpu():
+    """Neither the queue, which goes round here, nor the choice of masked tokens, once their number is known."""
+    torch.manual_seed(0)
+    encoders = [nn.Sequential() for _ in range(2)]
+    for encoder in encoders:
+        encoder.add_module("fc", nn.Linear(6, 3))
+    model = moco.MoCo(*encoders, queue_size=12)
+    keys = [torch.randn(4, 3) for _ in range(4)]
+    with Waits() as waits:
+        for key in keys:
+            model.enqueue(key)
+    assert not waits.found and model.queue_ptr.tolist() == [4]
+    assert torch.equal(model.queue, torch.cat([keys[3], *keys[1:3]]).T)
+    vocabulary, ids = 40, torch.randint(1, 40, (4, 8))
+    text = declip.TextTransformer(8, vocabulary, 64, 1, 16)
+    network = declip.DeCLIP(16, declip.VisionTransformer(32, 8, 64, 2, 16), text, 32)
+    images = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    chosen = torch.tensor([1, 8, 31])
+    with Waits() as waits:
+        logits = network(*images, ids, ids, ids, chosen)[-1]
+        logits.sum().backward()
+    assert not waits.found
+    words = network.encode_text(ids, return_words=True)[1]
+    torch.testing.assert_close(logits, network.text_label_predictor(words[[0, 1, 3], [1, 0, 7]]))
 
 
 class Enough(Exception):

@@ -192,7 +192,7 @@ OWN = {
         ("positive = (q * k).sum(1, keepdim=True)", "positive = (q * k.flip(0)).sum(1, keepdim=True)"),
         ("F.normalize(k.detach().float(), dim=-1)\n    positive", "F.normalize(k.float(), dim=-1)\n    positive"),
         ("labels = torch.zeros(len(q), dtype=torch.long", "labels = torch.ones(len(q), dtype=torch.long"),
-        ("self.queue_ptr[0] = (first + len(keys)) % self.queue.shape[1]", "self.queue_ptr[0] = (first + len(keys) + 1) % self.queue.shape[1]"),
+        ("self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)", "self.queue_ptr.copy_((self.queue_ptr + len(keys) + 1) % size)"),
         ("return all_gather(keys)[order.argsort()]", "return all_gather(keys)[order]"),
         ("shuffled = all_gather(x)[order[first : first + b]]", "shuffled = x"),
         ('{"1": 0.07, "2": 0.2}', '{"1": 0.2, "2": 0.07}'),
