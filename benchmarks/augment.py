@@ -7,12 +7,14 @@ worker's part is left to it.
 
     python benchmarks/augment.py                                     # about a minute
     python benchmarks/augment.py --out results/augment.json
+    python benchmarks/augment.py --profile                           # operations of slip's views
 
 Needs scikit-learn for its two photos. pil and the project take turns, round by round. The clock
 counts work of this process alone, not what others on the machine take.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -22,7 +24,9 @@ import shlex
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +37,8 @@ import torchvision  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 
+import data  # noqa: E402
+import slip  # noqa: E402
 from data import IMAGENET_MEAN, IMAGENET_STD, decode  # noqa: E402
 from clip import LanguageView  # noqa: E402
 from dino import DINOView  # noqa: E402
@@ -42,6 +48,8 @@ from simclr import SimCLRView  # noqa: E402
 from slip import SSLView  # noqa: E402
 
 SIZE = 224
+OPERATIONS = [(slip, name) for name in ("to_float", "hflip", "color_jitter", "grayscale")]
+OPERATIONS += [(slip, "gaussian_blur"), (slip, "normalize"), (data, "shift_hue")]
 BILINEAR, BICUBIC = T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC
 
 
@@ -148,6 +156,31 @@ def measure(views, policies, files, rounds):
     return {way: (min(ms), statistics.median(ms)) for way, ms in times.items()}
 
 
+def profile(files, rounds):
+    """-> {operation: ms} of the device's part of one of slip's views, of all rounds together: they
+    draw differently. What shift_hue takes is in color_jitter's share too."""
+    spent = Counter()
+
+    def timed(name, operation):
+        def call(*args, **kwargs):
+            start = time.process_time()
+            result = operation(*args, **kwargs)
+            spent[name] += time.process_time() - start
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for module, name in OPERATIONS:
+            operation = timed(name, getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, operation))
+        for i in range(rounds + 1):
+            on_device([SSLView(SIZE)], in_worker([SSLView(SIZE)], files, i))
+            if i == 0:  # it warms up
+                spent.clear()
+    return {name: seconds / len(files) / rounds * 1e3 for name, seconds in spent.items()}
+
+
 def environment():
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -172,12 +205,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="samples per round")
     parser.add_argument("--out", type=Path, help="also write the numbers here, as json")
+    parser.add_argument("--profile", action="store_true", help="what slip's views consist of")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     random.seed(0)
     torch.manual_seed(0)
     files = (photos() * args.batch_size)[: args.batch_size]
+    if args.profile:
+        print(f"CPU ms per view of slip, {args.rounds} rounds, one thread")
+        ms = profile(files, args.rounds)
+        total = sum(ms.values()) - ms["shift_hue"]
+        for name in sorted(ms, key=ms.get, reverse=True):
+            print(f"{name:15}{ms[name]:6.2f}{100 * ms[name] / total:5.0f}%")
+        return
     found = {}
     print(f"CPU ms per sample, fastest round (median) of {args.rounds}, one thread")
     for name, (what, views, policies) in cases().items():

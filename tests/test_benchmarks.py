@@ -118,6 +118,21 @@ def test_views_and_losses_warn_of_an_uncommitted_tree(tmp_path, monkeypatch, cap
         assert json.loads((tmp_path / "out.json").read_text())["commit"] == ""
 
 
+def test_a_profile_has_every_operation_of_a_view(monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="the two photos are its own")
+    import augment
+
+    before = augment.slip.color_jitter
+    monkeypatch.setattr(sys, "argv", ["augment.py", "--profile", "--rounds", "1", "--batch-size", "16"])
+    with torch.enable_grad():  # main() turns it off
+        augment.main()
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    shares = {name: int(share[:-1]) for name, (ms, share) in rows.items() if float(ms) > 0}
+    assert len(shares) == 7 and shares["shift_hue"] < shares["color_jitter"] < 100
+    assert sum(shares.values()) - shares["shift_hue"] == pytest.approx(100, abs=3)
+    assert augment.slip.color_jitter is before
+
+
 @pytest.mark.parametrize("name", loss_memory.LOSSES)
 def test_losses_keep_what_is_recorded(name):
     recorded = json.loads((ROOT / "results/loss_memory.json").read_text())["results"][name]
