@@ -9,9 +9,10 @@
 All three have the same backbone, pictures, order, batch, number of loader workers (two) and threads
 of the model (one). The first ten steps are not timed: workers start, buffers are allocated. Every
 other round goes backwards, so that no loop always follows the same. A row is the median of the
-rounds and the median ratio of a round. What the views are is in parity.py; there is no blur. mocov3
-has no loop of lightly's in parity.py and is timed alone. With --out, methods that were measured
-before stay in the file.
+rounds and the median ratio of a round; data_wait is the share of the time in which the network
+here waited for its data, the mean of the rounds. What the views are is in parity.py; there is no
+blur. mocov3 has no loop of lightly's in parity.py and is timed alone. With --out, methods that were
+measured before stay in the file.
 
 Needs lightly (pip install -r requirements-test.txt).
 """
@@ -51,7 +52,7 @@ def flags_of(options):
 
 
 def here(method, options):
-    """-> images per second of METHOD.py, by its log."""
+    """-> images per second of METHOD.py, and the share of the time in which it waited for data."""
     steps = UNTIMED + options.steps
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"{method}.py"), *flags_of(options)]
@@ -67,7 +68,9 @@ def here(method, options):
     rates = [row["images_per_sec"] for row in rows]  # each of the steps since the row before
     ends = [UNTIMED, *(row["step"] for row in rows)]
     steps = [end - start for start, end in itertools.pairwise(ends)]
-    return statistics.harmonic_mean(rates, weights=steps)
+    times = [number / rate for number, rate in zip(steps, rates)]  # over the batch
+    waited = sum(time * row["data_wait"] for time, row in zip(times, rows))
+    return sum(steps) / sum(times), waited / sum(times)
 
 
 class PlainViews:
@@ -117,7 +120,14 @@ def compare(method, options):
     if hasattr(parity, method):
         loops["lightly"] = lambda: there(method, options, plain=False)
         loops["torchvision"] = lambda: there(method, options, plain=True)
-    loops["here"] = lambda: here(method, options)
+    waits = []
+
+    def ours():
+        rate, wait = here(method, options)
+        waits.append(wait)
+        return rate
+
+    loops["here"] = ours
     rates = {name: [] for name in loops}
     for i in range(options.rounds):
         order = list(loops)
@@ -133,6 +143,8 @@ def compare(method, options):
         found["rows"][name] = row
         print(f"{method:8} {name:12} {row['images_per_second']:7.0f} images/s, "
               f"here {ratio:.2f} times as fast", flush=True)  # fmt: skip
+    found["rows"]["here"]["data_wait"] = statistics.mean(waits)
+    print(f"{method:8} here         waited {statistics.mean(waits):.1%} of the time for data")
     return found
 
 

@@ -177,13 +177,14 @@ def test_steps_that_start_a_loop_are_not_timed(data_dir, monkeypatch):
         folder = parity.Path(command[command.index("--output-dir") + 1])
         folder.mkdir()
         rates = {1: 3, 10: 4, 20: 100, 25: 50}  # the steps since the row before
-        rows = [{"step": step, "loss": 1.0, "images_per_sec": rate} for step, rate in rates.items()]
+        rows = [{"step": step, "loss": 1.0, "images_per_sec": rate, "data_wait": step / 100} for step, rate in rates.items()]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 25, "knn_top1": 1.0}]))
         return end_to_end.argparse.Namespace(returncode=0)
 
     monkeypatch.setattr(end_to_end.subprocess, "run", log)
     steps = end_to_end.argparse.Namespace(steps=15)
-    assert end_to_end.here("simclr", steps) == pytest.approx(15 / (10 / 100 + 5 / 50))
+    rate, wait = end_to_end.here("simclr", steps)
+    assert rate == pytest.approx(15 / (10 / 100 + 5 / 50)) and wait == pytest.approx((0.2 + 0.25) / 2)  # of equal times
 
 
 def test_every_other_round_goes_backwards(monkeypatch):
@@ -194,13 +195,13 @@ def test_every_other_round_goes_backwards(monkeypatch):
         order.append(name)
         return rates[name][order.count(name) - 1]
 
-    monkeypatch.setattr(end_to_end, "here", lambda *_: timed("here"))
+    monkeypatch.setattr(end_to_end, "here", lambda *_: (timed("here"), order.count("here") / 10))
     monkeypatch.setattr(end_to_end, "there", lambda *_, plain: timed("torchvision" if plain else "lightly"))
     found = end_to_end.compare("simclr", end_to_end.argparse.Namespace(rounds=3, steps=7))
     assert order == [*rates, *reversed(rates), *rates]
     assert list(found["rows"]) == list(rates) and found["rounds"] == 3 and found["steps"] == 7
     assert found["rows"]["lightly"] == {"images_per_second": 20, "here_over": 2.0}
-    assert found["rows"]["here"] == {"images_per_second": 60, "here_over": 1.0}
+    assert found["rows"]["here"] == {"images_per_second": 60, "here_over": 1.0, "data_wait": pytest.approx(0.2)}
 
 
 def test_data_without_classes_are_refused(tmp_path):
