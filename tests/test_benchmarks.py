@@ -133,6 +133,21 @@ def test_a_profile_has_every_operation_of_a_view(monkeypatch, capsys):
     assert augment.slip.color_jitter is before
 
 
+def test_logistic_regressions_that_are_timed_find_the_same(monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="its fits are beside ours")
+    import logreg
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", "logreg.py --samples 80 --dim 16 --rounds 1".split())
+    logreg.main()
+    torch.set_num_threads(threads)
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(rows) == ["one, here", "one, scikit-learn", "one, scikit-learn to 1e-9", "search, here", "search, scikit-learn"]
+    near, same = (float(rows[name].split()[-1]) for name in ("one, scikit-learn", "one, scikit-learn to 1e-9"))
+    assert same < near < 1e-2 and same < 1e-5
+    assert all(" C = " in rows[name] for name in rows if name.startswith("search"))
+
+
 @pytest.mark.parametrize("name", loss_memory.LOSSES)
 def test_losses_keep_what_is_recorded(name):
     recorded = json.loads((ROOT / "results/loss_memory.json").read_text())["results"][name]
