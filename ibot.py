@@ -119,6 +119,12 @@ RECIPES = {
         warmup_teacher_temp=0.02, teacher_momentum=0.95, center_momentum=0.5, epochs=3,
         batch_size=128, base_lr=2.8e-3, warmup_epochs=0.2, weight_decay_end=0.04,
     ),
+    "cifar10-cpu": dict(
+        arch="vit_nano_patch8", image_size=32, local_crops=0, crop_split=0.3, jitter_strength=0.5,
+        blur=False, hidden_dim=1024, out_dim=256, norm_last_layer=True, freeze_last_layer=0.0,
+        drop_path=0.0, teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.97,
+        epochs=10, batch_size=128, base_lr=2.8e-3, warmup_epochs=0.3, weight_decay_end=0.04,
+    ),
     "shapes": dict(
         arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2, crop_split=0.4,
         blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0, drop_path=0.0,
