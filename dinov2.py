@@ -265,7 +265,7 @@ class Block(nn.Module):
     def add(self, x, branch, u):
         if u is None:
             return x + branch(x)
-        kept = (u >= self.drop_path).nonzero().squeeze(1).to(x.device)  # rows of x
+        kept = (u >= self.drop_path).nonzero().squeeze(1).to(x.device, non_blocking=True)  # rows
         if len(kept) == 0:  # flash attention refuses an empty batch: compute one row, add nothing
             return x + 0 * branch(x[:1])
         y = branch(x[kept]) / (1 - self.drop_path)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2
 import pictures
@@ -192,10 +193,20 @@ def test_draws_do_not_depend_on_the_batch():
 
 # ------------------------------------------------ model ------------------------------------------------
 def test_stochastic_depth_makes_no_gpu_wait():
-    """How many samples a branch keeps is known on the CPU; a tensor without content cannot tell it."""
-    block = dinov2.Block(12, 3, drop_path=0.5).to("meta")
-    x = block(torch.empty(4, 5, 12, device="meta"), torch.tensor([[0.1, 0.9], [0.7, 0.2], [0.8, 0.8], [0.3, 0.4]]))
-    assert x.is_meta and x.shape == (4, 5, 12)
+    """How many samples a branch keeps is known on the CPU; a tensor without content cannot tell it. And the copy of which
+    they are to the device is not waited for."""
+    block, copies = dinov2.Block(12, 3, drop_path=0.5).to("meta"), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                copies.append(kwargs.get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    u = torch.tensor([[0.1, 0.9], [0.7, 0.2], [0.8, 0.8], [0.3, 0.4]])
+    with Copies():
+        x = block(torch.empty(4, 5, 12, device="meta"), u)
+    assert x.is_meta and x.shape == (4, 5, 12) and copies == [True, True]
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

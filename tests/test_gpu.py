@@ -21,6 +21,7 @@ import clip
 import common
 import data
 import dino
+import dinov2
 import moco
 import mocov3
 import simclr
@@ -345,6 +346,25 @@ def loss_memory(monkeypatch, name, local, world, dim=128):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     scale = 14.0 if name == "clip_loss" else 0.1
     return peak(lambda: getattr(module, name)(a, b, scale).backward())
+
+
+def test_the_cpu_does_not_wait_for_the_gpu():
+    """In MoCo's queue and DINOv2's stochastic depth, forward and backward: PyTorch tells of any wait."""
+    encoders = [torch.nn.Sequential() for _ in range(2)]
+    for encoder in encoders:
+        encoder.add_module("fc", torch.nn.Linear(6, 3))
+    model, keys = moco.MoCo(*encoders, queue_size=8).to(DEVICE), torch.randn(4, 3, device=DEVICE)
+    block, x = dinov2.Block(48, 3, drop_path=0.5).to(DEVICE), torch.randn(4, 5, 48, device=DEVICE)
+    u = torch.tensor([[0.1, 0.9], [0.7, 0.2], [0.8, 0.8], [0.3, 0.4]])
+    block(x, u).sum().backward()  # the first call may prepare something
+    tell = torch.cuda.set_sync_debug_mode if GPU else lambda mode: None
+    tell("error")
+    try:
+        model.enqueue(keys)
+        block(x, u).sum().backward()
+    finally:
+        tell("default")
+    assert model.queue_ptr.item() == 4
 
 
 @pytest.mark.parametrize("name", ["clip_loss", "nt_xent_loss"])
