@@ -103,6 +103,11 @@ class Args(RunArgs):
 
 
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
+CPU = dict(
+    image_size=32, jitter_strength=0.5, blur=False, local_crops=0, head_layers=2, head_bn=True,
+    hidden_dim=1024, out_dim=1024, freeze_last_layer=0.0, teacher_temp=0.04,
+    warmup_teacher_temp=0.04, teacher_momentum=0.98, epochs=10, batch_size=128,
+)
 RECIPES = {
     # our own, for the drawn scenes: as cifar10 below, but with a smaller network, batch and K,
     # milder crops, no jitter, a faster teacher, and a rate that falls to a third
@@ -130,13 +135,14 @@ RECIPES = {
         optimizer="sgd", base_lr=0.12, min_lr=0.0, warmup_epochs=0.0,
         weight_decay=5e-4, weight_decay_end=5e-4,
     ),
-    # our own, for 40 minutes of one core
+    # our own, for 40 minutes of one core; the second for a small ViT
     "cifar10-cpu": dict(
-        arch="resnet10", width=0.25, stem="small", image_size=32, jitter_strength=0.5, blur=False,
-        local_crops=0, crop_split=0.3, head_layers=2, head_bn=True, hidden_dim=1024, out_dim=1024,
-        freeze_last_layer=0.0, teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.98,
-        epochs=10, batch_size=128, optimizer="sgd", base_lr=0.24, min_lr=0.0, warmup_epochs=0.2,
-        weight_decay=1e-4, weight_decay_end=1e-4,
+        CPU, arch="resnet10", width=0.25, stem="small", crop_split=0.3, optimizer="sgd",
+        base_lr=0.24, min_lr=0.0, warmup_epochs=0.2, weight_decay=1e-4, weight_decay_end=1e-4,
+    ),
+    "cifar10-cpu-vit": dict(
+        CPU, arch="vit_nano_patch8", drop_path=0.0, crop_split=0.2, base_lr=2e-3,
+        warmup_epochs=0.3, weight_decay_end=0.04,
     ),
     # our own
     "flickr8k": dict(
