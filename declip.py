@@ -227,7 +227,7 @@ def eval_view(args) -> EvalView:
 # ---------------------------------------- backbone ----------------------------------------
 # Adapted from clip.py: ResidualAttentionBlock, QuickGELU in forward, initialised here
 class ResidualAttentionBlock(nn.Module):
-    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or at `position`: (B, 1, D)."""
 
     def __init__(self, width, layers, causal=False):
         super().__init__()
@@ -244,15 +244,17 @@ class ResidualAttentionBlock(nn.Module):
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.mlp.c_proj.weight, std=std_out)
 
-    def forward(self, x, queries=None):
-        y = self.ln_1(x)
-        q = y if queries is None else y[:, :queries]
+    def forward(self, x, position=None):
+        q = y = self.ln_1(x)
         mask = None
         if self.causal:
-            tokens = x.shape[1]
-            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
-        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=self.causal)
-        x = x[:, :queries] + y
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        masks = dict(attn_mask=mask, is_causal=self.causal)
+        if position is not None:  # (B,), of the only token of a row that is computed
+            x, q = (t.take_along_dim(position[:, None, None], dim=1) for t in (x, y))
+            masks = dict(key_padding_mask=None if mask is None else mask[position])
+        y, _ = self.attn(q, y, y, need_weights=False, **masks)
+        x = x + y
         y = self.mlp.c_fc(self.ln_2(x))
         y = y * torch.sigmoid(1.702 * y)  # QuickGELU
         return x + self.mlp.c_proj(y)
@@ -260,16 +262,16 @@ class ResidualAttentionBlock(nn.Module):
 
 # Adapted from clip.py: Transformer, blocks that make the mask
 class Transformer(nn.Module):
-    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or at `position`: (B, 1, D)."""
 
     def __init__(self, width, layers, causal=False):
         super().__init__()
         blocks = [ResidualAttentionBlock(width, layers, causal) for _ in range(layers)]
         self.resblocks = nn.Sequential(*blocks)
 
-    def forward(self, x, queries=None):
+    def forward(self, x, position=None):
         x = self.resblocks[:-1](x)
-        return self.resblocks[-1](x, queries)
+        return self.resblocks[-1](x, position)
 
 
 # Adapted from clip.py: VisionTransformer, initialised as the text encoder is (official code)
@@ -294,7 +296,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x), queries=1 if self.training else None)
+        first = x.new_zeros(len(x), dtype=torch.long)
+        x = self.transformer(self.ln_pre(x), position=first if self.training else None)
         return self.ln_post(x[:, 0])
 
     def forward(self, x):
@@ -394,13 +397,12 @@ class TextTransformer(nn.Module):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
         normalised, and on request the output for every token, (B, N, D)."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer(x))
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
+        x = self.ln_final(self.transformer(x, position=None if return_words else end))
+        if not return_words:
+            return self.text_projection(x[:, 0])
         rows = torch.arange(len(x), device=x.device)
-        embed = self.text_projection(x[rows, end])
-        if return_words:
-            return embed, x
-        return embed
+        return self.text_projection(x[rows, end]), x
 
 
 # ---------------------------------------- model ----------------------------------------
@@ -605,10 +607,8 @@ def train(args: Args) -> dict:
             f"--vocab-size must be at least {tokenizer.vocab_size}, with the tokenizer's mask token"
         )
     synonyms = open_synonyms(args.synonyms)
-    views = {
-        "view1": SSLView(args.image_size),
-        "view2": SSLView(args.image_size),
-    }
+    view = SSLView(args.image_size)
+    views = {"view1": view, "view2": view}
     texts = {
         "text": tokenizer,
         "text_aug": functools.partial(augmented_text, tokenizer, synonyms),

@@ -313,7 +313,7 @@ class QuickGELU(nn.Module):
 
 # Copied from clip.py: ResidualAttentionBlock
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or the first `queries` tokens of it."""
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or (B, 1, D), what is at `position`."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -325,18 +325,20 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, mask=None, queries=None):
-        y = self.ln_1(x)
-        q = y if queries is None else y[:, :queries]
-        causal = mask is not None
-        y, _ = self.attn(q, y, y, need_weights=False, attn_mask=mask, is_causal=causal)
-        x = x[:, :queries] + y
+    def forward(self, x, mask=None, position=None):
+        q = y = self.ln_1(x)
+        masks = dict(attn_mask=mask, is_causal=mask is not None)
+        if position is not None:  # (B,), of the only token of a row that is computed
+            x, q = (t.take_along_dim(position[:, None, None], dim=1) for t in (x, y))
+            masks = dict(key_padding_mask=None if mask is None else mask[position])
+        y, _ = self.attn(q, y, y, need_weights=False, **masks)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
 # Copied from clip.py: Transformer
 class Transformer(nn.Module):
-    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or the first `queries` tokens."""
+    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or at `position`: (B, 1, D)."""
 
     def __init__(self, width, layers, heads, causal=False):
         super().__init__()
@@ -344,15 +346,14 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
         self.causal = causal
 
-    def forward(self, x, queries=None):
+    def forward(self, x, position=None):
         mask = None
         if self.causal:
-            tokens = x.shape[1]
-            mask = nn.Transformer.generate_square_subsequent_mask(tokens, x.device, x.dtype)
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)
-        return last(x, mask, queries)
+        return last(x, mask, position)
 
 
 # ---------------------------------------- model ----------------------------------------
@@ -477,10 +478,9 @@ class SLIP(nn.Module):
     def encode_text(self, text):
         """(B, N <= context_length) token ids, padded after the end -> (B, E), not normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.ln_final(self.transformer(x))
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
-        rows = torch.arange(len(x), device=x.device)
-        return x[rows, end] @ self.text_projection
+        x = self.transformer(x, position=end)  # (B, 1, D)
+        return self.ln_final(x[:, 0]) @ self.text_projection
 
     def forward(self, pair, views):
         """pair: image and text, views: inputs of the self-supervised branch, either may be empty ->

@@ -20,6 +20,7 @@ import mocov3
 import run
 import slip
 import slip_ablations
+from common import checkpoint_blocks
 from data import Loader
 from evaluation import finetune
 from run import parse_args
@@ -72,6 +73,65 @@ def test_in_training_the_last_block_computes_the_class_token_alone(network):
         found[training] = [y.detach()] + [p.grad.clone() for p in network.parameters() if p.requires_grad]
     for a, b in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def text_encoders():
+    """-> (module, model, what encodes text in it) of the files whose text transformer is CLIP's."""
+    torch.manual_seed(0)
+    words = {"context_length": 9, "vocab_size": 40, "transformer_width": 64, "transformer_heads": 2, "transformer_layers": 3}
+    network = clip.CLIP(16, 32, 1, 64, 8, **words)
+    yield clip, network, network.encode_text
+    for module in (slip, slip_ablations):
+        network = module.SLIP(16, module.VisionTransformer(32, 8, 64, 1, 2), 64, **words, ssl_mlp_dim=8, ssl_emb_dim=8)
+        yield module, network, network.encode_text
+    network = declip.TextTransformer(9, 40, 64, 3, 16)
+    yield declip, network, network
+
+
+@pytest.mark.parametrize("lengths", [(3, 7, 2, 5), (9, 9, 9, 9), (9, 2, 6, 9)], ids=["short", "full", "mixed"])
+@pytest.mark.parametrize("module, network, encode", text_encoders(), ids=["clip", "slip", "slip_ablations", "declip"])
+def test_the_last_block_of_the_text_computes_the_end_token_alone(module, network, encode, lengths, monkeypatch):
+    """Values and gradients are those with all tokens, also where a block is computed again in the backward pass."""
+    original, ids = module.Transformer.forward, torch.randint(1, 38, (4, max(lengths)))
+    for row, length in zip(ids, lengths):
+        row[0], row[length - 1], row[length:] = 38, 39, 0
+
+    def every_token(self, x, position=None):
+        x = original(self, x)
+        return x if position is None else x[torch.arange(len(x)), position].unsqueeze(1)
+
+    def gradients(network, encode, how, computed):
+        tokens, blocks = [], [m for m in network.transformer.modules() if isinstance(m, module.ResidualAttentionBlock)]
+        for block in blocks:
+            block.mlp.c_fc.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        checkpoint_blocks(network, how, module.ResidualAttentionBlock)
+        y = encode(ids)
+        assert tokens == [max(lengths), max(lengths), computed]
+        y.pow(3).sum().backward()
+        return {"y": y.detach()} | {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        for how in ("none", "selective", "full"):
+            copies = [copy.deepcopy(network).to(dtype).train() for _ in range(2)]
+            encoders = [c if encode is network else c.encode_text for c in copies]
+            found = gradients(copies[0], encoders[0], how, 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(module.Transformer, "forward", every_token)
+                want = gradients(copies[1], encoders[1], "none", max(lengths))
+            assert len(found) == len(want) > 40
+            for name, y in want.items():
+                largest = y.abs().max()
+                torch.testing.assert_close(found[name] / largest, y / largest, rtol=0, atol=tolerance)
+
+
+def test_words_and_embedding_of_declips_text_agree():
+    """Where all words are asked for, all are computed, and the embedding is that of the end token alone."""
+    *_, (_, text, _) = text_encoders()
+    ids = torch.tensor([[38, 5, 39, 0, 0], [38, 1, 2, 3, 39]])
+    embed, words = text.double()(ids, return_words=True)
+    assert words.shape == (2, 5, 64)
+    torch.testing.assert_close(text(ids), embed, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(text.text_projection(words[[0, 1], [2, 4]]), embed, rtol=1e-10, atol=1e-12)
 
 
 def test_of_local_crops_the_last_block_computes_the_class_token_alone():
