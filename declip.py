@@ -194,8 +194,8 @@ def masked_row(tokenizer, any_id, caption, rng):
     """Both lists of masked_text, padded to the context length, as the one row that Loader takes."""
     ids, labels = masked_text(tokenizer, any_id, caption, rng)
     padding = tokenizer.context_length - len(ids)
-    ids = ids + [0] * padding
-    labels = labels + [-100] * padding
+    ids += [0] * padding
+    labels += [-100] * padding
     return ids + labels
 
 
@@ -227,14 +227,13 @@ def eval_view(args) -> EvalView:
 # ---------------------------------------- backbone ----------------------------------------
 # Adapted from clip.py: ResidualAttentionBlock, QuickGELU in forward, initialised here
 class ResidualAttentionBlock(nn.Module):
-    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or at `position`: (B, 1, D)."""
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
 
-    def __init__(self, width, layers, causal=False):
+    def __init__(self, width, layers):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.causal = causal
         self.mlp = nn.Module()
         self.mlp.c_fc = nn.Linear(width, 4 * width)
         self.mlp.c_proj = nn.Linear(4 * width, width)
@@ -244,34 +243,37 @@ class ResidualAttentionBlock(nn.Module):
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.mlp.c_proj.weight, std=std_out)
 
-    def forward(self, x, position=None):
+    def forward(self, x, mask=None, position=None):
         q = y = self.ln_1(x)
-        mask = None
-        if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
-        masks = dict(attn_mask=mask, is_causal=self.causal)
-        if position is not None:  # (B,), of the only token of a row that is computed
-            x, q = (t.take_along_dim(position[:, None, None], dim=1) for t in (x, y))
-            masks = dict(key_padding_mask=None if mask is None else mask[position])
-        y, _ = self.attn(q, y, y, need_weights=False, **masks)
+        hidden = None  # what the only token that is computed does not see, (B, N)
+        if position is not None:
+            x = x.take_along_dim(position[:, None, None], dim=1)  # (B, 1, D)
+            q = self.ln_1(x)
+            if mask is not None:
+                hidden = mask[position]
+                mask = None
+        causal = mask is not None
+        y, _ = self.attn(q, y, y, hidden, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x + y
         y = self.mlp.c_fc(self.ln_2(x))
         y = y * torch.sigmoid(1.702 * y)  # QuickGELU
         return x + self.mlp.c_proj(y)
 
 
-# Adapted from clip.py: Transformer, blocks that make the mask
+# Adapted from clip.py: Transformer, heads of 64
 class Transformer(nn.Module):
-    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or at `position`: (B, 1, D)."""
+    """mask: causal or none. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
 
-    def __init__(self, width, layers, causal=False):
+    def __init__(self, width, layers):
         super().__init__()
-        blocks = [ResidualAttentionBlock(width, layers, causal) for _ in range(layers)]
-        self.resblocks = nn.Sequential(*blocks)
+        blocks = [ResidualAttentionBlock(width, layers) for _ in range(layers)]
+        self.resblocks = nn.ModuleList(blocks)
 
-    def forward(self, x, position=None):
-        x = self.resblocks[:-1](x)
-        return self.resblocks[-1](x, position)
+    def forward(self, x, mask=None, position=None):
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x, mask)
+        return last(x, mask, position)
 
 
 # Adapted from clip.py: VisionTransformer, initialised as the text encoder is (official code)
@@ -306,8 +308,7 @@ class VisionTransformer(nn.Module):
 
 # Adapted from clip.py: Bottleneck, made of torchvision's
 class Bottleneck(torchvision.models.resnet.Bottleneck):
-    """torchvision's block without strides: a mean over 2 x 2 pixels before the last convolution
-    and before the shortcut's takes their place (CLIP Sec. 2.4)."""
+    """torchvision's block with means over 2 x 2 pixels in place of its strides (CLIP Sec. 2.4)."""
 
     def __init__(self, inplanes, planes, stride=1, downsample=None, *args, **kwargs):
         super().__init__(inplanes, planes, 1, downsample, *args, **kwargs)
@@ -349,8 +350,7 @@ class AttentionPool2d(nn.Module):
 
 # Adapted from clip.py: ModifiedResNet, with a classifier that is never used
 class ModifiedResNet(torchvision.models.ResNet):
-    """ResNet with a stem of three convolutions and attention pooling (CLIP Sec. 2.4).
-    (B, 3, S, S) -> (B, E)."""
+    """ResNet, stem of 3 convolutions, attention pooling (CLIP Sec. 2.4). (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, layers, embed_dim):
         super().__init__(Bottleneck, layers, embed_dim, zero_init_residual=True)
@@ -386,7 +386,7 @@ class TextTransformer(nn.Module):
     def __init__(self, context_length, vocab_size, width, layers, embed_dim):
         super().__init__()
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
-        self.transformer = Transformer(width, layers, causal=True)
+        self.transformer = Transformer(width, layers)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Linear(width, embed_dim)
@@ -397,12 +397,13 @@ class TextTransformer(nn.Module):
         """(B, N <= context_length) token ids, any padding after the end token -> (B, E), not
         normalised, and on request the output for every token, (B, N, D)."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
-        x = self.ln_final(self.transformer(x, position=None if return_words else end))
-        if not return_words:
-            return self.text_projection(x[:, 0])
-        rows = torch.arange(len(x), device=x.device)
-        return self.text_projection(x[rows, end]), x
+        x = self.ln_final(self.transformer(x, mask, None if return_words else end))
+        if return_words:
+            rows = torch.arange(len(x), device=x.device)
+            return self.text_projection(x[rows, end]), x
+        return self.text_projection(x.squeeze(1))
 
 
 # ---------------------------------------- model ----------------------------------------
@@ -526,8 +527,7 @@ def info_nce(images, texts, logit_scale):
 
     images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose
     products are in half precision. Returns two matrices (images, texts) of losses, image to text
-    and text to image: means over this process's rows, whose mean over processes is that of the
-    global batch."""
+    and text to image: means over this process's rows, to be averaged over processes."""
     images = [F.normalize(image.float(), dim=-1) for image in images]  # (b, E) each
     texts = [F.normalize(text.float(), dim=-1) for text in texts]
     all_images = [all_gather(image) for image in images]  # (B, E) each
@@ -589,7 +589,7 @@ def train(args: Args) -> dict:
         clip_weight = mvs_weight = clip_weight / 4
     if args.accum_steps > 1:
         raise UserError("--accum-steps is not implemented: batch norm would see one piece, use 1")
-    entries = 2 * args.batch_size if args.released else args.batch_size  # of a step, into the queue
+    entries = args.batch_size * (2 if args.released else 1)  # of a step, into the queue
     if args.queue_size < entries:
         raise UserError(f"--queue-size {args.queue_size} is less than a batch adds to it: raise it")
 

@@ -249,7 +249,7 @@ class QuickGELU(nn.Module):
 
 # Copied from clip.py: ResidualAttentionBlock
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or (B, 1, D), what is at `position`."""
+    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -263,29 +263,29 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x, mask=None, position=None):
         q = y = self.ln_1(x)
-        masks = dict(attn_mask=mask, is_causal=mask is not None)
-        if position is not None:  # (B,), of the only token of a row that is computed
-            x, q = (t.take_along_dim(position[:, None, None], dim=1) for t in (x, y))
-            masks = dict(key_padding_mask=None if mask is None else mask[position])
-        y, _ = self.attn(q, y, y, need_weights=False, **masks)
+        hidden = None  # what the only token that is computed does not see, (B, N)
+        if position is not None:
+            x = x.take_along_dim(position[:, None, None], dim=1)  # (B, 1, D)
+            q = self.ln_1(x)
+            if mask is not None:
+                hidden = mask[position]
+                mask = None
+        causal = mask is not None
+        y, _ = self.attn(q, y, y, hidden, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
 # Copied from clip.py: Transformer
 class Transformer(nn.Module):
-    """causal: a token sees none after it. (B, N, D) -> (B, N, D), or at `position`: (B, 1, D)."""
+    """mask: causal or none. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
 
-    def __init__(self, width, layers, heads, causal=False):
+    def __init__(self, width, layers, heads):
         super().__init__()
         blocks = [ResidualAttentionBlock(width, heads) for _ in range(layers)]
         self.resblocks = nn.ModuleList(blocks)
-        self.causal = causal
 
-    def forward(self, x, position=None):
-        mask = None
-        if self.causal:
-            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+    def forward(self, x, mask=None, position=None):
         *blocks, last = self.resblocks
         for block in blocks:
             x = block(x, mask)
@@ -302,9 +302,7 @@ class SLIP(nn.Module):
                  ssl_emb_dim=256):
         super().__init__()
         self.visual = visual
-        self.transformer = Transformer(
-            transformer_width, transformer_layers, transformer_heads, causal=True
-        )
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
@@ -330,9 +328,11 @@ class SLIP(nn.Module):
     def encode_text(self, text):
         """(B, N <= context_length) token ids, padded after the end -> (B, E), not normalised."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
-        x = self.transformer(x, position=end)  # (B, 1, D)
-        return self.ln_final(x[:, 0]) @ self.text_projection
+        x = self.transformer(x, mask, end)  # (B, 1, D)
+        x = self.ln_final(x[:, 0])
+        return x @ self.text_projection
 
     def forward(self, image, text, *views):
         """-> embeddings of image and text (B, E), features of each view (B, D), for image_mlp."""

@@ -67,9 +67,9 @@ def forward_flops(layers, width, tokens):
 
 
 def saved_flops(width, tokens, each):
-    """In training the last block of an image encoder computes the class token alone: without each
-    other token's queries (clip.py) and attention, its output and MLP. each: D x D, 20 in clip.py,
-    18 in slip.py, where queries are a part of one product for all tokens."""
+    """In training the last block of an encoder computes the class or end token alone: without each
+    other token's queries (clip.py) and attention, its output and MLP. each: D x D, 20 in clip.py
+    and for every text, 18 for slip.py's images, whose queries are part of one product for all."""
     return (tokens - 1) * (each * width**2 + 4 * tokens * width)
 
 

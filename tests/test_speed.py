@@ -96,8 +96,8 @@ def test_the_last_block_of_the_text_computes_the_end_token_alone(module, network
     for row, length in zip(ids, lengths):
         row[0], row[length - 1], row[length:] = 38, 39, 0
 
-    def every_token(self, x, position=None):
-        x = original(self, x)
+    def every_token(self, x, mask=None, position=None):
+        x = original(self, x, mask)
         return x if position is None else x[torch.arange(len(x)), position].unsqueeze(1)
 
     def gradients(network, encode, how, computed):

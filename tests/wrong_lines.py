@@ -69,7 +69,8 @@ COMMON = [
     ("        update_teacher(model.student, model.teacher, momentum)\n", ""),
     ("nn.BatchNorm1d(out_dim, affine=False)", "nn.BatchNorm1d(out_dim)"),
     ("text.argmax(dim=-1)", "text.argmin(dim=-1)"),
-    ("causal=True", "causal=False"),
+    ("self.transformer(x, mask, ", "self.transformer(x, None, "),
+    ("hidden = mask[position]", "hidden = None"),
     ("std=0.02)", "std=0.04)"),
     ("eps=1e-6", "eps=1e-3"),
 ]
