@@ -62,6 +62,7 @@ class Args(RunArgs):
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
+    init_std: float = 0.02  # of the first weights in a ViT's blocks (official); more if narrow
     zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
@@ -141,8 +142,8 @@ RECIPES = {
         base_lr=0.24, min_lr=0.0, warmup_epochs=0.2, weight_decay=1e-4, weight_decay_end=1e-4,
     ),
     "cifar10-cpu-vit": dict(
-        CPU, arch="vit_nano_patch8", drop_path=0.0, crop_split=0.2, base_lr=2e-3,
-        warmup_epochs=0.3, weight_decay_end=0.04,
+        CPU, arch="vit_nano_patch8", init_std=0.08, drop_path=0.0, crop_split=0.2,
+        base_lr=2e-3, warmup_epochs=0.3, weight_decay_end=0.04,
     ),
     # our own
     "flickr8k": dict(
@@ -287,7 +288,7 @@ class VisionTransformer(nn.Module):
     """timm's ViT: no norm before the blocks. (B, 3, S, S) -> (B, D), the class token after
     the last norm. In training the last block computes nothing else."""
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0):
+    def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, init_std=0.02):
         super().__init__()
         self.feature_dim = dim
         patches = (image_size // patch_size) ** 2
@@ -302,7 +303,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=init_std)
                 nn.init.zeros_(module.bias)
 
     def interpolate_pos_embed(self, rows, columns):
@@ -514,7 +515,9 @@ def build_network(args, drop_path=0.0) -> MultiCrop:
             if size % patch_size:
                 raise UserError(f"{flag} {size} is not a multiple of {patch_size} ({args.arch})")
         layers, width, heads = ARCHS[name]
-        backbone = VisionTransformer(args.image_size, patch_size, width, layers, heads, drop_path)
+        backbone = VisionTransformer(
+            args.image_size, patch_size, width, layers, heads, drop_path, args.init_std
+        )
         if args.zero_init_residual:
             for block in backbone.blocks:
                 nn.init.zeros_(block.attn.proj.weight)
