@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import types
 import weakref
 
 import pytest
@@ -171,6 +172,57 @@ def test_a_prediction_is_recorded_and_is_what_the_record_says(tmp_path, monkeypa
         path.write_text(wrong)
         with pytest.raises(UserError, match="is no record of this script: use another --out"):
             memory.main()
+
+
+WIDTH, SAMPLES = 64, 48
+
+
+class Cosines(nn.Module):
+    """Two matrix products with three cosines between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return self.last(self.first(x).cos().cos().cos())
+
+
+def train_cosines(args):
+    model, x = Cosines(), torch.randn(SAMPLES, WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if args.compile:
+        model.compile()
+    for _ in range(2):
+        model(x).backward(torch.ones(SAMPLES, WIDTH))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"model": model, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("compiled, matrices", [(False, 7), (True, 5)])
+def test_what_a_compiled_model_keeps(compiled, matrices, monkeypatch):
+    """In matrices of samples x width. There are always the input, the result, the gradient that backward() is given, and
+    what the second product is applied to, which its weight's gradient needs. Beside them autograd keeps the input of each
+    cosine, and a compiled model that of the first alone, from which it computes the other two again."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    module = types.SimpleNamespace(train=train_cosines)
+    found = memory.predict(module, types.SimpleNamespace(data="shapes", compile=compiled), 1)
+    assert found["parameters"] == found["optimizer"] == 2 * WIDTH * WIDTH * 4
+    assert found["kept for backward"] == matrices * SAMPLES * WIDTH * 4
+
+
+def test_a_torch_that_compiles_nothing_is_one_sentence(monkeypatch):
+    """As older ones do in the mode that counts."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    monkeypatch.setattr(memory.LiveBytes, "ignore_compile_internals", classmethod(lambda mode: False))
+    module = types.SimpleNamespace(train=train_cosines)
+    with pytest.raises(UserError, match="^this torch does not compile what is counted: use a newer one, or"):
+        memory.predict(module, types.SimpleNamespace(data="shapes", compile=True), 1)
 
 
 def test_frozen_weights_take_neither_gradients_nor_moments(monkeypatch):
