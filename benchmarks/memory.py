@@ -314,8 +314,8 @@ def alone_among(module, gpus, device, marks, stages=()):
 
 @contextlib.contextmanager
 def partitioned(args):
-    """With --compile models are compiled, but no code is generated: inductor's passes and functorch's
-    partitioner make a forward and a backward graph, of which each operation can be counted."""
+    """With --compile models are compiled, but no code is generated: inductor's passes and the
+    partitioner make a forward and a backward graph, and each of their operations is counted."""
     if not args.compile:
         yield
         return
