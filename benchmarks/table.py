@@ -568,7 +568,8 @@ def speed(prefix):
 
 def memory(prefix):
     """A row for each command that benchmarks/memory.py has predicted with --compile and without."""
-    rows = json.loads((ROOT / "results/memory.json").read_text())["rows"]
+    path = ROOT / "results/memory.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = {(r["command"], r["gpus"]): r["gib"]["kept for backward"] for r in rows}
     lines = []
     for r in rows:
@@ -577,7 +578,8 @@ def memory(prefix):
             eager, compiled = kept[command, r["gpus"]], r["gib"]["kept for backward"]
             gib = [f"{x:.1f}" for x in (eager, compiled)]
             lines.append([f"`{command}`", str(r["batch"]), *gib, f"{compiled / eager:.2f}"])
-    return table(["command", "samples", "without `--compile`", "with it", "ratio"], lines)
+    header = ["command", "samples", "without `--compile`", "with it", "ratio"]
+    return table(header, lines) if lines else "Nothing is recorded yet.\n"
 
 
 def scale_tables(prefix):
