@@ -16,9 +16,13 @@ average, and captions have full length. Where simclrv2.py takes a run, it gets a
 network that stands in its place: --teacher resnet152x3.
 
 Not counted: the CUDA context, NCCL's buffers, workspaces of cuDNN and cuBLAS, and what the
-allocator loses between blocks; leave 4 GiB or more for them. --compile is not predicted, but
---measure takes it. With --fsdp parameters, gradients and optimizer are divided by the processes,
-and two blocks of student and teacher are whole.
+allocator loses between blocks; leave 4 GiB or more for them. With --fsdp parameters, gradients and
+optimizer are divided by the processes, and two blocks of student and teacher are whole.
+
+With --compile the model is compiled by inductor up to the code, which is not generated: inductor's
+passes and functorch's min-cut partitioner decide what is kept for the backward pass and what is
+computed again, and the operations of the graphs run one by one. The graphs are those for a CPU.
+What fusion saves of "peak" is not known, so only "kept for backward" says something then.
 
 --measure runs the same two steps on random pixels on this machine's GPU and prints
 torch.cuda.max_memory_allocated() beside the prediction. It is one process with the batch of one
@@ -83,6 +87,10 @@ class LiveBytes(TorchDispatchMode):
                     self.peak = max(self.peak, self.bytes)
                     self.seen[key] = weakref.ref(storage, functools.partial(self.gone, key, size))
         return out
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True  # or torch.compile() would leave alone what runs in this mode
 
     def gone(self, key, size, _):
         del self.seen[key]
@@ -304,6 +312,31 @@ def alone_among(module, gpus, device, marks, stages=()):
     buckets.clear()
 
 
+@contextlib.contextmanager
+def partitioned(args):
+    """With --compile models are compiled, but no code is generated: inductor's passes and the
+    partitioner make a forward and a backward graph, and each of their operations is counted."""
+    if not args.compile:
+        yield
+        return
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._inductor.compile_fx import compile_fx
+
+    torch._dynamo.reset()  # graphs of a model that was counted before
+    graphs = []
+
+    def as_it_is(graph, inputs, **_):
+        graphs.append(graph)
+        return boxed_nop(graph, inputs)
+
+    backend = functools.partial(compile_fx, inner_compile=as_it_is)
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend=backend)):
+        yield
+    if not graphs:
+        raise UserError("this torch does not compile what is counted: use a newer one, or leave "
+                        "out --compile")  # fmt: skip
+
+
 def nbytes(tensors):
     """Of the distinct storages."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
@@ -351,6 +384,7 @@ def predict(module, args, gpus):
         stack.enter_context(mock.patch("torch.Tensor.__deepcopy__", copied))
         stack.enter_context(mock.patch("torch.nn.Module.to", lambda model, *_, **__: model))
         stack.enter_context(mock.patch("torch.distributed.is_initialized", lambda: fsdp))
+        stack.enter_context(partitioned(args))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         with LiveBytes(on_average(args)):  # not in `live`: a run is read into the CPU's memory
             stages = earlier_stages(module, args)
@@ -386,7 +420,7 @@ def measure(module, args, gpus):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     live = LiveBytes()
-    with alone_among(module, gpus, device, live.backward_starts, stages), live:
+    with partitioned(args), alone_among(module, gpus, device, live.backward_starts, stages), live:
         module.train(args)
     return live.peak
 

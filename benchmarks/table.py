@@ -17,6 +17,7 @@ and the line numbers in links such as [`clip_loss`](../clip.py#L364). The tables
     evaluations        every checkpoint that was evaluated on real data      docs/results.md
     speed              benchmarks of steps, augmentation and memory          docs/results.md
     scale              what runs on 1 to 1,024 GPUs cost                     docs/scale.md
+    memory             what a compiled model keeps, and one that is not      docs/running.md
     results METHOD     the runs of one method                                docs/METHOD.md
     curves METHOD      their learning curves                                 docs/METHOD.md
     ends PREFIX        the last evaluation of runs with this prefix          docs/init.md
@@ -40,7 +41,7 @@ from ablations import BUDGET, PAPER, ROWS, record_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Tables: those that are named by one word, and those of data, a prefix or a method
-ALONE = "methods|diffs|shared|speed|scale|evaluations|ablations|parity"
+ALONE = "methods|diffs|shared|speed|scale|memory|evaluations|ablations|parity"
 KINDS = rf"{ALONE}|(?:knn|seeds|retrieval|ends|spread) \w+|(?:results|curves)(?: \w+)?"
 BLOCK = re.compile(rf"(<!-- ({KINDS}) -->\n).*?(<!-- /\2 -->)", re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?)((?:\w+/)?\w+\.py)(?:#L\d+)?\)")
@@ -565,6 +566,22 @@ def speed(prefix):
     return table(header, rows) if rows else "Nothing is recorded yet.\n"
 
 
+def memory(prefix):
+    """A row for each command that benchmarks/memory.py has predicted with --compile and without."""
+    path = ROOT / "results/memory.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = {(r["command"], r["gpus"]): r["gib"]["kept for backward"] for r in rows}
+    lines = []
+    for r in rows:
+        command = r["command"].replace(" --compile", "")
+        if command != r["command"]:
+            eager, compiled = kept[command, r["gpus"]], r["gib"]["kept for backward"]
+            gib = [f"{x:.1f}" for x in (eager, compiled)]
+            lines.append([f"`{command}`", str(r["batch"]), *gib, f"{compiled / eager:.2f}"])
+    header = ["command", "samples", "without `--compile`", "with it", "ratio"]
+    return table(header, lines) if lines else "Nothing is recorded yet.\n"
+
+
 def scale_tables(prefix):
     """By benchmarks/scale.py."""
     import scale
@@ -582,8 +599,8 @@ def updated(path, missing):
         make = {"methods": methods_table, "diffs": diffs, "shared": shared, "curves": curves,
                 "results": results_table, "knn": knn_of_all, "retrieval": retrieval_of_all,
                 "ends": ends, "spread": spread, "speed": speed, "scale": scale_tables,
-                "evaluations": evaluations, "ablations": ablations, "parity": parity_table,
-                "seeds": seeds}[kind]  # fmt: skip
+                "memory": memory, "evaluations": evaluations, "ablations": ablations,
+                "parity": parity_table, "seeds": seeds}[kind]  # fmt: skip
         return match[1] + make(prefix, *([method] if method else [])) + match[3]
 
     def link(match):
