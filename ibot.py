@@ -132,10 +132,11 @@ RECIPES = {
         blur=False, out_dim=2048, teacher_momentum=0.99, epochs=200, batch_size=512,
     ),
     "cifar10-cpu": dict(
-        arch="vit_nano_patch8", init_std=0.08, drop_path=0.0, hidden_dim=1024, out_dim=1024,
+        arch="vit_nano_patch8", init_std=0.08, drop_path=0.0, hidden_dim=512, out_dim=512,
         freeze_last_layer=0.0, image_size=32, local_crops=0, crop_split=0.2, jitter_strength=0.5,
-        blur=False, teacher_temp=0.04, warmup_teacher_temp=0.04, teacher_momentum=0.98, epochs=10,
-        batch_size=128, base_lr=2e-3, warmup_epochs=0.3, weight_decay_end=0.04,
+        blur=False, teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.98,
+        center_momentum=0.5, epochs=10, batch_size=128, base_lr=2e-3, warmup_epochs=0.3,
+        weight_decay_end=0.04,
     ),
     "flickr8k": dict(
         arch="vit_micro_patch8", image_size=96, local_size=48, local_crops=6, out_dim=4096,
