@@ -46,6 +46,24 @@ def test_zero_init_residual(name, arch):
         assert torch.equal(block(x), x) == zero
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot", "dinov2"])
+def test_init_std(name):
+    """It is that of the linear layers in a ViT's blocks, by default the official 0.02; nothing else starts otherwise."""
+    module, found = module_of(name), {}
+    for std in (None, 0.08):
+        torch.manual_seed(0)
+        args = module.Args(arch="vit_nano_patch8", image_size=32, local_size=16, out_dim=64)
+        if std:
+            args.init_std = std
+        found[std] = module.build_model(args).student.state_dict()
+    for name, x in found[0.08].items():
+        if "blocks." in name and x.ndim == 2:
+            assert x.std().item() == pytest.approx(0.08, rel=0.03)
+            close(x, 4 * found[None][name])
+        else:
+            assert torch.equal(x, found[None][name])
+
+
 # ------------------------------------------------ golden ------------------------------------------------
 def test_loss_and_center():
     """Three calls in a row: the center of a call is made of the ones before it."""
