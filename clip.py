@@ -146,7 +146,7 @@ class QuickGELU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
+    """Pre-norm block. (B, N, D) -> (B, N, D); with position (B,), one token each: (B, 1, D)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -160,21 +160,21 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x, mask=None, position=None):
         q = y = self.ln_1(x)
-        hidden = None  # what the only token that is computed does not see, (B, N)
+        key_mask = None  # (B, N): 0 where the token at `position` attends, -inf after it
         if position is not None:
             x = x.take_along_dim(position[:, None, None], dim=1)  # (B, 1, D)
             q = self.ln_1(x)
             if mask is not None:
-                hidden = mask[position]
+                key_mask = mask[position]  # a row of the causal mask for each sample
                 mask = None
         causal = mask is not None
-        y, _ = self.attn(q, y, y, hidden, need_weights=False, attn_mask=mask, is_causal=causal)
+        y, _ = self.attn(q, y, y, key_mask, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """mask: causal or none. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
+    """mask: causal or none. (B, N, D) -> (B, N, D); with position (B,) of a token: (B, 1, D)."""
 
     def __init__(self, width, layers, heads):
         super().__init__()
@@ -209,8 +209,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
-        first = x.new_zeros(len(x), dtype=torch.long)
-        x = self.transformer(self.ln_pre(x), position=first if self.training else None)
+        place = x.new_zeros(len(x), dtype=torch.long)  # of the class token
+        x = self.transformer(self.ln_pre(x), position=place if self.training else None)
         return self.ln_post(x[:, 0])
 
     def forward(self, x):

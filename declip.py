@@ -227,7 +227,7 @@ def eval_view(args) -> EvalView:
 # ---------------------------------------- backbone ----------------------------------------
 # Adapted from clip.py: ResidualAttentionBlock, QuickGELU in forward, initialised here
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
+    """Pre-norm block. (B, N, D) -> (B, N, D); with position (B,), one token each: (B, 1, D)."""
 
     def __init__(self, width, layers):
         super().__init__()
@@ -245,15 +245,15 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x, mask=None, position=None):
         q = y = self.ln_1(x)
-        hidden = None  # what the only token that is computed does not see, (B, N)
+        key_mask = None  # (B, N): 0 where the token at `position` attends, -inf after it
         if position is not None:
             x = x.take_along_dim(position[:, None, None], dim=1)  # (B, 1, D)
             q = self.ln_1(x)
             if mask is not None:
-                hidden = mask[position]
+                key_mask = mask[position]  # a row of the causal mask for each sample
                 mask = None
         causal = mask is not None
-        y, _ = self.attn(q, y, y, hidden, need_weights=False, attn_mask=mask, is_causal=causal)
+        y, _ = self.attn(q, y, y, key_mask, need_weights=False, attn_mask=mask, is_causal=causal)
         x = x + y
         y = self.mlp.c_fc(self.ln_2(x))
         y = y * torch.sigmoid(1.702 * y)  # QuickGELU
@@ -262,7 +262,7 @@ class ResidualAttentionBlock(nn.Module):
 
 # Adapted from clip.py: Transformer, heads of 64
 class Transformer(nn.Module):
-    """mask: causal or none. (B, N, D) -> (B, N, D), or of positions (B,) alone: (B, 1, D)."""
+    """mask: causal or none. (B, N, D) -> (B, N, D); with position (B,) of a token: (B, 1, D)."""
 
     def __init__(self, width, layers):
         super().__init__()
@@ -298,8 +298,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
         class_token = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding
-        first = x.new_zeros(len(x), dtype=torch.long)
-        x = self.transformer(self.ln_pre(x), position=first if self.training else None)
+        place = x.new_zeros(len(x), dtype=torch.long)  # of the class token
+        x = self.transformer(self.ln_pre(x), position=place if self.training else None)
         return self.ln_post(x[:, 0])
 
     def forward(self, x):
@@ -399,11 +399,12 @@ class TextTransformer(nn.Module):
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         end = text.argmax(dim=-1)  # position of the end token, which has the largest id
-        x = self.ln_final(self.transformer(x, mask, None if return_words else end))
+        position = None if return_words else end  # words need every token
+        x = self.ln_final(self.transformer(x, mask, position))
         if return_words:
             rows = torch.arange(len(x), device=x.device)
             return self.text_projection(x[rows, end]), x
-        return self.text_projection(x.squeeze(1))
+        return self.text_projection(x[:, 0])
 
 
 # ---------------------------------------- model ----------------------------------------
@@ -527,7 +528,7 @@ def info_nce(images, texts, logit_scale):
 
     images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose
     products are in half precision. Returns two matrices (images, texts) of losses, image to text
-    and text to image: means over this process's rows, to be averaged over processes."""
+    and text to image: means over this process's rows; their mean over processes is the loss."""
     images = [F.normalize(image.float(), dim=-1) for image in images]  # (b, E) each
     texts = [F.normalize(text.float(), dim=-1) for text in texts]
     all_images = [all_gather(image) for image in images]  # (B, E) each

@@ -62,7 +62,7 @@ class Args(RunArgs):
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    init_std: float = 0.02  # of the first weights in a ViT's blocks (official); more if narrow
+    init_std: float = 0.02  # std of initial weights in a ViT's blocks (official); 0.08 for vit_nano
     zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)
@@ -104,7 +104,7 @@ class Args(RunArgs):
 
 
 STEADY = dict(norm_last_layer=True, freeze_last_layer=3.0, warmup_teacher_temp_epochs=50)
-CPU = dict(
+SMALL = dict(
     image_size=32, jitter_strength=0.5, blur=False, local_crops=0, head_layers=2, head_bn=True,
     hidden_dim=1024, out_dim=1024, freeze_last_layer=0.0, teacher_temp=0.04,
     warmup_teacher_temp=0.04, teacher_momentum=0.98, epochs=10, batch_size=128,
@@ -138,11 +138,11 @@ RECIPES = {
     ),
     # our own, for 40 minutes of one core; the second for a small ViT
     "cifar10-cpu": dict(
-        CPU, arch="resnet10", width=0.25, stem="small", crop_split=0.3, optimizer="sgd",
+        SMALL, arch="resnet10", width=0.25, stem="small", crop_split=0.3, optimizer="sgd",
         base_lr=0.24, min_lr=0.0, warmup_epochs=0.2, weight_decay=1e-4, weight_decay_end=1e-4,
     ),
     "cifar10-cpu-vit": dict(
-        CPU, arch="vit_nano_patch8", init_std=0.08, drop_path=0.0, crop_split=0.2,
+        SMALL, arch="vit_nano_patch8", init_std=0.08, drop_path=0.0, crop_split=0.2,
         base_lr=2e-3, warmup_epochs=0.3, weight_decay_end=0.04,
     ),
     # our own

@@ -58,7 +58,7 @@ class Args(RunArgs):
     arch: str = "vit_large_patch16"  # vit_{nano,micro,tiny,small,base,large,giant}_patchP
     ffn: Literal["mlp", "swiglu"] = "mlp"  # feed-forward layer (Table 17: swiglu from scratch)
     registers: int = 0  # tokens without a place or a loss (0: none; 4 in arXiv 2309.16588)
-    init_std: float = 0.02  # of the first weights in the blocks (official code); more if narrow
+    init_std: float = 0.02  # std of the blocks' initial weights (official code); 0.08 for vit_nano
     layer_scale: float = 1e-5  # factor of each residual branch at the start (official code)
     drop_path: float = 0.3  # stochastic depth of every block of the student (official code)
     hidden_dim: int = 2048  # hidden width of the heads

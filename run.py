@@ -60,10 +60,11 @@ RANGES = {name: (least, most) for names, least, most in [
     ("teacher_momentum_end mass mask_prob mask_ratio crop_min crop_split", 0, 1),
     ("label_smoothing alpha layer_decay", 0, 1),
     ("drop_path drop_connect erase beta2", 0, 0.9999),
-    ("temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
+    ("init_std temperature key_temperature teacher_temp warmup_teacher_temp", 0.001, 1000),
     ("context_length", 3, 4096),
 ] for name in names.split()}
-UNUSED_BY = dict(width="vit", stem="vit", drop_path="resnet", freeze_patch_embed="resnet")
+UNUSED_BY = dict(width="vit", stem="vit", drop_path="resnet", init_std="resnet",
+                 freeze_patch_embed="resnet")
 
 
 def build_parser(Args, comments: dict, recipe: str, values: dict) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py slip --data yfcc15m --gpus 8             # predicted, in seconds
     python benchmarks/memory.py dinov2 --recipe imagenet --gpus 8 --grad-checkpointing selective
+    python benchmarks/memory.py clip --data yfcc15m --compile  # what a compiled model keeps
     python benchmarks/memory.py slip --recipe yfcc15m --gpus 8 --measure # on a GPU, beside that
     python benchmarks/memory.py slip --data yfcc15m --out results/memory.json
 

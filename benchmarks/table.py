@@ -574,7 +574,7 @@ def memory(prefix):
     lines = []
     for r in rows:
         command = r["command"].replace(" --compile", "")
-        if command != r["command"]:
+        if command != r["command"] and r["gpus"] == 8 and (command, 8) in kept:
             eager, compiled = kept[command, r["gpus"]], r["gib"]["kept for backward"]
             gib = [f"{x:.1f}" for x in (eager, compiled)]
             lines.append([f"`{command}`", str(r["batch"]), *gib, f"{compiled / eager:.2f}"])

@@ -48,7 +48,7 @@ def test_zero_init_residual(name, arch):
 
 @pytest.mark.parametrize("name", ["dino", "ibot", "dinov2"])
 def test_init_std(name):
-    """It is that of the linear layers in a ViT's blocks, by default the official 0.02; nothing else starts otherwise."""
+    """The spread of the blocks' linear layers, by default the official 0.02; all other weights stay the same."""
     module, found = module_of(name), {}
     for std in (None, 0.08):
         torch.manual_seed(0)
@@ -56,12 +56,12 @@ def test_init_std(name):
         if std:
             args.init_std = std
         found[std] = module.build_model(args).student.state_dict()
-    for name, x in found[0.08].items():
-        if "blocks." in name and x.ndim == 2:
+    for key, x in found[0.08].items():
+        if "blocks." in key and x.ndim == 2:
             assert x.std().item() == pytest.approx(0.08, rel=0.03)
-            close(x, 4 * found[None][name])
+            close(x, 4 * found[None][key])
         else:
-            assert torch.equal(x, found[None][name])
+            assert torch.equal(x, found[None][key])
 
 
 # ------------------------------------------------ golden ------------------------------------------------

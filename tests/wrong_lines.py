@@ -70,7 +70,7 @@ COMMON = [
     ("nn.BatchNorm1d(out_dim, affine=False)", "nn.BatchNorm1d(out_dim)"),
     ("text.argmax(dim=-1)", "text.argmin(dim=-1)"),
     ("self.transformer(x, mask, ", "self.transformer(x, None, "),
-    ("hidden = mask[position]", "hidden = None"),
+    ("key_mask = mask[position]", "key_mask = None"),
     ("std=0.02)", "std=0.04)"),
     ("eps=1e-6", "eps=1e-3"),
 ]
