@@ -58,7 +58,6 @@ class Args(RunArgs):
     arch: str = "vit_large_patch16"  # vit_{nano,micro,tiny,small,base,large,giant}_patchP
     ffn: Literal["mlp", "swiglu"] = "mlp"  # feed-forward layer (Table 17: swiglu from scratch)
     registers: int = 0  # tokens without a place or a loss (0: none; 4 in arXiv 2309.16588)
-    init_std: float = 0.02  # std of the blocks' initial weights (official code); 0.08 for vit_nano
     layer_scale: float = 1e-5  # factor of each residual branch at the start (official code)
     drop_path: float = 0.3  # stochastic depth of every block of the student (official code)
     hidden_dim: int = 2048  # hidden width of the heads
@@ -110,9 +109,9 @@ RECIPES = {  # our own, but for the last two
     "flocks": dict(SMALL, crop_split=0.7, jitter_strength=0.0, hidden_dim=512, out_dim=64,
                    teacher_temp=0.02, warmup_teacher_temp=0.02, teacher_momentum=0.95,
                    koleo_weight=0.5, epochs=3, warmup_epochs=0.2),
-    "cifar10-cpu": dict(SMALL, init_std=0.08, crop_split=0.2, jitter_strength=0.5, hidden_dim=1024,
-                        out_dim=512, teacher_temp=0.03, warmup_teacher_temp=0.03,
-                        teacher_momentum=0.97, epochs=10, warmup_epochs=0.3),
+    "cifar10-cpu": dict(SMALL, crop_split=0.3, jitter_strength=0.25, hidden_dim=1024, out_dim=512,
+                        teacher_temp=0.03, warmup_teacher_temp=0.03, teacher_momentum=0.97,
+                        epochs=10, warmup_epochs=0.3),
     "shapes": dict(arch="vit_micro_patch8", image_size=48, local_size=24, local_crops=2,
                    layer_scale=1.0, blur=False, hidden_dim=512, out_dim=512, freeze_last_layer=0.0,
                    drop_path=0.0, teacher_temp=0.02, warmup_teacher_temp=0.02,
@@ -283,7 +282,7 @@ class VisionTransformer(nn.Module):
     """timm's ViT. (B, 3, S, S) -> (B, D), the class token after the last norm."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, drop_path=0.0, registers=0,
-                 swiglu=False, gamma=1e-5, init_std=0.02):
+                 swiglu=False, gamma=1e-5):
         super().__init__()
         patches = (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, dim))
@@ -298,7 +297,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=init_std)
+                nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def interpolate_pos_embed(self, rows, columns):
@@ -447,7 +446,7 @@ def build_network(args, drop_path=0.0) -> nn.ModuleDict:
     layers, width, heads = ARCHS[name]
     backbone = VisionTransformer(
         args.image_size, patch_size, width, layers, heads, drop_path,
-        args.registers, args.ffn == "swiglu", args.layer_scale, args.init_std,
+        args.registers, args.ffn == "swiglu", args.layer_scale,
     )
     dino_head = DINOHead(width, args.out_dim, args.hidden_dim, args.bottleneck_dim)
     ibot_head = dino_head

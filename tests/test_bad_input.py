@@ -110,7 +110,7 @@ MISTAKES = [  # method, flags after those of tests/runs.py ({0}: the folder `thi
     ("dino", "--stem cifar", "--stem changes nothing with vit_micro_patch8: leave it out"),
     ("dino", "--drop-path 0.1 --arch resnet10", "--drop-path changes nothing with resnet10: leave it out"),
     ("dino", "--init-std 0.08 --arch resnet10", "--init-std changes nothing with resnet10: leave it out"),
-    ("dinov2", "--init-std 0", "--init-std 0.0 must lie between 0.001 and 1000"),
+    ("ibot", "--init-std 0", "--init-std 0.0 must lie between 0.001 and 1000"),
     ("mocov3", "--no-freeze-patch-embed --arch resnet10", "--freeze-patch-embed changes nothing with resnet10: leave it out"),
     ("dinov2", "--layer-decay 1e13", "--layer-decay 10000000000000.0 must lie between 0 and 1"),
     ("simclr", "--crop-min 1.5", "--crop-min 1.5 must lie between 0 and 1"),
