@@ -62,7 +62,7 @@ class Args(RunArgs):
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base}_patchP or resnet10 to 152
     width: float = 1.0  # factor of the channels of a ResNet; 0.5 is half as wide everywhere
     stem: Literal["auto", "imagenet", "cifar", "small"] = "auto"  # cifar: 3x3; small: 3x3, stride 2
-    init_std: float = 0.02  # std of initial weights in a ViT's blocks (official); 0.08 for vit_nano
+    init_std: float = 0.02  # std of initial weights in a ViT's blocks (official); more if narrow
     zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     drop_path: float = 0.1  # stochastic depth of the student's last ViT block (official code)
     head_layers: int = 3  # linear layers of the head before its bottleneck is normalised (App. C)

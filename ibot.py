@@ -58,7 +58,7 @@ class Args(RunArgs):
     eval_data: str = ""  # dataset of the evaluation in the loop (default: the splits of --data)
     recipe: str = ""  # entry of RECIPES to use instead of the one named like --data
     arch: str = "vit_small_patch16"  # vit_{nano,micro,tiny,small,base,large}_patchP
-    init_std: float = 0.02  # std of the blocks' initial weights (official code); 0.08 for vit_nano
+    init_std: float = 0.02  # std of the blocks' initial weights (official code); more if narrow
     zero_init_residual: bool = False  # start residual branches at 0, unlike the official code
     drop_path: float = 0.1  # stochastic depth of the student's last block (official code)
     hidden_dim: int = 2048  # hidden width of the head (as DINO); the bottleneck after it has 256
