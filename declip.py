@@ -350,7 +350,8 @@ class AttentionPool2d(nn.Module):
 
 # Adapted from clip.py: ModifiedResNet, with a classifier that is never used
 class ModifiedResNet(torchvision.models.ResNet):
-    """ResNet, stem of 3 convolutions, attention pooling (CLIP Sec. 2.4). (B, 3, S, S) -> (B, E)."""
+    """ResNet with a stem of three convolutions and attention pooling (CLIP Sec. 2.4).
+    (B, 3, S, S) -> (B, E)."""
 
     def __init__(self, image_size, layers, embed_dim):
         super().__init__(Bottleneck, layers, embed_dim, zero_init_residual=True)
@@ -528,7 +529,8 @@ def info_nce(images, texts, logit_scale):
 
     images, texts: lists of (b, E) of this process, any length. Call it outside autocast, whose
     products are in half precision. Returns two matrices (images, texts) of losses, image to text
-    and text to image: means over this process's rows; their mean over processes is the loss."""
+    and text to image: means over this process's rows, whose mean over processes is that of the
+    global batch."""
     images = [F.normalize(image.float(), dim=-1) for image in images]  # (b, E) each
     texts = [F.normalize(text.float(), dim=-1) for text in texts]
     all_images = [all_gather(image) for image in images]  # (B, E) each
