@@ -377,10 +377,11 @@ class DINOv2(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))  # c
         self.register_buffer("center2", torch.zeros(1, 1, prototypes))  # c2
 
-    def forward(self, crops, mask, drop_path=()):
+    def forward(self, crops, mask, chosen, drop_path=()):
         """The student. crops: V of (b, 3, S, S), global ones first; mask: of their patches, (2 b,
-        N) bool; drop_path: (b, depth, 2) for each crop. -> logits, rows of the first crop first,
-        for all crops (V b, K) and masked patches (M, K); class tokens of the global crops."""
+        N) bool; chosen: positions of the masked ones among all, (M,); drop_path: (b, depth, 2) for
+        each crop. -> logits, rows of the first crop first, for all crops (V b, K) and masked
+        patches (M, K); class tokens of the global crops."""
         large = torch.cat(crops[:2])
         small = crops[2:]
         drop_large, drop_small = None, None
@@ -388,7 +389,8 @@ class DINOv2(nn.Module):
             drop_path = torch.cat(drop_path)  # (V b, depth, 2)
             drop_large, drop_small = drop_path[: len(large)], drop_path[len(large) :]
         tokens = self.student.backbone.tokens(large, mask, drop_large)
-        patches = self.student.ibot_head(tokens[:, 1:][mask])
+        patches = tokens[:, 1:].flatten(0, 1)
+        patches = self.student.ibot_head(patches[chosen])
         features = class_tokens = tokens[:, 0]
         if small:  # never masked
             tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small)
@@ -396,10 +398,12 @@ class DINOv2(nn.Module):
         return self.student.dino_head(class_tokens), patches, features
 
     @torch.no_grad()
-    def teach(self, crops, mask):
+    def teach(self, crops, chosen):
         """The teacher's logits for unmasked global crops (2 b, K) and the same patches (M, K)."""
         tokens = self.teacher.backbone.tokens(torch.cat(crops[:2]))
-        return self.teacher.dino_head(tokens[:, 0]), self.teacher.ibot_head(tokens[:, 1:][mask])
+        patches = tokens[:, 1:].flatten(0, 1)
+        patches = self.teacher.ibot_head(patches[chosen])
+        return self.teacher.dino_head(tokens[:, 0]), patches
 
 
 # Adapted from dino.py: update_teacher, of networks without batch norm
@@ -474,9 +478,11 @@ def center_softmax(teacher, center, teacher_temp, momentum=0.9):
     c <- m c + (1 - m) mean of all processes' logits (DINO Eq. 4), in place."""
     p_t = F.softmax((teacher.float() - center) / teacher_temp, dim=-1)
     total = all_gather(teacher.float().sum(0, keepdim=True)).sum(0)  # (K,)
-    rows = all_gather(center.new_tensor([len(teacher)])).sum()
-    if rows > 0:  # it can happen that no patch of the global batch is masked
-        center.lerp_(total / rows, 1 - momentum)
+    rows = torch.full((1,), len(teacher), device=center.device)
+    rows = all_gather(rows).sum()
+    mean = total / rows.clamp(min=1)
+    # it can happen that no patch of the global batch is masked, and then the center stays
+    center.lerp_(mean, (1 - momentum) * (rows > 0))
     return p_t
 
 
@@ -510,14 +516,15 @@ def dino_loss(student, p_t, student_temp=0.1):
     return loss, entropy, kl
 
 
-def patch_loss(student, p_t, mask, student_temp=0.1):
+def patch_loss(student, p_t, mask, chosen, student_temp=0.1):
     """The same for the student's masked patches (Sec. 4), chance level p ln K: crops without a mask
-    count as 0 (official code). student: logits (M, K), p_t: (M, K), in the order of mask, (2 b, N)
-    bool. A mean over the masked patches of a crop, then over this process's 2 b crops."""
+    count as 0 (official code). student: logits (M, K); p_t: (M, K); mask: (2 b, N) bool; chosen:
+    positions of the M patches in it (M,). A mean over the masked patches of a crop, then over this
+    process's 2 b crops."""
     log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)
     terms = (p_t * log_p_s).sum(-1)  # (M,)
     weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # (2 b, 1): of each patch in its crop
-    weight = weight.expand_as(mask)[mask]
+    weight = weight.expand_as(mask).flatten()[chosen]
     return -(terms * weight).sum() / len(mask)
 
 
@@ -675,10 +682,11 @@ def train(args: Args) -> dict:
     for step, batch in run.batches():
         crops = [batch[name] for name in views]
         params = batch["params"]
+        # the CPU counts what is kept: it would wait for a GPU's count in each branch and head
         drop_path = []
         if depth:
-            drop_path = [params[name]["drop_path"].cpu() for name in views]  # or each branch waits
-        masks = [params[name]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
+            drop_path = [params[name]["drop_path"].cpu() for name in views]
+        masks = [params[name]["mask"].flatten(1).cpu() for name in ("global1", "global2")]  # (b, N)
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         start, end = args.weight_decay, args.weight_decay_end
         weight_decay = warmup_cosine(step, run.total, 0, start, end=end)
@@ -695,10 +703,14 @@ def train(args: Args) -> dict:
         for first in range(0, b, piece):
             rows = slice(first, first + piece)
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
+            positions = torch.arange(mask.numel())
+            chosen = positions[mask.flatten()]
+            mask = mask.to(device, non_blocking=True)
+            chosen = chosen.to(device, non_blocking=True)
             part = [x[rows] for x in crops]
-            pieces.append((part, mask, [u[rows] for u in drop_path]))
+            pieces.append((part, mask, chosen, [u[rows] for u in drop_path]))
             with autocast:
-                targets.append(model.teach(part, mask))
+                targets.append(model.teach(part, chosen))
         teacher = torch.cat([logits for logits, _ in targets])  # of the whole batch
         teacher_patches = torch.cat([logits for _, logits in targets])
         if args.centering == "sinkhorn":
@@ -717,7 +729,8 @@ def train(args: Args) -> dict:
             with autocast:
                 student, patches, features = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, p)
-            patch = patch_loss(patches, p_patches, inputs[1])
+            _, mask, chosen, _ = inputs
+            patch = patch_loss(patches, p_patches, mask, chosen)
             koleo = sum(koleo_loss(f, koleo_group) for f in features.chunk(2))  # by crop
             loss = cls + args.patch_weight * patch + args.koleo_weight * koleo
             losses = torch.stack([loss, cls, patch, koleo, entropy, kl]) / args.accum_steps

@@ -357,9 +357,9 @@ class VisionTransformer(nn.Module):
 # Adapted from dino.py: DINOHead, with prototypes for patches
 class IBOTHead(nn.Module):
     """MLP to a bottleneck, unit length, prototypes. Class tokens (B, D) -> logits (B, K); class
-    token and patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP; with a mask, (B, N)
-    bool, only of the M patches in it, (M, K2). K2 is patch_out_dim; if that is 0, the patches have
-    the prototypes of the class token (Sec. 3.2) and K2 = K."""
+    token and patches (B, 1 + N, D) -> (B, K), (B, N, K2), by the same MLP; with `chosen`, (M,)
+    positions among the B N patches, only of these, (M, K2). K2 is patch_out_dim; if that is 0, the
+    patches have the prototypes of the class token (Sec. 3.2) and K2 = K."""
 
     def __init__(self, dim, out_dim, patch_out_dim=0, hidden_dim=2048, bottleneck_dim=256,
                  norm_last_layer=True):
@@ -391,12 +391,12 @@ class IBOTHead(nn.Module):
     def bottleneck(self, x):
         return F.normalize(self.mlp(x), dim=-1)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, chosen=None):
         if x.ndim == 2:
             return self.last_layer(self.bottleneck(x))
         class_token, patches = x[:, 0], x[:, 1:]
-        if mask is not None:
-            patches = patches[mask]
+        if chosen is not None:
+            patches = patches.flatten(0, 1)[chosen]
         logits = self.last_layer(self.bottleneck(class_token))
         return logits, self.last_layer2(self.bottleneck(patches))
 
@@ -415,9 +415,10 @@ class IBOT(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))  # c
         self.register_buffer("center2", torch.zeros(1, 1, patch_prototypes))  # c2
 
-    def forward(self, crops, mask, drop_path=()):
+    def forward(self, crops, mask, chosen, drop_path=()):
         """crops: V of (b, 3, S, S), the two global ones first; mask: of their patches, (2 b, N)
-        bool; drop_path: for each crop (b, depth, 2), see VisionTransformer.
+        bool; chosen: positions of the masked ones among all, (M,); drop_path: for each crop (b,
+        depth, 2), see VisionTransformer.
 
         Returns logits, rows of the first crop first: of the student for all crops (V b, K) and for
         the M masked patches (M, K2), of the teacher for the unmasked global crops (2 b, K) and for
@@ -432,7 +433,7 @@ class IBOT(nn.Module):
         with torch.no_grad():
             teacher, teacher_patches = self.teacher.head(self.teacher.backbone.tokens(large))
         tokens = self.student.backbone.tokens(large, mask, drop_large)
-        student, patches = self.student.head(tokens, mask)
+        student, patches = self.student.head(tokens, chosen)
         if small:  # never masked, and only their class tokens go through the head
             tokens = self.student.backbone.tokens(torch.cat(small), None, drop_small, queries=1)
             student = torch.cat([student, self.student.head(tokens[:, 0])])
@@ -532,20 +533,20 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     return loss, entropy, kl
 
 
-def patch_loss(student, teacher, mask, center, teacher_temp, student_temp=0.1):
+def patch_loss(student, teacher, mask, chosen, center, teacher_temp, student_temp=0.1):
     """Cross-entropy of the student's masked patches to the teacher's unmasked ones (Sec. 3.1), in
     nats; chance level p ln K2, p the share of crops with a mask: the others count as 0 (official
     code).
 
-    student: logits (M, K2) of this process, in the order of mask, (2 b, N) bool, any dtype;
-    teacher: (2 b, N, K2); center: (1, 1, K2). Call it outside autocast. A mean over the masked
-    patches of a crop, then over the 2 b crops of this process."""
+    student: logits (M, K2) of this process, any dtype; teacher: (2 b, N, K2); mask: (2 b, N) bool;
+    chosen: positions of the M patches in it (M,); center: (1, 1, K2). Call it outside autocast. A
+    mean over the masked patches of a crop, then over the 2 b crops of this process."""
     log_p_s = F.log_softmax(student.float() / student_temp, dim=-1)  # (M, K2)
-    centered = teacher.detach()[mask].float() - center[0]
+    centered = teacher.detach().flatten(0, 1)[chosen].float() - center[0]
     p_t = F.softmax(centered / teacher_temp, dim=-1)
     terms = (p_t * log_p_s).sum(-1)  # (M,)
     weight = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # (2 b, 1): of each patch in its crop
-    weight = weight.expand_as(mask)[mask]
+    weight = weight.expand_as(mask).flatten()[chosen]
     return -(terms * weight).sum() / len(mask)
 
 
@@ -630,7 +631,8 @@ def train(args: Args) -> dict:
         drop_path = []
         if depth:
             drop_path = [params[name]["drop_path"] for name in views]
-        masks = [params[name]["mask"].flatten(1) for name in ("global1", "global2")]  # (b, N)
+        # (b, N); counted on the CPU, which would wait for a GPU's count in the head and the loss
+        masks = [params[name]["mask"].flatten(1).cpu() for name in ("global1", "global2")]
         lr = warmup_cosine(step, run.total, warmup, peak, end=args.min_lr, reach_peak=True)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -646,12 +648,16 @@ def train(args: Args) -> dict:
         for first in range(0, b, piece):
             rows = slice(first, first + piece)
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
-            inputs = [x[rows] for x in crops], mask, [u[rows] for u in drop_path]
+            positions = torch.arange(mask.numel())
+            chosen = positions[mask.flatten()]
+            mask = mask.to(device, non_blocking=True)
+            chosen = chosen.to(device, non_blocking=True)
+            inputs = [x[rows] for x in crops], mask, chosen, [u[rows] for u in drop_path]
             ddp.require_backward_grad_sync = first + piece == b  # DDP sends gradients once
             with autocast:
                 student, patches, teacher, teacher_patches = ddp(*inputs)
             cls, entropy, kl = dino_loss(student, teacher, model.center, *temps)
-            patch = patch_loss(patches, teacher_patches, mask, model.center2, *temps)
+            patch = patch_loss(patches, teacher_patches, mask, chosen, model.center2, *temps)
             loss = args.cls_weight * cls + args.patch_weight * patch
             losses = torch.stack([loss, cls, patch, entropy, kl]) / args.accum_steps
             scaler.scale(losses[0]).backward()
@@ -676,7 +682,7 @@ def train(args: Args) -> dict:
         update_teacher(model.student, model.teacher, momentum)
 
         loss, cls, patch, entropy, kl = sums
-        masked = torch.cat(masks).float().mean()
+        masked = torch.cat(masks).float().mean().to(device, non_blocking=True)
         terms = {
             "loss": (loss, chance),
             "cls_loss": (cls, cls_chance),

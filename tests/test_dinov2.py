@@ -25,6 +25,7 @@ from runs import FLAGS, ROOT, make_photos, rows, train_here
 from test_dino import old_name
 from test_golden import close, close_grad, golden
 from test_structure import backward, cut
+from toys import positions
 
 
 def tiny(drop_path=0.0, registers=0, swiglu=False, layer_scale=0.5, dim=48):
@@ -69,12 +70,15 @@ def test_patch_loss_and_center():
         student = x[call]["student_masked"].clone().requires_grad_()
         p_t = dinov2.center_softmax(x[call]["teacher_masked"], center[0], x[call]["temp"])
         close(p_t, y[call]["probs"])
-        loss = dinov2.patch_loss(student, p_t, x[call]["masks"])
+        mask = x[call]["masks"]
+        loss = dinov2.patch_loss(student, p_t, mask, positions(mask))
         loss.backward()
         close(loss, y[call]["loss"])
         close(loss, y[call]["loss_scaled_like_meta_arch"])
         close_grad(student.grad, y[call]["grad"])
     close(center, y["center_after_applying_last"])
+    before = center.clone()
+    assert len(dinov2.center_softmax(torch.zeros(0, 24), center[0], 0.05)) == 0 and torch.equal(center, before)  # no mask
     x, y = x["sinkhorn"], y["sinkhorn"]
     close(dinov2.sinkhorn_knopp(x["teacher_masked"], x["temp"]), y)
 
@@ -238,8 +242,8 @@ def test_only_masked_patches_reach_the_heads():
         head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     mask = torch.rand(4, 16) < 0.3
     crops = [torch.randn(2, 3, size, size) for size in (32, 32, 16)]
-    teacher, teacher_patches = model.teach(crops, mask)
-    student, patches, features = model(crops, mask)
+    teacher, teacher_patches = model.teach(crops, positions(mask))
+    student, patches, features = model(crops, mask, positions(mask))
     assert seen == [(int(mask.sum()), 48)] * 2
     assert student.shape == (6, 40) and teacher.shape == (4, 40) and patches.shape == teacher_patches.shape == (mask.sum(), 40)
     whole = model.teacher.backbone.tokens(torch.cat(crops[:2]))
@@ -501,11 +505,11 @@ def test_paste():
     model = space["DINOv2"](student, teacher)
     crops = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16, 16)]
     mask = torch.rand(8, 16) < 0.3
-    targets, target_patches = model.teach(crops, mask)
-    logits, patches, features = model(crops, mask, [torch.rand(4, 2, 2) for _ in crops])
+    targets, target_patches = model.teach(crops, positions(mask))
+    logits, patches, features = model(crops, mask, positions(mask), [torch.rand(4, 2, 2) for _ in crops])
     assert not targets.requires_grad and not target_patches.requires_grad
     loss, _, _ = space["dino_loss"](logits, space["sinkhorn_knopp"](targets, 0.07))
-    loss = loss + space["patch_loss"](patches, space["center_softmax"](target_patches, model.center2[0], 0.07), mask)
+    loss = loss + space["patch_loss"](patches, space["center_softmax"](target_patches, model.center2[0], 0.07), mask, positions(mask))
     (loss + space["koleo_loss"](features[:4])).backward()
     assert all(p.grad is not None for p in model.student.parameters())
     backward(space["Block"](48, 3)(torch.randn(2, 5, 48)))

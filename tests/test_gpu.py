@@ -22,6 +22,7 @@ import common
 import data
 import dino
 import dinov2
+import ibot
 import moco
 import mocov3
 import simclr
@@ -31,7 +32,7 @@ from command import Args
 from evaluation import finetune
 from runs import METHODS, environment, make_photos, rows, train_here
 from test_resume import assert_same_run
-from toys import QUICK, TRANSFORMER, VIEW, Toy, vit
+from toys import QUICK, TRANSFORMER, VIEW, Toy, positions, vit
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 GPU = DEVICE == "cuda"
@@ -349,19 +350,30 @@ def loss_memory(monkeypatch, name, local, world, dim=128):
 
 
 def test_the_cpu_does_not_wait_for_the_gpu():
-    """In MoCo's queue and DINOv2's stochastic depth, forward and backward: PyTorch tells of any wait."""
+    """In MoCo's queue, DINOv2's stochastic depth and the masked patches of iBOT, forward and backward: PyTorch tells of any
+    wait."""
     encoders = [torch.nn.Sequential() for _ in range(2)]
     for encoder in encoders:
         encoder.add_module("fc", torch.nn.Linear(6, 3))
     model, keys = moco.MoCo(*encoders, queue_size=8).to(DEVICE), torch.randn(4, 3, device=DEVICE)
     block, x = dinov2.Block(48, 3, drop_path=0.5).to(DEVICE), torch.randn(4, 5, 48, device=DEVICE)
     u = torch.tensor([[0.1, 0.9], [0.7, 0.2], [0.8, 0.8], [0.3, 0.4]])
+    sizes = dict(arch="vit_micro_patch8", image_size=32, local_crops=0, out_dim=32, hidden_dim=32)
+    student, mask = ibot.build_model(ibot.Args(**sizes)).to(DEVICE), torch.rand(4, 16) < 0.4
+    inputs = [torch.randn(2, 3, 32, 32, device=DEVICE) for _ in range(2)], mask.to(DEVICE), positions(mask).to(DEVICE)
+
+    def masked_patches():
+        _, patches, _, whole = student(*inputs)
+        ibot.patch_loss(patches, whole, *inputs[1:], student.center2, 0.04).backward()
+
+    masked_patches()
     block(x, u).sum().backward()  # the first call may prepare something
     tell = torch.cuda.set_sync_debug_mode if GPU else lambda mode: None
     tell("error")
     try:
         model.enqueue(keys)
         block(x, u).sum().backward()
+        masked_patches()
     finally:
         tell("default")
     assert model.queue_ptr.item() == 4

@@ -18,6 +18,7 @@ from runs import FLAGS, make_photos, rows, train_here
 from test_dino import old_name
 from test_golden import close, close_grad, golden
 from test_structure import backward, cut
+from toys import positions
 
 NEW = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
@@ -47,7 +48,7 @@ def test_losses_and_centers():
         assert not mask[1].any()  # one crop without a mask
         temp = ibot.teacher_temperature(x[call]["epoch"], 0.04, 0.07, 30)
         cls, entropy, kl = ibot.dino_loss(torch.cat([large, small]), teacher, center, temp, 0.1)
-        patch = ibot.patch_loss(patches[mask], teacher_patches, mask, center2, temp, 0.1)
+        patch = ibot.patch_loss(patches[mask], teacher_patches, mask, positions(mask), center2, temp, 0.1)
         (cls + patch).backward()
         close(cls, y[call]["cls"])
         close(patch, y[call]["patch"])
@@ -68,12 +69,12 @@ def test_patch_loss_by_hand():
     for s, t, m in zip(student, teacher, mask):
         terms = [-(((ti - center[0, 0]) / 0.05).softmax(0) * (si / 0.1).log_softmax(0)).sum() for si, ti, mi in zip(s, t, m) if mi]
         by_crop.append(sum(terms) / max(1, len(terms)))
-    close(ibot.patch_loss(student[mask], teacher, mask, center, 0.05), sum(by_crop) / 4)
+    close(ibot.patch_loss(student[mask], teacher, mask, positions(mask), center, 0.05), sum(by_crop) / 4)
     nothing = torch.zeros_like(mask)
-    empty = ibot.patch_loss(student.requires_grad_()[nothing], teacher, nothing, center, 0.05)
+    empty = ibot.patch_loss(student.requires_grad_()[nothing], teacher, nothing, positions(nothing), center, 0.05)
     empty.backward()
     assert empty == 0 and student.grad.abs().sum() == 0  # a batch without any mask is no accident
-    flat = ibot.patch_loss(torch.zeros(int(mask.sum()), 7), teacher, mask, center, 0.05)
+    flat = ibot.patch_loss(torch.zeros(int(mask.sum()), 7), teacher, mask, positions(mask), center, 0.05)
     close(flat, 0.75 * math.log(7))  # chance level: p ln K
 
 
@@ -87,7 +88,7 @@ def test_head(case):
     close(cls, y[case]["cls"])
     close(patch, y[case]["patch"])
     mask = torch.rand(patch.shape[:2]) < 0.5
-    alone = head(x["x3d"], mask)
+    alone = head(x["x3d"], positions(mask))
     close(alone[0], y[case]["cls"])
     close(alone[1], y[case]["patch"][mask])
     close(head(x["x2d"]), y[case]["out2d"])
@@ -116,14 +117,15 @@ def test_multicrop():
     model.student.load_state_dict(state, strict=True)
     model.teacher.load_state_dict({k: v for k, v in state.items() if "masked_embed" not in k}, strict=True)
     mask = torch.cat([m.flatten(1) for m in x["masks"]])
-    student, patches, teacher, teacher_patches = model(x["crops"], mask)
+    student, patches, teacher, teacher_patches = model(x["crops"], mask, positions(mask))
     close(student, torch.cat([y["global_cls"], y["local_cls"]]))
     close(patches, y["global_patch"][mask])
-    whole = model(x["crops"], torch.zeros_like(mask))
+    nothing = torch.zeros_like(mask)
+    whole = model(x["crops"], nothing, positions(nothing))
     close(whole[0][:4], teacher)  # the teacher sees no mask
     assert len(whole[1]) == 0
     close(model.student.head(model.student.backbone.tokens(torch.cat(x["crops"][:2])))[1], teacher_patches)
-    student, _, _, _ = model(x["crops"][:2], mask)
+    student, _, _, _ = model(x["crops"][:2], mask, positions(mask))
     close(student, y["global_cls"])
 
 
@@ -135,11 +137,11 @@ def test_only_masked_patches_reach_the_students_head():
     crops = [torch.randn(2, 3, 32, 32) for _ in range(2)]
     hooks = [network.head.mlp.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
              for network in (model.student, model.teacher)]  # fmt: skip
-    student, patches, _, teacher_patches = model(crops, mask)
+    student, patches, _, teacher_patches = model(crops, mask, positions(mask))
     assert seen == [(4, 48), (4, 16, 48), (4, 48), (int(mask.sum()), 48)]  # the teacher's are all needed: its center is their mean
     [hook.remove() for hook in hooks]
     assert 0 < mask.sum() < mask.numel()
-    loss = student.square().mean() + ibot.patch_loss(patches, teacher_patches, mask, center, 0.05)
+    loss = student.square().mean() + ibot.patch_loss(patches, teacher_patches, mask, positions(mask), center, 0.05)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.student.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -404,12 +406,13 @@ def test_paste():
     model = space["IBOT"](student, teacher)
     crops = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16, 16)]
     mask = torch.rand(8, 16) < 0.3
-    logits, patches, targets, target_patches = model(crops, mask, [torch.rand(4, 2, 2) for _ in crops])
+    chosen = positions(mask)
+    logits, patches, targets, target_patches = model(crops, mask, chosen, [torch.rand(4, 2, 2) for _ in crops])
     assert logits.shape == (20, 20) and targets.shape == (8, 20)
     assert patches.shape == (int(mask.sum()), 20) and target_patches.shape == (8, 16, 20)
     assert not targets.requires_grad and not target_patches.requires_grad
     loss, _, _ = space["dino_loss"](logits, targets, model.center, 0.04)
-    (loss + space["patch_loss"](patches, target_patches, mask, model.center2, 0.04)).backward()
+    (loss + space["patch_loss"](patches, target_patches, mask, chosen, model.center2, 0.04)).backward()
     space["update_center"](model.center2[0], target_patches.flatten(0, 1))
     space["update_teacher"](model.student, model.teacher, 0.996)
     assert all(p.grad is not None for p in model.student.parameters() if p.requires_grad)

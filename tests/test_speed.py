@@ -25,6 +25,7 @@ from data import Loader
 from evaluation import finetune
 from run import parse_args
 from runs import FLAGS, make_photos, module_of
+from toys import positions
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_of_local_crops_the_last_block_computes_the_class_token_alone():
         with pytest.MonkeyPatch.context() as patch:
             if queries is None:
                 patch.setattr(ibot.VisionTransformer, "tokens", lambda self, x, mask=None, u=None, queries=None: tokens(self, x, mask, u))
-            outputs = network(crops, mask, drop_path)
+            outputs = network(crops, mask, positions(mask), drop_path)
         assert seen == [17, 1 if queries else 5]
         sum(y.square().mean() for y in outputs[:2]).backward()
         found.append([*outputs] + [p.grad for p in network.student.parameters() if p.grad is not None])
@@ -196,6 +197,32 @@ def test_moco_and_declip_do_not_wait_for_a_gpu():
     assert not waits.found
     words = network.encode_text(ids, return_words=True)[1]
     torch.testing.assert_close(logits, network.text_label_predictor(words)[chosen])
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+def test_masked_patches_do_not_wait_for_a_gpu(centering):
+    """Their number is known on the CPU: tensors without content, as these are, could not tell it. Forward, losses, centers
+    and backward of a step of ibot.py and dinov2.py."""
+    mask = torch.rand(4, 16) < 0.4
+    chosen = positions(mask).to("meta")
+    with torch.device("meta"):
+        crops = [torch.empty(2, 3, size, size) for size in (32, 32, 16)]
+        sizes = dict(arch="vit_micro_patch8", image_size=32, local_size=16, out_dim=32, hidden_dim=32)
+        student = ibot.build_model(ibot.Args(**sizes))
+        scaled = dinov2.build_model(dinov2.Args(**sizes))
+    mask = mask.to("meta")
+    with Waits() as waits:
+        _, patches, _, whole = student(crops, mask, chosen)
+        ibot.patch_loss(patches, whole, mask, chosen, student.center2, 0.04).backward()
+        _, patches, _ = scaled(crops, mask, chosen)
+        _, target = scaled.teach(crops, chosen)
+        if centering == "sinkhorn":
+            p_t = dinov2.sinkhorn_knopp(target, 0.04)
+        else:
+            p_t = dinov2.center_softmax(target, scaled.center2[0], 0.04)
+        dinov2.patch_loss(patches, p_t, mask, chosen).backward()
+    assert len(patches) == len(chosen) and not waits.found
+
 
 
 class Enough(Exception):

@@ -38,6 +38,11 @@ def vit():
     return slip.VisionTransformer(16, 8, 64, 3, 2)
 
 
+def positions(mask):
+    """Where a mask is set, among all its elements, for ibot.py and dinov2.py."""
+    return torch.nonzero(mask.flatten())[:, 0]
+
+
 def full_disk(state, file):
     """torch.save where there is no space for all of a file."""
     Path(file).write_bytes(b"PK")
