@@ -369,7 +369,7 @@ def main():
     print(json.dumps(row, indent=1))
     if options.out:
         warn_of([row["commit"], row["commit here"]])
-        found[args.method] = row
+        found[args.method + (f"_s{args.seed}" if args.seed else "")] = row
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -346,14 +346,19 @@ def knn_of_all(prefix, data):
 
 
 def parity_table(prefix):
-    """From what benchmarks/parity.py wrote."""
-    path, rows = ROOT / "results/parity.json", []
-    for method, row in json.loads(path.read_text()).items() if path.exists() else ():
+    """From what benchmarks/parity.py wrote: a row for each method, its seeds one after another."""
+    path, rows, by_method = ROOT / "results/parity.json", [], {}
+    for name, row in json.loads(path.read_text()).items() if path.exists() else ():
+        by_method.setdefault(name.partition("_s")[0], []).append(row)
+    for method, seeds in by_method.items():
         link = f"[{methods()[method][0]}]({prefix}results/{path.name})"
-        kinds = "here", "lightly", "random weights", "pixels"
-        cells = [f"{row[kind]:.1f}" for kind in kinds]
-        cells += [f"{row['seconds ' + loop] / 60:.1f}" for loop in ("here", "lightly")]
-        rows.append([link, f"{row['images']:,}", *cells])
+        cells = []
+        for kind in ("here", "lightly", "random weights"):
+            cells.append(", ".join(f"{row[kind]:.1f}" for row in seeds))
+        cells.append(f"{seeds[0]['pixels']:.1f}")
+        for loop in ("here", "lightly"):
+            cells.append(", ".join(f"{row['seconds ' + loop] / 60:.1f}" for row in seeds))
+        rows.append([link, f"{seeds[0]['images']:,}", *cells])
     header = ["method", "images", "here", "lightly", "random weights", "8 x 8 pixels"]
     header += ["minutes here", "minutes lightly"]
     return table(header, rows) if rows else "Nothing is recorded yet.\n"

@@ -19,10 +19,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("lightly")
 import end_to_end  # noqa: E402
 import parity  # noqa: E402
+import table  # noqa: E402
 
 FLAGS = ["--data", "cifar10", "--recipe", "cifar10-cpu", "--image-size", "16", "--workers", "0", "--batch-size", "16", "--epochs", "2", "--eval-every", "0"]
 SMALL = ["--arch", "resnet10", "--width", "0.125"]
-OWN = {"moco": ["--queue-size", "64", "--bn-group", "8"], "dino": ["--out-dim", "64"]}
+OWN = {"moco": ["--queue-size", "64", "--bn-group", "8"], "dino": ["--out-dim", "64"], "simsiam": ["--seed", "3"]}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,11 @@ def test_a_run_is_repeated(method, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parity.InOrder, "__getitem__", lambda self, i: seen.append(i) or get(self, i))
     monkeypatch.setattr(sys, "argv", ["parity.py", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
     parity.main()
-    row = json.loads((tmp_path / "out.json").read_text())[method]
+    seed = 3 if method == "simsiam" else 0
+    ((name, row),) = json.loads((tmp_path / "out.json").read_text()).items()
+    assert name == (f"{method}_s{seed}" if seed else method)
     assert row["steps"] == 6 and row["images"] == 96 and sorted(seen) == sorted([*range(48)] * 2)
-    order = np.random.default_rng([0, 0]).permutation(48)
+    order = np.random.default_rng([seed, 0]).permutation(48)
     assert seen[:48] == order.tolist()
     assert row["seconds lightly"] > 0 and row["seconds here"] > 0
     assert row["command"].startswith("python ") and row["commit"] and row["hardware"].endswith("CPU cores")
@@ -202,6 +205,20 @@ def test_every_other_round_goes_backwards(monkeypatch):
     assert list(found["rows"]) == list(rates) and found["rounds"] == 3 and found["steps"] == 7
     assert found["rows"]["lightly"] == {"images_per_second": 20, "here_over": 2.0}
     assert found["rows"]["here"] == {"images_per_second": 60, "here_over": 1.0, "data_wait": pytest.approx(0.2)}
+
+
+def test_the_table_has_a_row_for_all_seeds_of_a_method(tmp_path, monkeypatch):
+    row = {"images": 96, "here": 39.8, "lightly": 41.4, "random weights": 25.9, "pixels": 46.4, "seconds here": 60, "seconds lightly": 90}
+    rows = {"simsiam": row | {"here": 41.8}, "byol": row, "byol_s1": row | {"here": 39.0, "seconds here": 30}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/parity.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "methods", lambda: {"simsiam": ["SimSiam"], "byol": ["BYOL"]})
+    lines = table.parity_table("").splitlines()
+    assert lines[2:] == [
+        "| [SimSiam](results/parity.json) | 96 | 41.8 | 41.4 | 25.9 | 46.4 | 1.0 | 1.5 |",
+        "| [BYOL](results/parity.json) | 96 | 39.8, 39.0 | 41.4, 41.4 | 25.9, 25.9 | 46.4 | 1.0, 0.5 | 1.5, 1.5 |",
+    ]
 
 
 def test_data_without_classes_are_refused(tmp_path):

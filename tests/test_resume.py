@@ -203,10 +203,10 @@ def test_refused_when_bytes_of_the_checkpoint_changed(photos, tmp_path, part):
 
 
 def test_two_processes_in_one_directory(photos, tmp_path):
-    process = start("simclr", photos, tmp_path / "run", "--max-steps", "500", "--epochs", "500")
+    process = start("simclr", photos, tmp_path / "run", "--epochs", "1000000")  # it must not end before the other has begun
     try:
         wait_for_step(tmp_path / "run", 1)
-        done = command("simclr.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["simclr"], "--epochs", "500")
+        done = command("simclr.py", "--data", photos, "--output-dir", tmp_path / "run", *FLAGS["simclr"], "--epochs", "1000000")
         sentence = f"{tmp_path}/run is in use by another run: use another --output-dir"
         assert done.returncode == 2 and done.stderr.strip().endswith(sentence)
     finally:
