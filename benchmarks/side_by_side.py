@@ -351,15 +351,16 @@ def main():
     args = parser.parse_args()
     device = init_distributed("")
     torch.set_num_threads(args.threads)
+    machine = step.environment()  # before --out, where git knows that file, changes the tree
     results = {}
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())["results"]
     for method in args.methods:
         results[method] = compare(method, args, device)
         results[method] |= {"rounds": args.rounds, "date": time.strftime("%Y-%m-%d")}
-        results[method]["commit"] = step.environment()["commit"]
+        results[method]["commit"] = machine["commit"]
         if args.out:
-            record = step.environment() | {"gpu": None}
+            record = machine | {"gpu": None}
             record["dtype"] = step.computed_in(args.dtype, device)
             if device.type == "cuda":
                 record["gpu"] = torch.cuda.get_device_name()
