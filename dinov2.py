@@ -265,7 +265,8 @@ class Block(nn.Module):
     def add(self, x, branch, u):
         if u is None:
             return x + branch(x)
-        kept = (u >= self.drop_path).nonzero().squeeze(1).to(x.device, non_blocking=True)  # rows
+        kept = (u >= self.drop_path).nonzero().squeeze(1)  # rows
+        kept = kept.to(x.device, non_blocking=x.device.type != "mps")  # which would read too late
         if len(kept) == 0:  # flash attention refuses an empty batch: compute one row, add nothing
             return x + 0 * branch(x[:1])
         y = branch(x[kept]) / (1 - self.drop_path)
@@ -705,8 +706,8 @@ def train(args: Args) -> dict:
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
             positions = torch.arange(mask.numel())
             chosen = positions[mask.flatten()]
-            mask = mask.to(device, non_blocking=True)
-            chosen = chosen.to(device, non_blocking=True)
+            mask = loader.to_device(mask)
+            chosen = loader.to_device(chosen)
             part = [x[rows] for x in crops]
             pieces.append((part, mask, chosen, [u[rows] for u in drop_path]))
             with autocast:

@@ -650,8 +650,8 @@ def train(args: Args) -> dict:
             mask = torch.cat([m[rows] for m in masks])  # (2 b, N), b samples of a piece
             positions = torch.arange(mask.numel())
             chosen = positions[mask.flatten()]
-            mask = mask.to(device, non_blocking=True)
-            chosen = chosen.to(device, non_blocking=True)
+            mask = loader.to_device(mask)
+            chosen = loader.to_device(chosen)
             inputs = [x[rows] for x in crops], mask, chosen, [u[rows] for u in drop_path]
             ddp.require_backward_grad_sync = first + piece == b  # DDP sends gradients once
             with autocast:
@@ -682,7 +682,7 @@ def train(args: Args) -> dict:
         update_teacher(model.student, model.teacher, momentum)
 
         loss, cls, patch, entropy, kl = sums
-        masked = torch.cat(masks).float().mean().to(device, non_blocking=True)
+        masked = loader.to_device(torch.cat(masks).float().mean())
         terms = {
             "loss": (loss, chance),
             "cls_loss": (cls, cls_chance),

@@ -224,7 +224,6 @@ def test_masked_patches_do_not_wait_for_a_gpu(centering):
     assert len(patches) == len(chosen) and not waits.found
 
 
-
 class Enough(Exception):
     pass
 
